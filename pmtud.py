@@ -504,7 +504,7 @@ class Family(NamedTuple):
     protocols: frozenset[int]
     pseudo_header: bool  # the ICMP checksum covers the addresses
     nfproto: int
-    probe_address: str  # for documentation only (RFC 5737, RFC 3849): no node has it
+    probe_address: str  # where guard_holds() sends: it never leaves the node
 
 
 IPV4 = Family(
@@ -515,7 +515,7 @@ IPV4 = Family(
 IPV6 = Family(
     "ipv6", 6, socket.AF_INET6, ipv6_header, socket.IPPROTO_ICMPV6, ICMPV6_TOO_BIG,
     (ICMPV6_PKT_TOOBIG, 0), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6}, True,
-    NFPROTO_IPV6, "2001:db8::1",
+    NFPROTO_IPV6, "ff01::1",
 )  # fmt: skip
 FAMILIES = (IPV4, IPV6)
 
@@ -1475,10 +1475,6 @@ class Firewall(Descriptor):
         requests += map(self._rule_message, [*nflog_rules(self._config, ifaces), *guard_rules(self.conntrack)])
         self._commit("replace rules", requests)
 
-    def conntrack_appeared(self) -> bool:
-        """Whether conntrack came into use after our rules were made (kube-proxy started after us)."""
-        return not self.conntrack and conntrack_in_use()
-
     def close(self) -> None:
         """Remove the table; the kernel does it by itself where it is owned."""
         if not self.owned:
@@ -1551,16 +1547,17 @@ class IcmpSocket(Descriptor):
         return 0
 
 
-def guard_holds(family: Family) -> Optional[bool]:
+def guard_holds(family: Family, iface: str) -> Optional[bool]:
     """Whether something stops a marked packet that this node does not own; None if it cannot be told.
 
-    Probed: an error about no flow at all, to a documentation address, on a socket bound to the loopback
-    interface, so that it stays inside the node whatever the answer.
+    Probed with an error about no flow at all that stays inside the node whatever the answer: for IPv4 to a
+    documentation address (RFC 5737) on a socket bound to the loopback interface, for IPv6, where that finds
+    no route, to interface-local multicast (RFC 4291 section 2.7), which the kernel never puts on a wire.
     """
-    quoted = bytes([0x45, 0, 5, 0xDC]) + bytes(5) + b"\x06" + bytes(2) + socket.inet_aton("192.0.2.1") * 2 + bytes(8)
-    icmp = family.icmp.pack(*family.error, 0, 1280) + quoted
+    icmp = family.icmp.pack(*family.error, 0, IPV6_MIN_MTU) + bytes(IPV6_HEADER_LEN + QUOTED_TRANSPORT_MIN)
+    device = "lo" if family is IPV4 else iface
     with contextlib.suppress(OSError), IcmpSocket(family, MARK_DELIVER) as probe:
-        probe.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        probe.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
         result: int = probe.deliver(icmp, socket.inet_pton(family.af, family.probe_address))
         return result == errno.EPERM if result in (0, errno.EPERM) else None
     return None
@@ -2010,7 +2007,7 @@ class Service:
         self.counters = Counters()
         self.policy = Policy(config, View())
         self.ifaces: tuple[str, ...] = ()
-        self.guarded = {family.name: False for family in FAMILIES}
+        self.guarded: dict[str, bool] = {}  # by family name, as last probed
         self._outlets: dict[str, Outlet] = {}
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -2135,13 +2132,14 @@ class Service:
     def _probe_guard(self) -> None:
         """Learn whether the guard is in force; without it only errors for local addresses are delivered."""
         for family in FAMILIES:
-            holds = guard_holds(family) if family.name in self._outlets else None
-            if self.guarded[family.name] and holds is False:
-                log("warning", "the guard rules are gone", family=family.name)
-                if self._firewall:
-                    self._replace_rules()
-                    holds = guard_holds(family)
-            elif holds is False:
+            if family.name not in self._outlets or not self.ifaces:
+                continue
+            before, holds = self.guarded.get(family.name), guard_holds(family, self.ifaces[0])
+            if holds is False and self._firewall:
+                log("warning", "our rules are gone, someone flushed them: installing them again", family=family.name)
+                self._replace_rules()
+                holds = guard_holds(family, self.ifaces[0])
+            if holds is False and before is not False:
                 log("warning", f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
                     "install the output rules that `pmtud.py rules` prints", family=family.name)  # fmt: skip
             if holds is not None:
@@ -2155,12 +2153,17 @@ class Service:
         except PmtudError as problem:
             log("warning", "cannot replace our rules", problem=str(problem))
 
+    def _conntrack_appeared(self) -> bool:
+        """Put the conntrack rule in place if conntrack came into use after our start (kube-proxy starts after us)."""
+        if not self._firewall or self._firewall.conntrack or not conntrack_in_use():
+            return False
+        log("info", "conntrack came into use: the guard now asks it who owns a flow")
+        self._replace_rules()
+        return True
+
     def _tick(self, now: float) -> None:
         """Housekeeping, once a second."""
         self._ticks += 1
-        if self._firewall and self._firewall.conntrack_appeared():
-            log("info", "conntrack came into use: the guard now asks it who owns a flow")
-            self._replace_rules()
         if self._ticks % self.SLOW_TICKS == 0:
             self._probe_guard()
             self._follow_default_route()
@@ -2311,10 +2314,12 @@ class Service:
         """Give the error to this node's own stack; the guard decides whether it is the owner."""
         name, view = error.family.name, self.policy.view
         outlet = self._outlets.get(name)
-        if outlet is None or not (self.guarded[name] or error.quoted_src in view.own):
+        if outlet is None or not (self.guarded.get(name) or error.quoted_src in view.own):
             result = "error"  # without a guard the error could leave this node towards the VIP
         else:
             code = outlet.delivery.deliver(error.icmp, error.quoted_src)
+            if code == errno.EPERM and self._conntrack_appeared():
+                code = outlet.delivery.deliver(error.icmp, error.quoted_src)
             result = {0: "owner", errno.EPERM: "not_owner"}.get(code, "error")
             if result == "error":
                 log("debug", "not delivered", error=error, problem=os.strerror(code))
