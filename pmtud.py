@@ -67,7 +67,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 
 __version__ = "0.1.0"
@@ -76,32 +76,15 @@ __version__ = "0.1.0"
 # Section: constants -- names and layouts of the kernel's headers and the RFCs
 
 # linux/netlink.h
-NETLINK_ROUTE = 0
-NETLINK_NETFILTER = 12
+NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE, NLM_F_APPEND = 0x001, 0x004, 0x300, 0x400, 0x800
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLA_F_NESTED = 0x8000
-NLA_TYPE_MASK = 0x3FFF
+NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 NLMSG_ALIGNTO = 4
+NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
+NLATTR = struct.Struct("=HH")  # struct nlattr: length, type
+NLMSG_HDRLEN, NLA_HDRLEN = NLMSGHDR.size, NLATTR.size
 NETLINK_BUFFER_BYTES = 1 << 16
-
-
-class nlmsghdr(ctypes.Structure):
-    """struct nlmsghdr of linux/netlink.h, host byte order."""
-
-    _fields_ = [
-        ("nlmsg_len", ctypes.c_uint32),
-        ("nlmsg_type", ctypes.c_uint16),
-        ("nlmsg_flags", ctypes.c_uint16),
-        ("nlmsg_seq", ctypes.c_uint32),
-        ("nlmsg_pid", ctypes.c_uint32),
-    ]
-
-
-class nlattr(ctypes.Structure):
-    """struct nlattr of linux/netlink.h, host byte order."""
-
-    _fields_ = [("nla_len", ctypes.c_uint16), ("nla_type", ctypes.c_uint16)]
 
 
 class nfgenmsg(ctypes.BigEndianStructure):
@@ -117,42 +100,14 @@ class nfulnl_msg_config_mode(ctypes.BigEndianStructure):
     _fields_ = [("copy_range", ctypes.c_uint32), ("copy_mode", ctypes.c_uint8), ("_pad", ctypes.c_uint8)]
 
 
-class ifaddrmsg(ctypes.Structure):
-    """struct ifaddrmsg of linux/if_addr.h."""
-
-    _fields_ = [
-        ("ifa_family", ctypes.c_uint8),
-        ("ifa_prefixlen", ctypes.c_uint8),
-        ("ifa_flags", ctypes.c_uint8),
-        ("ifa_scope", ctypes.c_uint8),
-        ("ifa_index", ctypes.c_uint32),
-    ]
-
-
-class rtmsg(ctypes.Structure):
-    """struct rtmsg of linux/rtnetlink.h."""
-
-    _fields_ = [
-        ("rtm_family", ctypes.c_uint8),
-        ("rtm_dst_len", ctypes.c_uint8),
-        ("rtm_src_len", ctypes.c_uint8),
-        ("rtm_tos", ctypes.c_uint8),
-        ("rtm_table", ctypes.c_uint8),
-        ("rtm_protocol", ctypes.c_uint8),
-        ("rtm_scope", ctypes.c_uint8),
-        ("rtm_type", ctypes.c_uint8),
-        ("rtm_flags", ctypes.c_uint32),
-    ]
-
-
 class iovec(ctypes.Structure):
     """struct iovec of linux/uio.h; c_char_p keeps the bytes object it points into alive."""
 
     _fields_ = [("iov_base", ctypes.c_char_p), ("iov_len", ctypes.c_size_t)]
 
 
-class sockaddr_in6(ctypes.Structure):
-    """struct sockaddr_in6 of linux/in6.h; sockaddr_in fits inside it, see _sockaddr()."""
+class sockaddr_storage(ctypes.Structure):
+    """Room for struct sockaddr_in or sockaddr_in6, as sockaddr() lays them out."""
 
     _fields_ = [("raw", ctypes.c_ubyte * 28)]
 
@@ -161,14 +116,10 @@ class msghdr(ctypes.Structure):
     """struct msghdr as user space sees it, sys/socket.h."""
 
     _fields_ = [
-        ("msg_name", ctypes.POINTER(sockaddr_in6)),
-        ("msg_namelen", ctypes.c_uint32),
-        ("msg_iov", ctypes.POINTER(iovec)),
-        ("msg_iovlen", ctypes.c_size_t),
-        ("msg_control", ctypes.c_void_p),
-        ("msg_controllen", ctypes.c_size_t),
-        ("msg_flags", ctypes.c_int),
-    ]
+        ("msg_name", ctypes.POINTER(sockaddr_storage)), ("msg_namelen", ctypes.c_uint32),
+        ("msg_iov", ctypes.POINTER(iovec)), ("msg_iovlen", ctypes.c_size_t),
+        ("msg_control", ctypes.c_void_p), ("msg_controllen", ctypes.c_size_t), ("msg_flags", ctypes.c_int),
+    ]  # fmt: skip
 
 
 class mmsghdr(ctypes.Structure):
@@ -177,11 +128,6 @@ class mmsghdr(ctypes.Structure):
     _fields_ = [("msg_hdr", msghdr), ("msg_len", ctypes.c_uint)]
 
 
-NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr, for reading in place
-NLATTR = struct.Struct("=HH")  # struct nlattr, for reading in place
-NLMSG_HDRLEN = NLMSGHDR.size
-NLA_HDRLEN = NLATTR.size
-NFGENMSG_LEN = ctypes.sizeof(nfgenmsg)
 UIO_MAXIOV = 1024  # linux/uio.h: the most messages one sendmmsg() takes
 
 # linux/netfilter/nfnetlink.h
@@ -195,6 +141,7 @@ NFULA_CFG_CMD, NFULA_CFG_MODE, NFULA_CFG_QTHRESH, NFULA_CFG_FLAGS = 1, 2, 5, 6
 NFULNL_CFG_CMD_BIND = 1
 NFULNL_COPY_PACKET = 2
 NFULNL_CFG_F_SEQ = 1
+NFGENMSG_LEN = ctypes.sizeof(nfgenmsg)
 NFLOG_PACKET = NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET
 
 # linux/netfilter/nf_tables.h, linux/netfilter.h
@@ -227,6 +174,8 @@ RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
 RT_TABLE_MAIN = 254
 RTA_OIF, RTA_PRIORITY, RTA_MULTIPATH = 4, 6, 9
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
+IFADDRMSG = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
+RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
 
 # asm-generic/socket.h, linux/in.h, linux/icmp.h, linux/in6.h, linux/icmpv6.h
@@ -325,6 +274,11 @@ class PeerAddress(NamedTuple):
 
     packed: bytes
     zone: str = ""
+
+    @property
+    def is_multicast(self) -> bool:
+        """Whether this is an IPv6 multicast group; IPv4 ones are no peers."""
+        return len(self.packed) == 16 and self.packed[0] == 0xFF
 
     def __str__(self) -> str:
         text = str(ipaddress.ip_address(self.packed))
@@ -429,8 +383,8 @@ def parse_peer(text: str) -> PeerAddress:
     scoped = address.version == 6 and (address.is_link_local or address.is_multicast)
     if scoped and not zone:
         raise ValueError(f"{text} needs its interface, like {text}%eth0")
-    limited_broadcast = address.packed == b"\xff" * 4
-    if address.is_loopback or address.is_unspecified or limited_broadcast or (address.version == 4 and address.is_multicast):
+    group = address.packed == b"\xff" * 4 or (address.version == 4 and address.is_multicast)
+    if address.is_loopback or address.is_unspecified or group:
         raise ValueError(f"{text} cannot be a peer; list node addresses or a subnet broadcast address")
     return PeerAddress(address.packed, zone)
 
@@ -599,8 +553,7 @@ def parse(packet: bytes) -> Union[MtuError, Reason]:
 
 def attribute(kind: int, data: bytes) -> bytes:
     """One netlink attribute, padded to four bytes."""
-    header = bytes(nlattr(NLA_HDRLEN + len(data), kind))
-    return header + data + bytes(-len(data) % NLMSG_ALIGNTO)
+    return NLATTR.pack(NLA_HDRLEN + len(data), kind) + data + bytes(-len(data) % NLMSG_ALIGNTO)
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
@@ -630,8 +583,8 @@ def string(kind: int, text: str) -> bytes:
 
 def message(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
     """One netlink request."""
-    header = nlmsghdr(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
-    return bytes(header) + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
+    header = NLMSGHDR.pack(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
+    return header + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -705,7 +658,7 @@ class Action(str, enum.Enum):
 class Membership:
     """Whether a packed address is in any of some networks; answers are remembered, at most 4096 of them."""
 
-    def __init__(self, networks: Iterable[Network]) -> None:
+    def __init__(self, networks: Iterable[Network] = ()) -> None:
         self._networks = tuple(networks)
         self._known: dict[bytes, bool] = {}
 
@@ -730,7 +683,7 @@ class View:
     node: frozenset[bytes] = frozenset()  # those of them by which peers know it: never shared
     groups: frozenset[bytes] = frozenset()  # broadcast and multicast addresses that reach it
     peers: frozenset[bytes] = frozenset()
-    networks: Membership = Membership(())  # --ignore-networks and the subnets of broadcast peers
+    networks: Membership = field(default_factory=Membership)  # --ignore-networks and the subnets of broadcast peers
 
 
 class Recent:
@@ -864,7 +817,7 @@ def decide(error: MtuError, policy: Policy, now: float) -> tuple[Origin, Union[A
 # -----------------------------------------------------------------------------
 # Section: counters -- plain integers on the packet's way, a collector that reads them at scrape time
 
-MTU_BUCKETS = (576, 1024, 1280, 1300, 1350, 1380, 1400, 1420, 1440, 1450, 1460, 1472, 1480, 1492, 1500, 4000, 8950, 9000)
+MTU_BUCKETS = (576, 1024, 1280, 1300, 1350, 1380, 1400, 1420, 1440, 1450, 1460, 1480, 1492, 1500, 4000, 8950, 9000)
 SECONDS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 DELIVERY_RESULTS = ("owner", "not_owner", "error")
 ACTIONS = ("replicate", "deliver", "none")
@@ -970,7 +923,7 @@ METRICS = (
            lambda c: {(reason.value,): count for reason, count in c.dropped.items()}),
     Metric("pmtud_acted", "counter", "Errors acted on: replicated and delivered, delivered only, or nothing to do.",
            ("action",), lambda c: c.acted),
-    Metric("pmtud_copies_sent", "counter", "Copies handed to the kernel, by peer.", ("peer",), lambda c: c.copies_sent()),
+    Metric("pmtud_copies_sent", "counter", "Copies the kernel took, by peer.", ("peer",), lambda c: c.copies_sent()),
     Metric("pmtud_copy_errors", "counter", "Copies the kernel refused to send, by peer.", ("peer",),
            lambda c: c.copy_errors()),
     Metric("pmtud_delivered", "counter", "Errors given to this node's stack; owner: the kernel took it.",
@@ -1101,23 +1054,26 @@ class LocalAddress(NamedTuple):
     broadcast: bytes
 
 
+def dump(operation: str, request: int, answer: int, header: bytes) -> Iterator[bytes]:
+    """The payloads of all answers to one rtnetlink dump request, at least as long as its header."""
+    with Netlink(NETLINK_ROUTE) as netlink:
+        for kind, payload in netlink.request(operation, request, NLM_F_DUMP, header):
+            if kind == answer and len(payload) >= len(header):
+                yield payload
+
+
 def local_addresses() -> list[LocalAddress]:
     """All addresses configured in this network namespace (RTM_GETADDR).
 
     Asking the kernel for its list, not trying to bind: net.ipv4.ip_nonlocal_bind lets every bind succeed.
     """
-    with Netlink(NETLINK_ROUTE) as netlink:
-        answers = netlink.request("list addresses", RTM_GETADDR, NLM_F_DUMP, bytes(ifaddrmsg()))
     found = []
-    for kind, payload in answers:
-        if kind != RTM_NEWADDR or len(payload) < ctypes.sizeof(ifaddrmsg):
-            continue
-        header = ifaddrmsg.from_buffer_copy(payload)
-        attrs = attributes(payload, ctypes.sizeof(ifaddrmsg))
+    for payload in dump("list addresses", RTM_GETADDR, RTM_NEWADDR, bytes(IFADDRMSG.size)):
+        _, prefix_length, _, _, ifindex = IFADDRMSG.unpack_from(payload)
+        attrs = attributes(payload, IFADDRMSG.size)
         packed = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS, b""))
         if len(packed) in (4, 16):
-            broadcast = attrs.get(IFA_BROADCAST, b"")
-            found.append(LocalAddress(packed, header.ifa_prefixlen, header.ifa_index, broadcast))
+            found.append(LocalAddress(packed, prefix_length, ifindex, attrs.get(IFA_BROADCAST, b"")))
     return found
 
 
@@ -1127,10 +1083,10 @@ def route_interfaces(attrs: dict[int, bytes]) -> list[int]:
         return [int.from_bytes(attrs[RTA_OIF], sys.byteorder)]
     hops, at, found = attrs.get(RTA_MULTIPATH, b""), 0, []
     while len(hops) - at >= RTNEXTHOP.size:
-        length, _, _, index = RTNEXTHOP.unpack_from(hops, at)
+        length, _, _, ifindex = RTNEXTHOP.unpack_from(hops, at)
         if length < RTNEXTHOP.size:
             break
-        found.append(index)
+        found.append(ifindex)
         at += length + -length % NLMSG_ALIGNTO
     return found
 
@@ -1138,23 +1094,17 @@ def route_interfaces(attrs: dict[int, bytes]) -> list[int]:
 def default_route_interfaces() -> tuple[str, ...]:
     """The interfaces of the default routes with the lowest metric, IPv4 and IPv6, in order, each once."""
     names: dict[str, None] = {}
-    with Netlink(NETLINK_ROUTE) as netlink:
-        for family in FAMILIES:
-            answers = netlink.request("list routes", RTM_GETROUTE, NLM_F_DUMP, bytes(rtmsg(rtm_family=family.af)))
-            routes: list[tuple[int, list[int]]] = []
-            for kind, payload in answers:
-                if kind != RTM_NEWROUTE or len(payload) < ctypes.sizeof(rtmsg):
-                    continue
-                header = rtmsg.from_buffer_copy(payload)
-                main = header.rtm_table == RT_TABLE_MAIN and header.rtm_type == RTN_UNICAST
-                if main and header.rtm_family == family.af and header.rtm_dst_len == 0:
-                    attrs = attributes(payload, ctypes.sizeof(rtmsg))
-                    metric = int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder)
-                    routes.append((metric, route_interfaces(attrs)))
-            lowest = min((metric for metric, _ in routes), default=0)
-            for index in (i for metric, found in routes if metric == lowest for i in found):
-                with contextlib.suppress(OSError):
-                    names[socket.if_indextoname(index)] = None
+    for family in FAMILIES:
+        routes: list[tuple[int, list[int]]] = []
+        for payload in dump("list routes", RTM_GETROUTE, RTM_NEWROUTE, RTMSG.pack(family.af, *bytes(8))):
+            af, dst_len, _, _, table, _, _, kind, _ = RTMSG.unpack_from(payload)
+            if (af, dst_len, table, kind) == (family.af, 0, RT_TABLE_MAIN, RTN_UNICAST):
+                attrs = attributes(payload, RTMSG.size)
+                routes.append((int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder), route_interfaces(attrs)))
+        lowest = min((metric for metric, _ in routes), default=0)
+        for ifindex in (number for metric, found in routes if metric == lowest for number in found):
+            with contextlib.suppress(OSError):
+                names[socket.if_indextoname(ifindex)] = None
     return tuple(names)
 
 
@@ -1286,36 +1236,32 @@ def expression(name: str, *attrs: bytes) -> bytes:
     return nested(NFTA_LIST_ELEM, string(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, *attrs))
 
 
-def match_meta(key: int, value: bytes) -> bytes:
-    """meta KEY == value."""
-    return expression("meta", be32(1, NFT_REG_1), be32(2, key)) + compare(NFT_CMP_EQ, value)
-
-
 def compare(operator: int, value: bytes) -> bytes:
     """register 1 OPERATOR value."""
-    data = nested(3, attribute(NFTA_DATA_VALUE, value))
-    return expression("cmp", be32(1, NFT_REG_1), be32(2, operator), data)
+    return expression("cmp", be32(1, NFT_REG_1), be32(2, operator), nested(3, attribute(NFTA_DATA_VALUE, value)))
 
 
-def match_transport_byte(offset: int, value: int) -> bytes:
-    """One byte of the transport header == value."""
-    fields = (be32(1, NFT_REG_1), be32(2, NFT_PAYLOAD_TRANSPORT_HEADER), be32(3, offset), be32(4, 1))
-    return expression("payload", *fields) + compare(NFT_CMP_EQ, bytes([value]))
+def match(name: str, *operands: int, value: bytes) -> bytes:
+    """Load `meta KEY`, `payload BASE OFFSET LENGTH` or `fib RESULT FLAGS` into register 1; it must equal value.
+
+    The attributes of these three are numbered alike: 1 is the register, the operands follow.
+    """
+    load = [be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1)]
+    return expression(name, *load) + compare(NFT_CMP_EQ, value)
 
 
-def match_fib(result: int, flags: int, value: int) -> bytes:
-    """fib FLAGS RESULT == value."""
-    fields = (be32(1, NFT_REG_1), be32(2, result), be32(3, flags))
-    return expression("fib", *fields) + compare(NFT_CMP_EQ, struct.pack("=I", value))
+def host32(number: int) -> bytes:
+    """A number as nftables registers hold it, in host byte order."""
+    return struct.pack("=I", number)
 
 
 def match_related() -> bytes:
     """ct state related."""
-    mask = nested(4, attribute(NFTA_DATA_VALUE, struct.pack("=I", NF_CT_STATE_RELATED_BIT)))
-    zero = nested(5, attribute(NFTA_DATA_VALUE, bytes(4)))
+    mask, zero = (nested(number, attribute(NFTA_DATA_VALUE, host32(bits)))
+                  for number, bits in ((4, NF_CT_STATE_RELATED_BIT), (5, 0)))  # fmt: skip
     state = expression("ct", be32(1, NFT_REG_1), be32(2, NFT_CT_STATE))
-    bits = expression("bitwise", be32(1, NFT_REG_1), be32(2, NFT_REG_1), be32(3, 4), mask, zero)
-    return state + bits + compare(NFT_CMP_NEQ, bytes(4))
+    masked = expression("bitwise", be32(1, NFT_REG_1), be32(2, NFT_REG_1), be32(3, 4), mask, zero)
+    return state + masked + compare(NFT_CMP_NEQ, bytes(4))
 
 
 def verdict(code: int, chain: str = "") -> bytes:
@@ -1338,7 +1284,7 @@ def limit_rate(per_second: int) -> bytes:
 def nflog_rules(config: Config, ifaces: Sequence[str]) -> list[Rule]:
     """The rules that feed the NFLOG group."""
     group = config.nflog_group
-    rpf = match_fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, 0)
+    rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
     text = f'fib saddr . iif oif 0 log prefix "{RPF_PREFIX}" group {group} return'
     rules = [
         Rule("mtu_errors", text, rpf + log_to(group, RPF_PREFIX) + verdict(NFT_RETURN)),
@@ -1351,13 +1297,13 @@ def nflog_rules(config: Config, ifaces: Sequence[str]) -> list[Rule]:
              IPV6: "icmpv6 type packet-too-big icmpv6 code 0"}  # fmt: skip
     for iface in ifaces:
         for family in FAMILIES:
-            match = match_meta(NFT_META_NFPROTO, bytes([family.nfproto]))
-            match += match_meta(NFT_META_IIFNAME, iface.encode().ljust(IFNAMSIZ, b"\0"))
-            match += match_meta(NFT_META_L4PROTO, bytes([family.icmp_protocol]))
-            match += match_transport_byte(0, family.error[0]) + match_transport_byte(1, family.error[1])
-            match += limit_rate(shed) if shed else b""
+            matches = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
+            matches += match("meta", NFT_META_IIFNAME, value=iface.encode().ljust(IFNAMSIZ, b"\0"))
+            matches += match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
+            matches += match("payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error))
+            matches += limit_rate(shed) if shed else b""
             text = f'iifname "{iface}" {words[family]}{limit_text} goto mtu_errors'
-            rules.append(Rule("prerouting", text, match + verdict(NFT_GOTO, "mtu_errors")))
+            rules.append(Rule("prerouting", text, matches + verdict(NFT_GOTO, "mtu_errors")))
     return rules
 
 
@@ -1366,9 +1312,9 @@ def guard_rules(conntrack: bool) -> list[Rule]:
 
     A `ct` expression makes the kernel track connections: without conntrack in use it is left out.
     """
-    copy = match_meta(NFT_META_MARK, struct.pack("=I", MARK_COPY))
-    delivery = match_meta(NFT_META_MARK, struct.pack("=I", MARK_DELIVER))
-    local = match_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, RTN_LOCAL)
+    copy = match("meta", NFT_META_MARK, value=host32(MARK_COPY))
+    delivery = match("meta", NFT_META_MARK, value=host32(MARK_DELIVER))
+    local = match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
     mark = f"meta mark {MARK_DELIVER:#x}"
     related = Rule("guard", f"{mark} ct state related accept", delivery + match_related() + verdict(NF_ACCEPT))
     return [
@@ -1563,14 +1509,14 @@ def guard_holds(family: Family, iface: str) -> Optional[bool]:
     return None
 
 
-def sockaddr(peer: PeerAddress) -> tuple[sockaddr_in6, int]:
+def sockaddr(peer: PeerAddress) -> tuple[sockaddr_storage, int]:
     """struct sockaddr_in or sockaddr_in6 of a peer, and its length; raises OSError if its zone is gone."""
     if len(peer.packed) == 4:
         raw = struct.pack("=H", socket.AF_INET) + bytes(2) + peer.packed + bytes(8)
     else:
         zone = socket.if_nametoindex(peer.zone) if peer.zone else 0
         raw = struct.pack("=HHI", socket.AF_INET6, 0, 0) + peer.packed + struct.pack("=I", zone)
-    return sockaddr_in6.from_buffer_copy(raw.ljust(ctypes.sizeof(sockaddr_in6), b"\0")), len(raw)
+    return sockaddr_storage.from_buffer_copy(raw.ljust(ctypes.sizeof(sockaddr_storage), b"\0")), len(raw)
 
 
 class Fanout:
@@ -1777,18 +1723,15 @@ def kernel_source(peer: PeerAddress) -> bytes:
 
 
 def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> list[Network]:
-    """The networks a group peer stands for: a broadcast address its subnet, a multicast group the prefixes of its link."""
-    found: list[Network] = []
-    index = 0
-    if peer.zone and peer.packed[0] == 0xFF:
-        with contextlib.suppress(OSError):
-            index = socket.if_nametoindex(peer.zone)
-    for address in local:
-        on_link = index and address.ifindex == index and len(address.packed) == 16
-        if (address.broadcast and address.broadcast == peer.packed) or on_link:
-            interface = ipaddress.ip_interface((address.packed, address.prefix_length))
-            found.append(interface.network)
-    return found
+    """The networks of a group peer's nodes: a broadcast address means its subnet, multicast its link's prefixes."""
+    ifindex = 0
+    with contextlib.suppress(OSError):
+        ifindex = socket.if_nametoindex(peer.zone) if peer.zone else 0
+    return [
+        ipaddress.ip_interface((address.packed, address.prefix_length)).network
+        for address in local
+        if address.broadcast == peer.packed or (ifindex == address.ifindex and len(address.packed) == 16)
+    ]
 
 
 def arrange(
@@ -1800,7 +1743,7 @@ def arrange(
     everyone = dict.fromkeys(peer for peers in listed.values() for peer in peers)
     removed = tuple(peer for peer in everyone if peer.packed in own)
     targets = [peer for peer in everyone if peer.packed not in own]
-    groups = [peer for peer in targets if peer.packed in broadcasts or (len(peer.packed) == 16 and peer.packed[0] == 0xFF)]
+    groups = [peer for peer in targets if peer.packed in broadcasts or peer.is_multicast]
     by_family = {f.name: tuple(p for p in targets if family_of(p.packed) is f) for f in FAMILIES}
     sources: dict[str, bytes] = {}
     for peer in removed:  # peers know this node by the address in their list: send from it
@@ -1825,29 +1768,24 @@ def arrange(
 LOGGER = logging.getLogger("pmtud")
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line; fields of the record beside time, level and message."""
+class Formatter(logging.Formatter):
+    """A log line with its fields: `time LEVEL message key=value ...`, or one JSON object."""
+
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self.converter = time.gmtime
+        self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON."""
-        entry = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
-        entry.update(getattr(record, "fields", {}))
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str)
-
-
-class TextFormatter(logging.Formatter):
-    """`time LEVEL message key=value ...`"""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """The record as one line."""
         fields = getattr(record, "fields", {})
-        words = [self.formatTime(record), record.levelname, record.getMessage()]
-        words += [f"{key}={shlex.quote(str(value)) if ' ' in str(value) else value}" for key, value in fields.items()]
-        if record.exc_info:
-            words.append("\n" + self.formatException(record.exc_info))
-        return " ".join(words)
+        now, level, text = self.formatTime(record), record.levelname, record.getMessage()
+        if self._as_json:
+            return json.dumps({"time": now, "level": level.lower(), "message": text, **fields}, default=str)
+        pairs = [f"{key}={json.dumps(str(value)) if ' ' in str(value) else value}" for key, value in fields.items()]
+        return " ".join([now, level, text, *pairs])
 
 
 def log(level: str, text: str, **fields: object) -> None:
@@ -1859,10 +1797,7 @@ def set_up_logging(level: str, form: str) -> None:
     """Send the program's log to standard error; a closed or full standard error is nobody's problem."""
     logging.raiseExceptions = False
     handler = logging.StreamHandler()
-    formatter = JsonFormatter() if form == "json" else TextFormatter()
-    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    handler.setFormatter(Formatter(form == "json"))
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False
     LOGGER.setLevel(level.upper())
@@ -1980,7 +1915,7 @@ class Outlet:
             for peer in peers:
                 try:
                     sockaddr(peer)
-                    if len(peer.packed) == 16 and peer.packed[0] == 0xFF:
+                    if peer.is_multicast:
                         self.copies.join(peer)
                     reachable.append(peer)
                 except OSError as problem:
@@ -2036,8 +1971,8 @@ class Service:
         config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
-            self.ifaces = self._choose_ifaces()
             self.peers.start()
+            self.ifaces = self._choose_ifaces()
             self._nflog = stack.enter_context(Nflog(config.nflog_group))
             if config.rules == "auto":
                 self._firewall = stack.enter_context(Firewall(config, self.ifaces))
@@ -2450,7 +2385,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("command", nargs="?", choices=("run", "rules"), default="run",
-                        help="run: the daemon, in the foreground (default); rules: print the rules it would install")  # fmt: skip
+                        help="run: the daemon, in the foreground (default); rules: print what it would install")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"pmtud {__version__}")
     add_options(parser)
     return parser
