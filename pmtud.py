@@ -324,7 +324,8 @@ def number_between(low: float, high: float, convert: Callable[[str], float] = in
         try:
             value = convert(text)
         except ValueError:
-            raise ValueError(f"{text!r} is not a number") from None
+            kind = "whole number" if convert is int else "number"
+            raise ValueError(f"{text!r} is not a {kind}") from None
         if not low <= value <= high:
             raise ValueError(f"{text} is not between {low} and {high}")
         return value
@@ -343,7 +344,7 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 def parse_ports(text: str) -> frozenset[int]:
     """Source ports and ranges of them, like 443,8000-8100."""
     ports: set[int] = set()
-    for item in split_list(text):
+    for item in split_list(text) or [text]:
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= low <= high <= 65535:
@@ -366,7 +367,7 @@ def parse_iface(text: str) -> tuple[str, ...]:
     """Interface names, comma-separated."""
     names = tuple(split_list(text))
     for name in names:
-        if len(name.encode()) >= IFNAMSIZ or "/" in name or '"' in name or name.split() != [name]:
+        if len(name.encode()) >= IFNAMSIZ or name in (".", "..") or re.search(r'[/:"\s]', name):
             raise ValueError(f"{name!r} is not an interface name")
     return names
 
@@ -386,7 +387,7 @@ def parse_peer(text: str) -> PeerAddress:
     group = address.packed == b"\xff" * 4 or (address.version == 4 and address.is_multicast)
     if address.is_loopback or address.is_unspecified or group:
         raise ValueError(f"{text} cannot be a peer; list node addresses or a subnet broadcast address")
-    return PeerAddress(address.packed, zone)
+    return PeerAddress(address.packed, zone if scoped else "")
 
 
 def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
@@ -778,7 +779,7 @@ def is_unicast(packed: bytes) -> bool:
     Without this, a forged error could reach flows on 127.0.0.1 that the kernel shields as martians.
     """
     if len(packed) == 4:
-        return packed[0] not in (0, 127) and packed[0] < 224
+        return packed[0] not in (0, 127) and packed[0] < 224 and packed[:2] != b"\xa9\xfe"
     link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
     return packed[0] != 0xFF and not link_local and packed[:10] != bytes(10)
 
@@ -969,6 +970,47 @@ class Collector:
             for key, value in values.items():
                 family.add_metric([key] if isinstance(key, str) else list(key), value)
             yield family
+
+
+# -----------------------------------------------------------------------------
+# Section: log -- one line per event on standard error, text or JSON
+
+LOGGER = logging.getLogger("pmtud")
+
+
+class Formatter(logging.Formatter):
+    """A log line with its fields: `time LEVEL message key=value ...`, or one JSON object."""
+
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self.converter = time.gmtime
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        fields = getattr(record, "fields", {})
+        now, level, text = self.formatTime(record), record.levelname, record.getMessage()
+        if self._as_json:
+            return json.dumps({"time": now, "level": level.lower(), "message": text, **fields}, default=str)
+        pairs = [f"{key}={json.dumps(str(value)) if ' ' in str(value) else value}" for key, value in fields.items()]
+        return " ".join([now, level, text, *pairs])
+
+
+def log(level: str, text: str, **fields: object) -> None:
+    """One line on standard error."""
+    LOGGER.log(getattr(logging, level.upper()), text, extra={"fields": fields})
+
+
+def set_up_logging(level: str, form: str) -> None:
+    """Send the program's log to standard error; a closed or full standard error is nobody's problem."""
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter(form == "json"))
+    LOGGER.handlers[:] = [handler]
+    LOGGER.propagate = False
+    LOGGER.setLevel(level.upper())
 
 
 # -----------------------------------------------------------------------------
@@ -1606,15 +1648,14 @@ class FileSource:
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses in the file, None if it has not changed; raises PeerSourceError."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(descriptor, "rb") as stream:
-                status = os.fstat(descriptor)
-                signature = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
-                if signature == self._signature:
-                    return None
-                self._signature = signature
-                if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
-                    raise PeerSourceError(f"{self.name}: not a regular file of at most {self.SIZE_MAX} bytes")
+            status = os.stat(self._path)
+            signature = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+            if signature == self._signature:
+                return None
+            self._signature = signature
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
+                raise PeerSourceError(f"{self.name}: not a regular file of at most {self.SIZE_MAX} bytes")
+            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
                 return parse_peer_lines(stream.read(self.SIZE_MAX).decode())
         except OSError as problem:
             self._signature = None
@@ -1624,11 +1665,11 @@ class FileSource:
 
 
 def open_source(text: str) -> PeerSource:
-    """The source a --peers item names; raises UsageError for a kind that does not exist."""
+    """The source that a peer item names; raises ValueError for a kind that does not exist."""
     kind, _, rest = text.partition(":")
     if kind == "file" and rest:
         return FileSource(rest)
-    raise UsageError(f"--peers: {text!r} is not an IP address and not file:PATH")
+    raise ValueError(f"{text!r} is not an IP address and not file:PATH")
 
 
 class Peers:
@@ -1652,7 +1693,7 @@ class Peers:
                 try:
                     self._answers[source.name] = source.load() or ()
                 except PeerSourceError as problem:
-                    raise UsageError(f"--peers: {problem}") from problem
+                    raise UsageError(f"peers: {problem}") from problem
         for source in self._sources:
             threading.Thread(target=self._follow, args=(source,), name=source.name, daemon=True).start()
 
@@ -1714,8 +1755,8 @@ class Arrangement(NamedTuple):
 def kernel_source(peer: PeerAddress) -> bytes:
     """The source address the kernel would use towards a peer, empty if it has no route; sends nothing."""
     family = family_of(peer.packed)
-    zone = (0, socket.if_nametoindex(peer.zone)) if peer.zone else ()
     with contextlib.suppress(OSError), socket.socket(family.af, socket.SOCK_DGRAM) as probe:
+        zone = (0, socket.if_nametoindex(peer.zone)) if peer.zone else ()
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         probe.connect((socket.inet_ntop(family.af, peer.packed), 9, *zone))
         return socket.inet_pton(family.af, probe.getsockname()[0].partition("%")[0])
@@ -1763,44 +1804,7 @@ def arrange(
 
 
 # -----------------------------------------------------------------------------
-# Section: service -- log, HTTP, and the loop that ties it together
-
-LOGGER = logging.getLogger("pmtud")
-
-
-class Formatter(logging.Formatter):
-    """A log line with its fields: `time LEVEL message key=value ...`, or one JSON object."""
-
-    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__()
-        self.converter = time.gmtime
-        self._as_json = as_json
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
-        fields = getattr(record, "fields", {})
-        now, level, text = self.formatTime(record), record.levelname, record.getMessage()
-        if self._as_json:
-            return json.dumps({"time": now, "level": level.lower(), "message": text, **fields}, default=str)
-        pairs = [f"{key}={json.dumps(str(value)) if ' ' in str(value) else value}" for key, value in fields.items()]
-        return " ".join([now, level, text, *pairs])
-
-
-def log(level: str, text: str, **fields: object) -> None:
-    """One line on standard error."""
-    LOGGER.log(getattr(logging, level.upper()), text, extra={"fields": fields})
-
-
-def set_up_logging(level: str, form: str) -> None:
-    """Send the program's log to standard error; a closed or full standard error is nobody's problem."""
-    logging.raiseExceptions = False
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(form == "json"))
-    LOGGER.handlers[:] = [handler]
-    LOGGER.propagate = False
-    LOGGER.setLevel(level.upper())
+# Section: service -- HTTP, and the loop that ties everything together
 
 
 class StatusServer(http.server.ThreadingHTTPServer):
@@ -2315,12 +2319,14 @@ def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
     """The items of one --peers value: addresses, and the texts of sources."""
     items: list[Union[PeerAddress, str]] = []
     for item in split_list(text):
+        if re.match("[a-z]+:", item) and not re.match("[0-9a-f]*:[0-9a-f]*:", item):
+            open_source(item)
+            items.append(item)
+            continue
         try:
             items.append(parse_peer(item))
         except ValueError as problem:
-            if not re.match(r"[a-z]+:", item) or (item.count(":") > 1 and not item.startswith("file:")):
-                raise ValueError(f"{problem}; a peer is an address or file:PATH") from None
-            items.append(item)
+            raise ValueError(f"{problem}; a peer is an address or file:PATH") from None
     return items
 
 
@@ -2385,7 +2391,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("command", nargs="?", choices=("run", "rules"), default="run",
-                        help="run: the daemon, in the foreground (default); rules: print what it would install")  # fmt: skip
+                        help="run: the daemon (default); rules: print the rules it would install")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"pmtud {__version__}")
     add_options(parser)
     return parser
@@ -2398,7 +2404,7 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
         if not action.option_strings or action.dest in ("help", "version"):
             continue
         variable = "PMTUD_" + action.dest.upper()
-        text = environ.get(variable, "")
+        text = environ.get(variable, "").strip()
         if not text:
             continue
         option = action.option_strings[0]
@@ -2427,8 +2433,6 @@ def config_from(options: Mapping[str, Any]) -> Config:
     values["ifaces"] = values.pop("iface", ())
     values["peers"] = tuple(dict.fromkeys(item for item in items if isinstance(item, PeerAddress)))
     values["peer_sources"] = tuple(dict.fromkeys(item for item in items if isinstance(item, str)))
-    for text in values["peer_sources"]:
-        open_source(text)
     values.setdefault("nodename", socket.gethostname())
     values["metrics_required"] = bool(options.get("metrics_port"))
     values["rescue"] = not options.get("no_rescue", False)
