@@ -794,7 +794,9 @@ def classify(error: MtuError, view: View) -> Union[Origin, Reason]:
         return Reason.OWN
     from_cluster = error.src in view.peers or error.src in view.networks
     if error.dst == error.quoted_src and is_unicast(error.dst):
-        return Reason.IGNORED_NETWORK if from_cluster else Origin.ROUTER
+        # A link-local source is a neighbour: with a multicast peer its copies are believed, but an error of this
+        # shape is a first-hop router's own; nodes send theirs from routed addresses.
+        return Reason.IGNORED_NETWORK if from_cluster and is_unicast(error.src) else Origin.ROUTER
     if from_cluster and (error.dst in view.own or error.dst in view.groups) and is_unicast(error.quoted_src):
         return Origin.PEER
     return Reason.MISADDRESSED

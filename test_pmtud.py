@@ -2364,6 +2364,56 @@ def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
             assert {copy[20:] for copy in copies} == {packet[20:] for packet in packets}
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_families_do_not_mix(cluster: Cluster, family: int) -> None:
+    """Peers of both families: an error goes to those of its own family, and not one packet to the others."""
+    node = cluster.nodes[ingress(cluster, family)]
+    with daemons([node], "--peers", ALL_PEERS), Capture(node, "eth0") as wire:
+        inject(cluster.router, family, flow_errors(family))
+        samples = received(node, ERRORS)
+        out = [s.packet[0] >> 4 for s in wire.settle() if s.kind == socket.PACKET_OUTGOING]
+    assert out == [family] * ERRORS * 2
+    copies = {k: n for k, n in samples.items() if "copies_sent" in k}
+    assert {n for k, n in copies.items() if (":" in k) == (family == 6)} == {ERRORS}
+    assert {n for k, n in copies.items() if (":" in k) != (family == 6)} == {0}
+
+
+@pytest.mark.parametrize("peers", [PEER_LISTS[6], "ff02::7074%eth0"])
+def test_error_from_a_link_local_router_address(cluster: Cluster, peers: str) -> None:
+    """The first-hop router may report from fe80::/10; also where link-local neighbours are trusted for copies."""
+    with daemons(cluster.nodes, "--peers", peers):
+        inject(cluster.fabric, 6, flow_errors(6, src="fe80::1"))
+
+        def acted() -> list[float]:
+            return sorted(metrics(node)['pmtud_acted_total{action="replicate"}'] for node in cluster.nodes)
+        assert poll(lambda: acted() == [0, 0, ERRORS], 3), acted()
+        assert [drops(metrics(node)) for node in cluster.nodes] == [{}] * 3
+
+
+def test_ipv6_only_cluster() -> None:
+    """No IPv4 address on any node: the default route, the peers and the rescue are IPv6."""
+    with Cluster() as six:
+        for node in six.nodes:
+            node.ip(*(f"-4 addr flush dev {name}" for name in ("eth0", "mgmt", "to-pod", "lo")))
+        with daemons(six.nodes, "--peers", PEER_LISTS[6]) as processes:
+            assert all("errors come in on eth0," in process.output() for process in processes)
+            for service in Cluster.SERVICES:
+                six.flush()
+                assert len(six.download(service, 6)) == 23
+                assert_learned(six, service, 6)
+
+
+def test_node_without_ipv6(cluster: Cluster) -> None:
+    """IPv6 switched off by sysctl: IPv4 is served, HTTP answers, IPv6 peers do no harm."""
+    with Cluster() as four:
+        for node in four.nodes:
+            node.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
+            node.sysctl("net.ipv6.conf.default.disable_ipv6", 1)
+        with daemons(four.nodes, "--peers", ALL_PEERS):
+            assert len(four.download("pod")) == 23
+            assert get(four.nodes[0], "/readyz") == ("200", "ok\n")
+
+
 # -- rules
 
 
@@ -2735,6 +2785,74 @@ def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Section: documentation -- what the README says is what the program does
+
+README = (HERE / "README.md").read_text()
+
+
+def table(header: str) -> dict[str, list[str]]:
+    """A README table by its header's first cell: the other cells of each row, by the code in its first one."""
+    rows = README.split(f"\n| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+def test_option_table() -> None:
+    """Every option is there and nothing else, with the default that Config or the help text has."""
+    rows = table("option")
+    options = {action.option_strings[0]: action for action in pmtud.build_parser()._actions if action.option_strings}
+    assert set(rows) == set(options) - {"-h", "--help", "--version"}
+    config = pmtud.Config()
+    for option, field in (("--nflog-group", config.nflog_group), ("--metrics-port", config.metrics_port),
+                          ("--ttl", config.ttl), ("--rules", config.rules), ("--flow-interval", config.flow_interval),
+                          ("--source-rate", int(config.source_rate)), ("--rate", int(config.rate)),
+                          ("--min-mtu", ",".join(map(str, config.min_mtu))), ("--log-level", config.log_level),
+                          ("--log-format", config.log_format)):  # fmt: skip
+        assert rows[option][0] == str(field)
+        assert f"(default: {field})" in (options[option].help or ""), option
+
+
+def test_metric_table() -> None:
+    """Names, types and labels."""
+    suffix = {"counter": "_total"}
+    program = {m.name + suffix.get(m.kind, ""): [m.kind, ", ".join(m.labels)] for m in pmtud.METRICS}
+    assert {name: cells[:2] for name, cells in table("metric").items()} == program
+
+
+def test_reason_and_exit_code_tables() -> None:
+    """One row for each."""
+    assert list(table("reason")) == [reason.value for reason in Reason]
+    codes = {"0", str(pmtud.PmtudError.exit_code), str(pmtud.UsageError.exit_code)}
+    assert set(table("exit code")) == codes
+
+
+def test_rules_in_the_readme_are_the_printed_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """Word for word."""
+    assert pmtud.main(["rules", "--iface", "eth0"]) == 0
+    printed = capsys.readouterr().out
+    ours = printed[printed.index("table inet"):printed.index("# or iptables")].strip()
+    assert ours in README
+    assert f"iptables {SEED_RULE}" in README
+
+
+def test_go_pmtud_options_exist_with_their_defaults() -> None:
+    """The options of the model are ours."""
+    config = pmtud.Config()
+    assert (config.nflog_group, config.metrics_port, config.ttl) == (33, 30040, 10)
+    known = {action.option_strings[0][2:] for action in pmtud.build_parser()._actions if action.option_strings}
+    assert {"peers", "iface", "nodename", "nflog-group", "metrics-port", "ttl", "ignore-networks"} <= known
+
+
+def test_links_and_files() -> None:
+    """Everything the README points to is there."""
+    for target in re.findall(r"\]\(([^)#h][^)]*)\)", README):
+        assert (HERE / target).exists(), target
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+               for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}  # fmt: skip
+    assert set(re.findall(r"\]\(#([^)]*)\)", README)) <= anchors
+
+
+# -----------------------------------------------------------------------------
 # Section: command line -- all tests
 
 
@@ -2757,7 +2875,8 @@ class Verdict:
 
 def main(argv: Sequence[str]) -> int:
     """Run the tests."""
-    options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning", str(Path(__file__)), *argv]
+    options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning",
+               "-W", "ignore::pytest.PytestAssertRewriteWarning", str(Path(__file__)), *argv]
     return int(pytest.main(options, plugins=[Verdict()]))
 
 
