@@ -2394,7 +2394,8 @@ def test_ipv6_only_cluster() -> None:
     """No IPv4 address on any node: the default route, the peers and the rescue are IPv6."""
     with Cluster() as six:
         for node in six.nodes:
-            node.ip(*(f"-4 addr flush dev {name}" for name in ("eth0", "mgmt", "to-pod", "lo")))
+            for name in ("eth0", "mgmt", "to-pod", "lo"):
+                node.run("ip", "-4", "addr", "flush", "dev", name)
         with daemons(six.nodes, "--peers", PEER_LISTS[6]) as processes:
             assert all("errors come in on eth0," in process.output() for process in processes)
             for service in Cluster.SERVICES:
