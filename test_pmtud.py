@@ -2,6 +2,7 @@
 """Everything that proves pmtud.py, on real kernel traffic in network namespaces.
 
     sudo python3 test_pmtud.py               all tests (arguments are pytest's: -k udp, -x, -v)
+    sudo python3 test_pmtud.py lab           the MTU lab, told step by step (--keep, --only 2.4, --no-color)
 
 The first run makes a virtual environment beside this file (.venv) with what the tests need. The namespace
 tests need root and the programs ip, nft, iptables, iptables-legacy, tcpdump, conntrack, curl and ping.
@@ -39,6 +40,7 @@ def prepare() -> None:
 if __name__ == "__main__" and Path(sys.prefix) != VENV:
     prepare()
 
+import argparse
 import ast
 import atexit
 import contextlib
@@ -46,19 +48,24 @@ import ctypes
 import errno
 import importlib.util
 import json
+import pty
 import re
+import shlex
+import shutil
 import signal
 import socket
+import ssl
 import struct
 import sysconfig
 import tempfile
+import textwrap
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
+from contextlib import ExitStack, suppress
+from functools import cached_property, partial
 from ipaddress import ip_address, ip_network
 from types import TracebackType
 from typing import Any, Callable, ClassVar, NamedTuple, Optional, TypeVar, Union
@@ -75,6 +82,7 @@ sys.path.insert(0, str(HERE))
 import pmtud
 
 Reason = pmtud.Reason
+SCRIPT = os.environ.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
 settings.register_profile("pmtud", max_examples=200, deadline=None, database=None)
 settings.load_profile("pmtud")
 
@@ -2854,7 +2862,959 @@ def test_links_and_files() -> None:
 
 
 # -----------------------------------------------------------------------------
-# Section: command line -- all tests
+# Section: lab network -- two VLANs, a switch that answers from its management address, pods, an API server
+
+NIC_MTU, VXLAN_OVERHEAD = 9000, 50  # inner Ethernet 14 + VXLAN 8 + UDP 8 + IP 20
+CALICO_DEFAULT_MTU, JUMBO_POD_MTU = 1450, NIC_MTU - VXLAN_OVERHEAD
+API, SERVER_POD = "10.10.10.10", "192.168.20.2"
+CURL = f"curl -sSk --connect-timeout 3 https://{API}:6443/healthz"
+
+# The handshake is done by the connection's own thread, so that a hung client cannot hold up the next.
+TLS_SERVER = """
+import http.server, socketserver, ssl, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/healthz" else 404)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+    def log_message(self, *arguments):
+        pass
+class Server(socketserver.ThreadingTCPServer):  # not HTTPServer, which asks the DNS for its own name
+    allow_reuse_address = daemon_threads = True
+    def handle_error(self, request, client_address):
+        pass  # the client gave up in the handshake
+server = Server((sys.argv[1], 6443), Handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[2])
+server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+print("listening", flush=True)
+server.serve_forever()
+"""
+
+
+def make_chain(folder: str) -> str:
+    """A PEM file: the leaf's key, the leaf with the many names an API server has, and two intermediates: over 4 KB."""
+    names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]
+    names += [f"api-{i}.k01.mtu-lab.example.internal" for i in range(60)]
+    leaf = "basicConstraints=CA:FALSE\nsubjectAltName=IP:10.10.10.10," + ",".join(f"DNS:{name}" for name in names)
+    authority, pem = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign", ""
+    for name, issuer, extensions in (("root", "", authority), ("zone", "root", authority),
+                                     ("cluster", "zone", authority), ("leaf", "cluster", leaf)):
+        base = os.path.join(folder, name)
+        with open(f"{base}.ext", "w") as file:
+            file.write(extensions + "\n")
+        execute("openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", f"/O=mtu-lab/CN={name}",
+                "-keyout", f"{base}.key", "-out", f"{base}.csr")
+        signer = os.path.join(folder, issuer)
+        by = ["-CA", f"{signer}.crt", "-CAkey", f"{signer}.key"] if issuer else ["-signkey", f"{base}.key"]
+        execute("openssl", "x509", "-req", "-in", f"{base}.csr", "-days", "2", "-set_serial", str(time.time_ns()),
+                "-extfile", f"{base}.ext", "-out", f"{base}.crt", *by)
+    for part in ("leaf.key", "leaf.crt", "cluster.crt", "zone.crt"):
+        with open(os.path.join(folder, part)) as file:
+            pem += file.read()
+    with open(os.path.join(folder, "chain.pem"), "w") as file:
+        file.write(pem)
+    return file.name
+
+
+class State(NamedTuple):
+    """What an exercise needs before it starts."""
+
+    overlay_mtu: int = CALICO_DEFAULT_MTU  # of vxlan.calico
+    pod_mtu: int = CALICO_DEFAULT_MTU
+    svi_mtu: int = NIC_MTU  # of the switch's interface in VLAN 20
+    rp_filter: int = 1  # net.ipv4.conf.all.rp_filter of the control plane
+
+
+class MtuLab(Net):
+    """Four nodes in two VLANs and the switch between them.
+
+    Vlan10 and Vlan20 are bridges in the switch: their ports pass 9000 bytes, whatever the MTU of the bridge itself,
+    which is the SVI's: it counts only for what the switch routes. Errors leave with the preferred source of the route
+    back to the sender, 172.20.20.2, which the nodes reach over `mgmt` (as over containerlab's eth0), never over eth1.
+    """
+
+    NODES: ClassVar[dict[str, str]] = {
+        "control-plane": API, "worker": "10.10.10.11", "worker2": "10.10.10.12", "worker3": "10.10.20.20"}
+    PODS: ClassVar[dict[str, str]] = {"netshoot-client": "worker", "netshoot-server": "worker3"}
+
+    def build(self) -> None:
+        self.at: dict[str, Host] = {name: self.host(name, forward=True) for name in (*self.NODES, "ceos01")}
+        self.at["docker"] = self.host("docker")
+        self.daemon: Process | None = None
+        self._build_switch()
+        for number, name in enumerate(self.NODES, 1):
+            self._build_node(number, name)
+        for node, other in (("worker", "worker3"), ("worker3", "worker")):
+            self._build_overlay(node, other)
+        self.make_pods(CALICO_DEFAULT_MTU)
+        self._start_server()
+
+    def _build_switch(self) -> None:
+        switch, docker = self.at["ceos01"], self.at["docker"]
+        # arp_announce: the SVI's own address in ARP requests, or strict nodes would not answer the one with 172.20.20.2
+        switch.sysctls({"net.ipv4.icmp_ratelimit": 0, "net.ipv4.conf.all.arp_announce": 2})
+        docker.ip("link add docker0 type bridge mcast_snooping 0", "addr add 172.20.20.1/24 dev docker0",
+                  "link set docker0 up")
+        self.link(docker, switch, names=("to-ceos01", "Management0"))
+        docker.ip("link set to-ceos01 master docker0")
+        switch.ip("addr add 172.20.20.2/24 dev Management0")
+        for vlan in (10, 20):
+            switch.ip(f"link add Vlan{vlan} type bridge mcast_snooping 0", f"link set Vlan{vlan} mtu {NIC_MTU} up",
+                      f"addr add 10.10.{vlan}.1/24 dev Vlan{vlan}",
+                      f"route replace 10.10.{vlan}.0/24 dev Vlan{vlan} src 172.20.20.2")
+
+    def _build_node(self, number: int, name: str) -> None:
+        node, address = self.at[name], self.NODES[name]
+        vlan, last = address.split(".")[2:]
+        node.sysctls({f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default")})
+        self.link(self.at["ceos01"], node, mtu=NIC_MTU, names=(f"Ethernet{number}", "eth1"))
+        self.link(self.at["docker"], node, names=(f"port{number}", "mgmt"))
+        self.at["ceos01"].ip(f"link set Ethernet{number} master Vlan{vlan}")
+        self.at["docker"].ip(f"link set port{number} master docker0")
+        node.ip(f"addr add {address}/24 dev eth1", f"route add 10.10.0.0/16 via 10.10.{vlan}.1",
+                f"addr add 172.20.20.{last}/24 dev mgmt", "route add default via 172.20.20.1")
+
+    def _build_overlay(self, node: str, other: str) -> None:
+        """As Calico does it: a /32 on vxlan.calico, and the other node's block of pods behind that node's /32."""
+        own, peer = (self.NODES[name].split(".")[3] for name in (node, other))
+        self.at[node].ip(f"link add vxlan.calico mtu {CALICO_DEFAULT_MTU} type vxlan id 4096 dstport 4789 "
+                         f"local {self.NODES[node]} remote {self.NODES[other]} dev eth1",
+                         f"addr add 192.168.{own}.0/32 dev vxlan.calico", "link set vxlan.calico up",
+                         f"route add 192.168.{peer}.0/26 via 192.168.{peer}.0 dev vxlan.calico onlink")
+
+    def make_pods(self, mtu: int) -> None:
+        """New pods, in place of the old ones if there are any."""
+        for name, node in self.PODS.items():
+            if old := self.at.pop(name, None):
+                execute("ip", "netns", "delete", old.namespace)
+                self.hosts.remove(old)
+            pod = self.at[name] = self.host(name)
+            address = f"192.168.{self.NODES[node].split('.')[3]}.2"
+            # A deleted namespace's interfaces go a little later: the old cali0 may still be there.
+            execute("ip", "-n", self.at[node].namespace, "link", "delete", "cali0", check=False)
+            self.link(self.at[node], pod, mtu=mtu, names=("cali0", "eth0"))
+            self.at[node].sysctls({"net.ipv4.conf.cali0.proxy_arp": 1, "net.ipv4.neigh.cali0.proxy_delay": 0})
+            self.at[node].ip(f"route add {address}/32 dev cali0")
+            pod.ip(f"addr add {address}/32 dev eth0", "route add 169.254.1.1 dev eth0 scope link",
+                   "route add default via 169.254.1.1")
+
+    def _start_server(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            chain = make_chain(folder)
+            with open(chain) as file:
+                certificates = re.findall(r"-+BEGIN CERTIFICATE[^=]+=*\s-+END CERTIFICATE-+", file.read())
+            self.chain_bytes = [len(ssl.PEM_cert_to_DER_cert(text)) for text in certificates]
+            self.at["control-plane"].start(sys.executable, "-ISc", TLS_SERVER, API, chain).wait_for("listening")
+
+    def bring(self, state: State) -> None:
+        """Into this state, no daemon running and nothing learned."""
+        self.at["ceos01"].ip(f"link set Vlan20 mtu {state.svi_mtu}")
+        for node in self.PODS.values():
+            self.at[node].ip(f"link set vxlan.calico mtu {state.overlay_mtu}")
+        if int(self.at["netshoot-client"].read("/sys/class/net/eth0/mtu")) != state.pod_mtu:
+            self.make_pods(state.pod_mtu)
+        self.stop_daemon()
+        self.at["control-plane"].sysctl("net.ipv4.conf.all.rp_filter", state.rp_filter)
+        for name in self.NODES:
+            self.at[name].sysctl("net.ipv4.route.flush", 1)
+
+    def start_daemon(self) -> Process:
+        """pmtud on the control plane, standalone; ready when this returns."""
+        argv = (sys.executable, SCRIPT, "--iface", "eth1")
+        self.daemon = self.at["control-plane"].start(*argv)
+        self.daemon.wait_for("limits:")
+        return self.daemon
+
+    def stop_daemon(self) -> None:
+        if self.daemon:
+            self.daemon.stop()
+            self.daemon = None
+
+
+# -----------------------------------------------------------------------------
+# Section: lab screen -- how the lab is told: plain lines under 100 columns, colours only on a terminal
+
+WIDTH = 96
+BOLD, DIM, RED, GREEN, CYAN = "1", "2", "31", "32", "36"
+
+VLAN_DRAWING = """
+     management network 172.20.20.0/24: interface mgmt of every node, with its default route
+  ─────────────────────────────────┬─────────────────────────────────────────────────────────────
+                                   │ Management0 172.20.20.2: what the switch's errors come from
+          ┌────────────────────────┴────────────────────────────┐
+  ceos01  │  Vlan10 10.10.10.1 ──── routes ── Vlan20 10.10.20.1 │
+          │  MTU 9000                         MTU 9000 or 1500  │
+          └───┬──────────────┬──────────────┬──────────────┬────┘
+              │ eth1         │ eth1         │ eth1         │ eth1       every NIC: MTU 9000
+        control-plane      worker        worker2        worker3         every node: rp_filter 1
+         10.10.10.10     10.10.10.11   10.10.10.12    10.10.20.20
+         TLS on :6443        │                             │
+                      netshoot-client ───── VXLAN ─── netshoot-server   pods: MTU 1450 or 8950
+                       192.168.11.2      (50 bytes)    192.168.20.2
+"""
+
+ECMP_DRAWING = """
+  23 clients ─1400─ router ─1500─ fabric ─┬─ node1 ── pod1   three services, each on every node:
+  10.9.0.1..23       │     (ECMP, hash on ├─ node2 ── pod2   host   10.96.0.1  a socket of the node
+           its errors say 1400     ports) └─ node3 ── pod3   pod    10.96.0.2  DNAT to its own pod
+                                                             cross  10.96.0.3  DNAT to the next's
+"""
+
+
+class Screen:
+    """Writes to standard output; `live` also shows how long a command has been running."""
+
+    def __init__(self, color: bool = False, live: bool = False) -> None:
+        self.color, self.live = color, live
+
+    def write(self, text: str = "", style: str = "") -> None:
+        print(f"\033[{style}m{text}\033[0m" if self.color and style and text else text, flush=True)
+
+    def prose(self, text: str, mark: str = "  ", style: str = "") -> None:
+        """Text filled to the width, a mark before its first line."""
+        self.write(textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=f"  {mark}", subsequent_indent="    ",
+                                 break_on_hyphens=False), style)
+
+    def command(self, host: str, line: str) -> None:
+        self.write(f"  {host}# {line}", CYAN)
+
+    def output(self, text: str) -> None:
+        """A command's output; long lines are folded."""
+        for line in text.expandtabs(4).rstrip().splitlines():
+            room = WIDTH - 4 - (indent := len(line) - len(line.lstrip()))
+            lines = textwrap.wrap(line.strip(), room, subsequent_indent="    ", break_on_hyphens=False)
+            self.write("\n".join(" " * (4 + indent) + part for part in lines))
+
+    def wait(self, condition: Callable[[], bool], limit: float) -> None:
+        """Until the condition holds, or 5 s beyond the limit. On a terminal: a dot each half second, what is left."""
+        start = time.monotonic()
+        while not poll(condition, 0.5) and (seconds := time.monotonic() - start) < limit + 5:
+            if self.live:
+                print(f"\r    {'.' * int(seconds * 2)} {max(0, limit - seconds):.0f} s left ", end="", flush=True)
+        self.erase()
+
+    def erase(self) -> None:
+        """The line that wait() wrote."""
+        if self.live:
+            print("\r" + " " * (WIDTH - 1) + "\r", end="", flush=True)
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Columns as wide as their widest cell, two spaces between them."""
+        cells = [list(map(str, row)) for row in (head, *rows)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+        self.write(f"\n  {title}", BOLD)
+        for line in (lines[0], "─" * max(map(len, lines)), *lines[1:]):
+            self.write(f"    {line}")
+
+
+# -----------------------------------------------------------------------------
+# Section: lab exercises -- each brings its own state, runs real commands, and says whether they did what it claims
+
+
+class Ran(NamedTuple):
+    """What one command did; output has both of its streams."""
+
+    output: str
+    status: int
+    seconds: float
+
+
+class Result(NamedTuple):
+    """Whether an exercise went as it says, and what was measured on the way."""
+
+    ok: bool
+    facts: dict[str, Any]
+
+
+class Lab:
+    """What an exercise works on: the two networks, made when first asked for, and the screen."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen, self.stack = screen, ExitStack()
+        self.daemons: list[Process] = []  # of the ECMP cluster
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    @cached_property
+    def vlans(self) -> MtuLab:
+        return self.stack.enter_context(MtuLab())
+
+    @cached_property
+    def ecmp(self) -> Cluster:
+        return self.stack.enter_context(Cluster())
+
+    def networks(self) -> list[Net]:
+        """Those that have been made."""
+        return [net for net in vars(self).values() if isinstance(net, Net)]  # where cached_property puts them
+
+    def keep(self) -> None:
+        """Leave everything standing when this ends."""
+        for net in self.networks():
+            atexit.unregister(net.close)
+        self.stack.pop_all()
+
+    def run(self, host: str, line: str, limit: float = 3) -> Ran:
+        """The line, run by a shell in that host of the VLAN lab, shown with all it prints; the limit is in seconds."""
+        self.screen.command(host, line)
+        start = time.monotonic()
+        process = self.vlans.at[host].start("sh", "-c", line)
+        self.screen.wait(lambda: process.returncode() is not None, limit)
+        seconds, status = time.monotonic() - start, process.stop()
+        self.screen.output(output := process.output())
+        process.close()
+        return Ran(output, status, seconds)
+
+    def curl(self, host: str = "worker3") -> Ran:
+        return self.run(host, CURL)
+
+    def counter(self, host: str, name: str) -> int:
+        """A kernel counter, as nstat shows it."""
+        found = re.search(rf"{name}\s+(\d+)", self.run(host, f"nstat -asz {name} | tail -n 1").output)
+        return int(found[1]) if found else -1
+
+    def watch(self, line: str, action: Callable[[], Ran]) -> tuple[str, Ran]:
+        """What tcpdump on the control plane printed while action() ran; the line has a -c, so it ends by itself."""
+        self.screen.command("control-plane", f"{line} &")
+        # Without --immediate-mode packets come in blocks, up to a second late.
+        tcpdump = self.vlans.at["control-plane"].start(*shlex.split(line), "--immediate-mode", "-l")
+        tcpdump.wait_for("listening on")
+        ran = action()
+        poll(lambda: tcpdump.returncode() is not None, 2)
+        tcpdump.stop(signal.SIGINT)
+        packets = tcpdump.output().partition("listening on")[2].partition("\n")[2]
+        self.screen.prose("tcpdump on control-plane:", style=DIM)
+        self.screen.output(re.sub(r"(?m)^\d+ packets? .*\n", "", packets))
+        return packets, ran
+
+
+class Exercise(NamedTuple):
+    """One step of the lab. meaning is told afterwards, with the facts filled in."""
+
+    number: str
+    title: str
+    meaning: str
+    needs: State | None  # None: the ECMP cluster
+    function: Callable[[Lab], Result]
+
+    def run(self, lab: Lab) -> Result:
+        """Brings the lab into the state it needs first, so that each exercise can be run alone."""
+        try:
+            if self.needs:
+                lab.vlans.bring(self.needs)
+            return self.function(lab)
+        except (CommandFailed, TimeoutError, OSError) as problem:
+            return Result(False, {"problem": str(problem)})
+
+
+EXERCISES: list[Exercise] = []
+
+
+def exercise(number: str, title: str, meaning: str, needs: State | None) -> Callable[
+        [Callable[[Lab], Result]], Callable[[Lab], Result]]:
+    def register(function: Callable[[Lab], Result]) -> Callable[[Lab], Result]:
+        EXERCISES.append(Exercise(number, title, meaning, needs, function))
+        return function
+    return register
+
+
+def learned(ran: Ran) -> int | None:
+    """The path MTU in the output of `ip route get`."""
+    found = re.search(r" mtu (\d+)", ran.output)
+    return int(found[1]) if found else None
+
+
+def answered(ran: Ran) -> bool:
+    return ran.status == 0 and ran.output == "ok"
+
+
+def timed_out(ran: Ran) -> bool:
+    return ran.status == 28 and "timeout" in ran.output
+
+
+def transfer(ran: Ran) -> dict[str, Any]:
+    """The facts about one curl."""
+    said = "ok" if answered(ran) else ran.output.strip() or f"exit status {ran.status}"
+    return {"curl": said, "seconds": round(ran.seconds, 2)}
+
+
+def rpf(lab: Lab, change: str = "") -> str:
+    """rp_filter of the control plane, changed first if there is a change."""
+    name = "net.ipv4.conf.all.rp_filter"
+    line = f"sysctl -w {name}={change}" if change else f"sysctl {name}"
+    return lab.run("control-plane", line).output.strip()[-1:]
+
+
+BASIC = State()
+PATCHED = State(overlay_mtu=JUMBO_POD_MTU)  # the new MTU is set, the pods are still the old ones
+JUMBO = State(overlay_mtu=JUMBO_POD_MTU, pod_mtu=JUMBO_POD_MTU)
+BROKEN = State(svi_mtu=1500)
+LOOSE = State(svi_mtu=1500, rp_filter=2)
+PING = f"ping -c 3 -i 0.2 -s 8900 -M do {SERVER_POD}"
+ROUTE_GET = "ip route get 10.10.20.20"
+
+
+@exercise("1.1", "The hosts and the pods",
+          "Four nodes, one of them in the other VLAN; a pod on worker and a pod on worker3.", BASIC)
+def the_hosts(lab: Lab) -> Result:
+    found = {}
+    for name, interface in [(node, "eth1") for node in MtuLab.NODES] + [(pod, "eth0") for pod in MtuLab.PODS]:
+        found[name] = " ".join(re.findall(r"\S+(?=/)", lab.run(name, f"ip -br -4 addr show {interface}").output))
+    expected = {**MtuLab.NODES, "netshoot-client": "192.168.11.2", "netshoot-server": SERVER_POD}
+    return Result(found == expected, found)
+
+
+def link_mtu(lab: Lab, host: str, interface: str) -> int:
+    found = re.search(r" mtu (\d+)", lab.run(host, f"ip link show {interface}").output)
+    return int(found[1]) if found else 0
+
+
+def shows_mtu(host: str, interface: str, expected: int) -> Callable[[Lab], Result]:
+    def run(lab: Lab) -> Result:
+        mtu = link_mtu(lab, host, interface)
+        return Result(mtu == expected, {"mtu": mtu})
+    return run
+
+
+exercise("1.2", "The pod's interface", "{mtu} bytes: what Calico gives a pod when nobody tells it otherwise.",
+         BASIC)(shows_mtu("netshoot-client", "eth0", CALICO_DEFAULT_MTU))
+exercise("1.3", "The node's interface", "{mtu} bytes: the network below could carry packets six times as big.",
+         BASIC)(shows_mtu("worker", "eth1", NIC_MTU))
+
+
+@exercise("1.4", "A small ping", "Small packets get through, which is why nobody notices at first.", BASIC)
+def a_small_ping(lab: Lab) -> Result:
+    ran = lab.run("netshoot-client", f"ping -c 3 -i 0.2 {SERVER_POD}")
+    return Result(ran.output.count("64 bytes from") == 3, {"status": ran.status})
+
+
+@exercise("1.5", "A large ping", "8900 bytes with \"don't fragment\": the pod's own interface refuses them.", BASIC)
+def a_large_ping(lab: Lab) -> Result:
+    ran = lab.run("netshoot-client", PING)
+    said = re.search(r"message too long, mtu=\d+", ran.output, re.IGNORECASE)
+    facts = {"said": said[0] if said else f"exit status {ran.status}"}
+    return Result(ran.status == 1 and facts["said"].lower().endswith("too long, mtu=1450"), facts)
+
+
+@exercise("1.6", "Where the large ping ends",
+          "worker forwarded {large} packets of the large ping, {small} of a small one (one each way): the large one "
+          "never leaves the pod, so nothing outside, no router and no pmtud, can help it.", BASIC)
+def where_it_ends(lab: Lab) -> Result:
+    counts = [lab.counter("worker", "IpForwDatagrams")]
+    for size in (8900, 56):
+        lab.run("netshoot-client", f"ping -c 1 -W 1 -q -s {size} -M do {SERVER_POD} | grep transmitted")
+        counts.append(lab.counter("worker", "IpForwDatagrams"))
+    facts = {"large": counts[1] - counts[0], "small": counts[2] - counts[1]}
+    return Result(facts == {"large": 0, "small": 2}, facts)
+
+
+@exercise("1.7", "A larger MTU for the overlay",
+          "Pod MTU = NIC MTU - VXLAN overhead = 9000 - 50 = 8950. With Calico one line does this on all nodes: kubectl "
+          "patch installation default --type=merge -p '{{\"spec\":{{\"calicoNetwork\":{{\"mtu\":8950}}}}}}'. "
+          "The pods keep their {pod}.", BASIC)
+def a_larger_overlay(lab: Lab) -> Result:
+    for node in MtuLab.PODS.values():
+        lab.run(node, f"ip link set vxlan.calico mtu {JUMBO_POD_MTU}")
+    facts = {"overlay": link_mtu(lab, "worker", "vxlan.calico"), "pod": link_mtu(lab, "netshoot-client", "eth0")}
+    return Result(facts == {"overlay": JUMBO_POD_MTU, "pod": CALICO_DEFAULT_MTU}, facts)
+
+
+@exercise("1.8", "New pods",
+          "A pod gets its MTU when it is made, so both were deleted and made again (kubectl delete pod, kubectl "
+          "apply): new namespaces, new interfaces, and they answer.", PATCHED)
+def new_pods(lab: Lab) -> Result:
+    inode = "stat -Lc %i /proc/self/ns/net"
+    before = lab.run("netshoot-client", inode).output
+    lab.vlans.make_pods(JUMBO_POD_MTU)
+    lab.screen.prose("(both pods are deleted and made again)", style=DIM)
+    after = lab.run("netshoot-client", inode).output
+    ran = lab.run("netshoot-client", f"ping -c 1 -W 1 -q {SERVER_POD} | grep transmitted")
+    return Result(before != after and " 0% packet loss" in ran.output, {"namespaces": (before, after)})
+
+
+exercise("1.9", "The new pod's interface", "{mtu} bytes.", JUMBO)(shows_mtu("netshoot-client", "eth0", JUMBO_POD_MTU))
+
+
+@exercise("1.10", "The large ping again",
+          "8900 bytes of data + 8 of ICMP = the 8908 in each reply; + 20 of IP = the 8928 in the first line; + 50 of "
+          "VXLAN = 8978, which fits 9000.", JUMBO)
+def the_large_ping_again(lab: Lab) -> Result:
+    ran = lab.run("netshoot-client", PING)
+    replies = ran.output.count("8908 bytes from")
+    return Result(replies == 3, {"said": f"{replies} of 3 replies"})
+
+
+def svis(set_mtu: int | None, expected: list[int]) -> Callable[[Lab], Result]:
+    """Sets the MTU of Vlan20 if there is one to set, and shows both."""
+    def run(lab: Lab) -> Result:
+        if set_mtu:
+            lab.run("ceos01", f"ip link set Vlan20 mtu {set_mtu}")
+        else:
+            lab.run("ceos01", "ip -br -4 addr show up | grep -v '^lo'")
+        shown = lab.run("ceos01", "ip -o link show type bridge | cut -d' ' -f2-5").output
+        mtus = [int(mtu) for mtu in re.findall(r" mtu (\d+)", shown)]
+        return Result(mtus == expected, {"mtus": mtus})
+    return run
+
+
+exercise("2.1", "The switch's VLAN interfaces", "Both routed interfaces carry 9000 bytes.",
+         BASIC)(svis(None, [NIC_MTU, NIC_MTU]))
+
+
+@exercise("2.2", "From worker3 to the API server", "Through the switch, from VLAN 20 to VLAN 10: answered.", BASIC)
+def across_vlans(lab: Lab) -> Result:
+    ran = lab.curl()
+    return Result(answered(ran), transfer(ran))
+
+
+exercise("2.3", "VLAN 20 at 1500", "The mistake: one routed interface has the standard MTU, all hosts the jumbo one.",
+         BASIC)(svis(1500, [NIC_MTU, 1500]))
+
+
+@exercise("2.4", "From worker3 to the API server: fails",
+          "The TCP handshake fits, the server's certificates do not; curl gives up after {seconds} s.", BROKEN)
+def across_vlans_fails(lab: Lab) -> Result:
+    ran = lab.curl()
+    return Result(timed_out(ran) and ran.seconds > 2.9, transfer(ran))
+
+
+@exercise("2.5", "From worker, in the API server's own VLAN",
+          "Within VLAN 10 the frames are switched: no routed interface, no limit but the 9000 of the NICs.", BROKEN)
+def within_the_vlan(lab: Lab) -> Result:
+    ran = lab.curl("worker")
+    jumbo = lab.run("worker", f"ping -c 1 -W 1 -q -s 8972 -M do {API} | grep transmitted")
+    return Result(answered(ran) and " 0% packet loss" in jumbo.output, transfer(ran))
+
+
+FRAG_NEEDED = "172.20.20.2 > 10.10.10.10: ICMP 10.10.20.20 unreachable - need to frag (mtu 1500)"
+ICMP_FILTER = "'icmp[icmptype] == 3 and icmp[icmpcode] == 4'"
+
+
+@exercise("2.6", "Why: the error arrives, and is thrown away",
+          "The server's certificates ({chain} bytes) leave with DF, in a packet of {length}. The switch says 1500, but "
+          "says it from its management address, and the route to that address is mgmt, not eth1: strict RPF dropped "
+          "all {dropped} errors, silently, and no path MTU was learned.", BROKEN)
+def why_it_fails(lab: Lab) -> Result:
+    before = lab.counter("control-plane", "TcpExtIPReversePathFilter")
+    packets, ran = lab.watch(f"tcpdump -i eth1 -nn -v -c 1 {ICMP_FILTER}", lab.curl)
+    dropped = lab.counter("control-plane", "TcpExtIPReversePathFilter") - before
+    setting = rpf(lab)
+    mtu = learned(lab.run("control-plane", ROUTE_GET))
+    quoted = re.search(r"flags \[DF\], proto TCP \(6\), length (\d+)", packets)
+    facts = {"chain": sum(lab.vlans.chain_bytes), "length": int(quoted[1]) if quoted else 0, "dropped": dropped,
+             **transfer(ran)}
+    ok = FRAG_NEEDED in packets and facts["length"] > 1500 and facts["chain"] > 4096
+    return Result(ok and timed_out(ran) and dropped > 0 and setting == "1" and mtu is None, facts)
+
+
+@exercise("2.7", "The usual advice: loose RPF",
+          "2: a source is accepted if any interface has a route to it; 172.20.20.2 has one, over mgmt.", BROKEN)
+def loose_rpf(lab: Lab) -> Result:
+    setting = rpf(lab, "2")
+    ran = lab.curl()
+    return Result(answered(ran) and setting == "2", transfer(ran))
+
+
+@exercise("2.8", "Path MTU Discovery works",
+          "The first connection learns 1500 from the error, half-way. The second knows: worker3's SYN says mss 8960, "
+          "the server's answer mss {mss} = 1500 - 40.", LOOSE)
+def discovery_works(lab: Lab) -> Result:
+    first = lab.curl()
+    syns = "'port 6443 and tcp[tcpflags] & tcp-syn != 0'"
+    packets, second = lab.watch(f"tcpdump -i eth1 -nn -c 2 {syns}", lab.curl)
+    mtu = learned(lab.run("control-plane", ROUTE_GET))
+    mss = [int(value) for value in re.findall(r"mss (\d+)", packets)]
+    facts = {**transfer(first), "mss": mss[-1] if mss else None, "mtu": mtu}
+    return Result(answered(first) and answered(second) and mss == [8960, 1460] and mtu == 1500, facts)
+
+
+@exercise("2.9", "What was learned",
+          "One exception for one destination, forgotten after ten minutes; the neighbour keeps the full 9000.", LOOSE)
+def what_was_learned(lab: Lab) -> Result:
+    ran = lab.curl()
+    facts = {"worker3": learned(lab.run("control-plane", ROUTE_GET)),
+             "worker": learned(lab.run("control-plane", "ip route get 10.10.10.11"))}
+    return Result(answered(ran) and facts == {"worker3": 1500, "worker": None}, facts)
+
+
+@exercise("2.10", "Strict again",
+          "What was learned outlives the setting for a while; once it is gone ({mtu} before the flush), the failure "
+          "is back.", LOOSE)
+def strict_again(lab: Lab) -> Result:
+    learner = lab.curl()
+    setting = rpf(lab, "1")
+    mtu = learned(lab.run("control-plane", ROUTE_GET))
+    lab.run("control-plane", "ip route flush cache")
+    ran = lab.curl()
+    ok = answered(learner) and setting == "1" and mtu == 1500 and timed_out(ran)
+    return Result(ok, {"mtu": mtu, **transfer(ran)})
+
+
+@exercise("2.11", "What loose RPF costs",
+          "worker2 pretends to be 172.20.20.77 of the management network. Strict: {strict} of 1 forged packets "
+          "accepted. Loose: {loose} of 1. That is why rp_filter=2 is no fix.", BROKEN)
+def what_loose_costs(lab: Lab) -> Result:
+    # First an honest one: a strict node does not even answer ARP for a wrong source.
+    lab.run("worker2", f"ip addr replace 172.20.20.77/32 dev lo; ping -c 1 -W 1 -q {API} | grep transmitted")
+    accepted = []
+    for mode in ("1", "2"):
+        rpf(lab, mode)
+        before = lab.counter("control-plane", "IcmpInEchos")
+        lab.run("worker2", f"ping -c 1 -W 0.2 -q -I 172.20.20.77 {API} | grep transmitted")
+        accepted.append(lab.counter("control-plane", "IcmpInEchos") - before)
+    lab.vlans.at["worker2"].ip("addr del 172.20.20.77/32 dev lo")
+    return Result(accepted == [0, 1], {"strict": accepted[0], "loose": accepted[1]})
+
+
+exercise("2.12", "The cause removed: VLAN 20 at 9000", "The same MTU on every hop: the one fix without a catch.",
+         BROKEN)(svis(NIC_MTU, [NIC_MTU, NIC_MTU]))
+
+
+@exercise("2.13", "From worker3 to the API server: restored",
+          "With matching MTUs no error is needed, so rp_filter plays no part.", BASIC)
+def restored(lab: Lab) -> Result:
+    strict = lab.curl()
+    rpf(lab, "2")
+    loose = lab.curl()
+    return Result(answered(strict) and answered(loose), {**transfer(strict), "loose": transfer(loose)})
+
+
+@exercise("2.14", "VLAN 20 at 1500, strict RPF, and pmtud",
+          "pmtud saw the error before the RPF check and gave it to this node's own stack: the transfer works, 1500 is "
+          "learned, and rp_filter is still {setting}. --iface, because errors come in on eth1 and the default route is "
+          "over mgmt.", BROKEN)
+def with_pmtud(lab: Lab) -> Result:
+    lab.screen.command("control-plane", "python3 pmtud.py --iface eth1 &")
+    daemon = lab.vlans.start_daemon()
+    packets, ran = lab.watch(f"tcpdump -i eth1 -nn -c 1 {ICMP_FILTER}", lab.curl)
+    mtu = learned(lab.run("control-plane", ROUTE_GET))
+    setting = rpf(lab)
+    lab.screen.prose("pmtud on control-plane:", style=DIM)
+    lab.screen.output(daemon.output())
+    ok = answered(ran) and FRAG_NEEDED in packets and mtu == 1500 and setting == "1"
+    return Result(ok and daemon.returncode() is None, {**transfer(ran), "mtu": mtu, "setting": setting})
+
+
+FLOWS, DEADLINE = 23, 1.5
+
+
+def ecmp_cluster(lab: Lab, worst: bool, daemons: bool) -> Cluster:
+    """The ECMP cluster; worst: strict RPF on every node and errors from the router's management address."""
+    net = lab.ecmp
+    while lab.daemons:
+        lab.daemons.pop().stop()
+    net.strict_rpf(worst)
+    net.error_from_management(worst)
+    peers = ",".join(map(net.node_address, range(1, net.size + 1)))
+    for node in net.nodes if daemons else ():
+        lab.screen.command(node.name, f"python3 pmtud.py --peers {peers} &")
+        lab.daemons.append(node.start(sys.executable, SCRIPT, "--peers", peers))
+    for daemon in lab.daemons:
+        daemon.wait_for("limits:")
+    net.flush()
+    return net
+
+
+def downloads(lab: Lab, net: Cluster) -> dict[str, int]:
+    """How many of the transfers of each service completed."""
+    done = {}
+    lab.screen.prose(f"{FLOWS} clients at once download 200 kB from each service:", style=DIM)
+    for service in Cluster.SERVICES:
+        with ThreadPoolExecutor(1) as pool:
+            download = pool.submit(net.download, service, count=FLOWS, deadline=DEADLINE)
+            lab.screen.wait(download.done, DEADLINE)
+        seconds = download.result()
+        slowest = f"slowest {max(seconds) * 1000:.0f} ms" if seconds else ""
+        lab.screen.output(f"{service:6}{Cluster.vip(service):12}{len(seconds):3} of {FLOWS} complete  {slowest}")
+        done[service] = len(seconds)
+    return done
+
+
+@exercise("3.1", "A service on three nodes, no daemon",
+          "The fabric sends all errors about a service to one node; only the flows which happen to be there survive.",
+          None)
+def ecmp_before(lab: Lab) -> Result:
+    done = downloads(lab, ecmp_cluster(lab, worst=False, daemons=False))
+    return Result(all(count < FLOWS for count in done.values()), done)
+
+
+@exercise("3.2", "And strict RPF, errors from a management address", "Every error is dropped on arrival.", None)
+def ecmp_worst(lab: Lab) -> Result:
+    done = downloads(lab, ecmp_cluster(lab, worst=True, daemons=False))
+    return Result(not any(done.values()), done)
+
+
+COUNTERS = {  # column: what it sums up
+    "router": 'received_total{family="ipv4",origin="router"}', "peer": 'received_total{family="ipv4",origin="peer"}',
+    "limited": 'dropped_total{reason="limited', "passing": 'dropped_total{reason="ignored_network"}',
+    "copies": "copies_sent_total", "owner": 'delivered_total{family="ipv4",result="owner"}',
+    "not_owner": 'delivered_total{family="ipv4",result="not_owner"}', "rescued": "rpf_rescued_total",
+}
+
+
+def node_counters(node: Host) -> dict[str, int]:
+    """The node's counters, summed up by the columns of the table."""
+    lines = node.run("curl", "-sS", "http://127.0.0.1:30040/metrics").splitlines()
+    return {column: int(sum(float(line.split()[-1]) for line in lines if line.startswith(f"pmtud_{start}")))
+            for column, start in COUNTERS.items()}
+
+
+def balanced(rows: Sequence[dict[str, int]]) -> bool:
+    """Whether every copy arrived, and every error was limited, let pass or delivered."""
+    copies, arrived = (sum(row[name] for row in rows) for name in ("copies", "peer"))
+    return copies == arrived - sum(row["passing"] for row in rows) > 0 and all(
+        sum(row[name] for name in ("limited", "passing", "owner", "not_owner")) == row["router"] + row["peer"]
+        for row in rows)
+
+
+@exercise("3.3", "The same, pmtud on every node",
+          "Strict RPF, the wrong address, the wrong node: every transfer completes. Of the errors those beyond one per "
+          "flow in 0.1 s were limited; of the rest each became two copies and each copy arrived.", None)
+def ecmp_with_pmtud(lab: Lab) -> Result:
+    net = ecmp_cluster(lab, worst=True, daemons=True)
+    done = downloads(lab, net)
+    lab.screen.command("node1", "curl http://127.0.0.1:30040/metrics")
+    lab.screen.prose("(and on node2 and node3: see the table at the end)", style=DIM)
+    counts: dict[str, dict[str, int]] = {}
+
+    def settled() -> bool:
+        counts.update({node.name: node_counters(node) for node in net.nodes})
+        return balanced(list(counts.values()))
+    whole = poll(settled, 3)
+    whole = whole and any(row["rescued"] for row in counts.values())
+    return Result(whole and set(done.values()) == {FLOWS}, {**done, "counters": counts})
+
+
+# -----------------------------------------------------------------------------
+# Section: lab command -- the tour, its tables, what stays behind
+
+PARTS = {"1": ("Part 1: the MTU of pods", ""), "2": ("Part 2: the MTU of a VLAN interface", ""),
+         "3": ("Part 3: many nodes behind one address", ECMP_DRAWING)}
+TOOLS = {"ip": "iproute2", "nstat": "iproute2", "nft": "nftables", "tcpdump": "tcpdump", "curl": "curl",
+         "ping": "iputils-ping", "openssl": "openssl", "sysctl": "procps"}
+
+
+def tell(lab: Lab, step: Exercise) -> Result:
+    """Run one exercise and narrate it."""
+    lab.screen.write(f"\n{step.number}  {step.title}", BOLD)
+    start = time.monotonic()
+    result = step.run(lab)
+    if result.ok:
+        lab.screen.prose(step.meaning.format(**result.facts), "✓ ", GREEN)
+    else:
+        facts = ", ".join(f"{name}={value}" for name, value in result.facts.items())
+        lab.screen.prose(f"NOT AS IT SHOULD BE after {time.monotonic() - start:.1f} s: {facts}", "✗ ", RED)
+    return result
+
+
+def tables(screen: Screen, done: dict[str, Result]) -> None:
+    """The summary: only rows that were measured."""
+    pods = [(mtu, done[key].facts.get("said", "?"), key) for key, mtu in (("1.5", 1450), ("1.10", 8950)) if key in done]
+    if pods:
+        screen.table("8900-byte ping between pods, DF set", ["pod MTU", "result", "exercise"], pods)
+    rows = []
+    for key, svi, mode, daemon in (("2.2", 9000, 1, "-"), ("2.13", 9000, 1, "-"), ("2.13", 9000, 2, "-"),
+                                   ("2.4", 1500, 1, "-"), ("2.8", 1500, 2, "-"), ("2.14", 1500, 1, "running")):
+        if key in done:
+            facts = done[key].facts
+            facts = facts.get("loose", facts) if mode == 2 else facts
+            rows.append((svi, mode, daemon, facts.get("curl", "?"), f"{facts.get('seconds', '?')} s",
+                         facts.get("mtu") or "-", key))
+    if rows:
+        screen.table("curl from worker3 to https://10.10.10.10:6443/healthz",
+                     ["SVI 20 MTU", "rp_filter", "pmtud", "result", "time", "learned", "exercise"], rows)
+    ecmp = [(label, *(f"{done[key].facts.get(service, '?')} of {FLOWS}" for service in Cluster.SERVICES), key)
+            for key, label in (("3.1", "rp_filter 0, no daemon"), ("3.2", "rp_filter 1, management address, no daemon"),
+                               ("3.3", "rp_filter 1, management address, pmtud")) if key in done]
+    if ecmp:
+        screen.table("200 kB from a service behind ECMP", ["", *Cluster.SERVICES, "exercise"], ecmp)
+    if counts := done["3.3"].facts.get("counters") if "3.3" in done else None:
+        screen.table("errors on each node in 3.3, by /metrics", ["node", *COUNTERS],
+                     [[name, *row.values()] for name, row in counts.items()])
+        screen.prose("router, peer: received from. limited: more than one per flow in 0.1 s. passing: another node's "
+                     "delivery on its way to a pod here. copies: sent. owner, not_owner: delivered here, and whether "
+                     "the flow was ours. rescued: deliveries of what strict RPF then dropped.", style=DIM)
+
+
+def tour(lab: Lab, steps: Sequence[Exercise]) -> int:
+    """Every exercise, then the tables; the number of those that failed."""
+    done: dict[str, Result] = {}
+    for step in steps:
+        part, drawing = PARTS[step.number[0]]
+        if not any(number[0] == step.number[0] for number in done):
+            lab.screen.write(f"\n{part}\n{'─' * WIDTH}", BOLD)
+            if drawing:
+                lab.screen.write(drawing.rstrip())
+        done[step.number] = tell(lab, step)
+    lab.screen.write(f"\nSummary\n{'─' * WIDTH}", BOLD)
+    tables(lab.screen, done)
+    failed = [number for number, result in done.items() if not result.ok]
+    lab.screen.write(f"\n  {len(done) - len(failed)} of {len(done)} exercises went as they should"
+                     + (f"; not so: {', '.join(failed)}" if failed else ""), RED if failed else GREEN)
+    return len(failed)
+
+
+def explain_keep(lab: Lab) -> None:
+    """How to enter each host, and how to remove everything."""
+    hosts = [host for net in lab.networks() for host in net.hosts]
+    lab.screen.write("\nStill standing; enter a host with:", BOLD)
+    for host in hosts:
+        lab.screen.write(f"  sudo ip netns exec {host.namespace} bash")
+    lab.screen.write("Remove it all with:", BOLD)
+    lab.screen.write(f"  ip netns | grep -o '^pm{os.getpid()}-[^ ]*' | while read n; do \\\n"
+                     "      sudo ip netns pids $n | xargs -r sudo kill; sudo ip netns delete $n; done")
+
+
+def lab_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="test_pmtud.py lab", description="The MTU lab, in network namespaces.")
+    parser.add_argument("--keep", action="store_true", help="leave it standing, and say how to enter and remove it")
+    parser.add_argument("--only", action="append", default=[], metavar="N", help="an exercise (2.4) or a part (2)")
+    parser.add_argument("--no-color", action="store_true", help="plain text, also on a terminal")
+    options = parser.parse_args(argv)
+    options.steps = [step for step in EXERCISES
+                     if not options.only or any(f"{step.number}.".startswith(f"{one}.") for one in options.only)]
+    missing = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
+    if not options.steps:
+        parser.error(f"no exercise {', '.join(options.only)}; there are {', '.join(one.number for one in EXERCISES)}")
+    if os.geteuid():
+        parser.error("network namespaces need root: sudo python3 test_pmtud.py lab")
+    if missing:
+        parser.error(f"programs are missing: apt-get install {' '.join(missing)}")
+    if not importlib.util.find_spec("prometheus_client") and any(step.number == "3.3" for step in options.steps):
+        parser.error("part 3 reads /metrics: pip install prometheus-client, or --only 1 --only 2")
+    return options
+
+
+def lab(argv: Sequence[str]) -> int:
+    """The guided tour; 0 if everything went as it says, 1 if not, 130 after Ctrl-C. Removes what it made."""
+    options = lab_arguments(argv)
+    terminal = sys.stdout.isatty()
+    screen = Screen(terminal and not options.no_color and "NO_COLOR" not in os.environ, terminal)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up
+    try:
+        with Lab(screen) as stage:
+            screen.write(f"The MTU lab, in network namespaces\n{'─' * WIDTH}", BOLD)
+            screen.write(VLAN_DRAWING[1:])
+            screen.write("  HOST# COMMAND: run in that host; what it printed follows.")
+            failed = tour(stage, options.steps)
+            if options.keep:
+                explain_keep(stage)
+                stage.keep()
+    except KeyboardInterrupt:
+        screen.erase()
+        screen.write("\ninterrupted; everything was removed", RED)
+        return 130
+    return 1 if failed else 0
+
+
+# -----------------------------------------------------------------------------
+# Section: lab tests -- every exercise in order, on one lab, and its command line
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Lab]:
+    """One lab for all exercises; what it prints is shown by pytest where one fails."""
+    with Lab(Screen()) as stage:
+        yield stage
+
+
+@pytest.mark.parametrize("step", EXERCISES, ids=lambda step: step.number)
+def test_lab_exercise(stage: Lab, step: Exercise) -> None:
+    result = step.run(stage)
+    assert result.ok, result.facts
+    assert "{" not in re.sub(r"\{\"spec.*\}\}\}", "", step.meaning.format(**result.facts))
+
+
+def namespaces_of(pid: int) -> list[str]:
+    return [name for name in os.listdir("/run/netns") if name.startswith(f"pm{pid}-")]
+
+
+def start_lab(*argv: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, __file__, "lab", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_at", ["The MTU lab", "2.4 ", "3.2 "])
+def test_an_interrupt_removes_the_lab(sig: int, stop_at: str) -> None:
+    process = start_lab("--only", "2.4", "--only", "3.2")
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith(stop_at):
+            break
+    process.send_signal(sig)
+    text = process.stdout.read()
+    assert process.wait(15) == 130, text
+    assert "interrupted; everything was removed" in text and "Traceback" not in text
+    assert namespaces_of(process.pid) == []
+
+
+def test_keep_says_how_to_enter_and_how_to_remove() -> None:
+    process = start_lab("--keep", "--only", "2.14", "--only", "3.3")
+    text, _ = process.communicate(timeout=60)
+    try:
+        assert process.returncode == 0 and max(map(len, text.splitlines())) < 100, text
+        hosts = re.findall(r"sudo ip netns exec (\S+) bash", text)
+        assert sorted(hosts) == sorted(namespaces_of(process.pid)) and len(hosts) == 18
+        worker3 = next(host for host in hosts if host.endswith("-worker3"))
+        curl = ["ip", "netns", "exec", worker3, "curl", "-sSk", "https://10.10.10.10:6443/healthz"]
+        assert subprocess.run(curl, capture_output=True, text=True, timeout=5, check=False).stdout == "ok"
+    finally:
+        removal = text.partition("Remove it all with:\n")[2].replace("sudo ", "")
+        subprocess.run(["sh", "-c", removal], timeout=30, check=True)
+    assert poll(lambda: not namespaces_of(process.pid), 5)
+
+
+def test_output_is_plain_and_narrow_and_fails_when_an_exercise_fails() -> None:
+    environ = {**os.environ, "PMTUD_SCRIPT": "/nonexistent"}
+    process = subprocess.run([sys.executable, __file__, "lab", "--only", "2.14"], capture_output=True, text=True,
+                             timeout=60, env=environ, check=False)  # fmt: skip
+    assert process.returncode == 1, process.stdout
+    assert "NOT AS IT SHOULD BE" in process.stdout and "not so: 2.14" in process.stdout
+    assert "\033" not in process.stdout and "\r" not in process.stdout
+    assert max(map(len, process.stdout.splitlines())) < 100
+
+
+@pytest.mark.parametrize(("argv", "text"), [
+    (["--only", "9"], r"no exercise 9; there are 1\.1, "), (["--only", "1.11"], r"no exercise 1\.11; "),
+    (["--frob"], r"unrecognized arguments: --frob"),
+])
+def test_usage_errors(argv: list[str], text: str) -> None:
+    process = start_lab(*argv)
+    printed, _ = process.communicate(timeout=10)
+    assert process.returncode == 2 and re.search(text, printed)
+
+
+@pytest.mark.parametrize("argv", [[], ["--no-color"]])
+def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
+    parent, child = pty.openpty()
+    process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "2.4", *argv], stdout=child, stderr=child)
+    os.close(child)
+    chunks: list[bytes] = []
+
+    def collect() -> None:
+        try:
+            while data := os.read(parent, 4096):
+                chunks.append(data)
+        except OSError:
+            pass  # EIO: the other side is closed
+    reader = threading.Thread(target=collect)
+    reader.start()
+    assert process.wait(30) == 0
+    reader.join(5)
+    os.close(parent)
+    text = b"".join(chunks).decode()
+    assert "s left" in text and ("\033[" in text) == (not argv)
+
+
+# -----------------------------------------------------------------------------
+# Section: command line -- all tests, or the lab
 
 
 class Verdict:
@@ -2875,7 +3835,9 @@ class Verdict:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the tests."""
+    """Run the lab, or the tests."""
+    if argv[:1] == ["lab"]:
+        return lab(argv[1:])
     options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning",
                "-W", "ignore::pytest.PytestAssertRewriteWarning", str(Path(__file__)), *argv]
     return int(pytest.main(options, plugins=[Verdict()]))
