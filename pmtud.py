@@ -62,12 +62,14 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 
 __version__ = "0.1.0"
@@ -1079,7 +1081,7 @@ class Netlink(Descriptor):
                         return found
                     if sequence:
                         found.append((kind, payload))
-        except TimeoutError:
+        except socket.timeout:  # no TimeoutError before Python 3.10
             raise NetlinkError(operation, errno.ETIMEDOUT) from None
 
     def request(self, operation: str, kind: int, flags: int, payload: bytes) -> list[tuple[int, bytes]]:
@@ -2294,6 +2296,590 @@ class Service:
 
 
 # -----------------------------------------------------------------------------
+# Section: check -- what becomes of MTU errors on this node, and how to repair it; changes nothing
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+REPORT_COLUMNS = 79
+STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
+
+# linux/rtnetlink.h, linux/if_link.h, linux/if.h
+RTM_NEWLINK, RTM_GETLINK, RTA_DST, RTA_GATEWAY, IFF_UP = 16, 18, 1, 5, 1
+IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_LINK_NETNSID = 3, 4, 18, 37
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VXLAN_GROUP6, IFLA_VXLAN_LOCAL6 = 1, 2, 16, 17
+
+# By kind of interface: the names it goes by, the bytes it adds over IPv4 and over IPv6.
+TUNNELS = {
+    "ipip": (r"tunl\d+", 20, 20),
+    "vxlan": (r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan", 50, 70),
+    "wireguard": (r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", 60, 80),
+    "geneve": (r"cilium_geneve", 50, 70),
+}
+POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
+NIC_NAMES = r"eth\d|en[opsx]|mgmt"  # never pods, though in kind and containerlab they are veths as well
+# Names of interfaces or files, and the command that gives them their {mtu}, or tells the CNI that the NIC has {nic}.
+MTU_COMMANDS = (
+    (r"cali|tunl0", "kubectl patch installation default --type=merge -p "
+                    '\'{{"spec":{{"calicoNetwork":{{"mtu":{mtu}}}}}}}\''),
+    (r"flannel|cni0", "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
+    (r"lxc|cilium", "cilium config set mtu {nic}"),
+    (r"\.conf", "sed -i -E 's/(\"mtu\": *)[0-9]+/\\1{mtu}/' {name}"),
+    (r"", "ip link set dev {name} mtu {mtu}"),
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """The answer of one check; `fix` holds the commands that repair it, one a line, empty where there are none."""
+
+    check: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+class Link(NamedTuple):
+    """A network interface that is up; `overhead` is None if it is no tunnel; a pod's peer is in another namespace."""
+
+    name: str
+    mtu: int
+    overhead: Optional[int]
+    is_pod: bool
+
+
+class Node(NamedTuple):
+    """What the checks look at; `rules` are (place, text); `daemon` is the process that is pmtud, empty if none is."""
+
+    config: Config
+    ifaces: tuple[str, ...]
+    links: dict[str, Link]
+    rules: list[tuple[str, str]]
+    daemon: str
+    cni_dir: str
+
+
+def setting(path: str) -> int:
+    """The number in /proc/sys/net/PATH, -1 where there is none."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/sys/net/{path}") as stream:
+        return int(stream.read())
+    return -1
+
+
+def list_links() -> Iterator[Link]:
+    """Every interface that is up (RTM_GETLINK)."""
+    for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
+        attrs = attributes(payload, IFINFOMSG.size)
+        info = attributes(attrs.get(IFLA_LINKINFO, b""))
+        name, kind = (a.rstrip(b"\0").decode() for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b"")))
+        data = attributes(info.get(IFLA_INFO_DATA, b"")) if kind == "vxlan" else {}
+        over_ipv6 = "-v6" in name or any(data.get(IFLA_VXLAN_GROUP6, b"") + data.get(IFLA_VXLAN_LOCAL6, b""))
+        tunnels = (both for k, (names, *both) in TUNNELS.items() if k == kind or re.fullmatch(names, name))
+        overhead = next((both[over_ipv6] for both in tunnels), None)
+        if IFINFOMSG.unpack_from(payload)[3] & IFF_UP:
+            far = kind == "veth" and IFLA_LINK_NETNSID in attrs and not re.match(NIC_NAMES, name)
+            mtu = int.from_bytes(attrs[IFLA_MTU], sys.byteorder)
+            yield Link(name, mtu, overhead, far or re.fullmatch(POD_NAMES, name) is not None)
+
+
+def firewall_rules() -> Iterator[tuple[str, str]]:
+    """The place and text of each rule that logs to a group or looks at reverse paths: nft and both iptables."""
+    commands = ["nft list ruleset", "iptables-nft-save -c", "ip6tables-nft-save -c"]
+    # The legacy commands would load their modules; these files are there only where they are loaded already.
+    loaded = [name for name in ("ip", "ip6") if os.path.exists(f"/proc/net/{name}_tables_names")]
+    commands += [f"{name}tables{kind}-save -c" for name in loaded for kind in ("-legacy", "")]
+    for command in commands:
+        place = table = ""
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command.split(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
+                                  encoding="utf-8", errors="replace", timeout=10)  # fmt: skip
+            for line in done.stdout.splitlines():
+                if found := re.match(r"table (.+) {|\*(\w+)", line):
+                    table = found[1] or f"{command.partition('t')[0]} {found[2]}"
+                elif found := re.match(r"\s*chain (\S+) {|\[\d+:\d+\] -A (\S+)", line):
+                    place = f"{table} {found[1] or found[2]}"
+                elif found := re.search(r" hook (?!prerouting|ingress)(\w+)", line):
+                    place += f" ({found[1].upper()})"
+                if re.search(r"\blog .*group |NFLOG|\bfib saddr |-m rpfilter", line):
+                    yield place, line.strip()
+
+
+def nftables_refusal(table_flags: int) -> int:
+    """The errno with which nftables refuses a table with these flags, 0 if it takes it.
+
+    Asked in a batch without its end message, which the kernel validates and then always aborts: nothing is made.
+    """
+    name = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, "pmtud_probe")
+    begin = message(NFNL_MSG_BATCH_BEGIN, 0, 1, bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES)))
+    make = message(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, NLM_F_CREATE | NLM_F_ACK, 2,
+                   name + be32(NFTA_TABLE_FLAGS, table_flags))  # fmt: skip
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            netlink.send("probe nftables", begin + make, 2)
+    except NetlinkError as problem:
+        return problem.number
+    return 0
+
+
+def program(config: Config, *words: str) -> str:
+    """The command that runs this program with these words and the interfaces, group and peers of `config`."""
+    command = ["python3", os.path.abspath(__file__), *words]
+    command += [word for iface in config.ifaces for word in ("--iface", iface)]
+    command += ["--nflog-group", str(config.nflog_group)] if config.nflog_group != Config.nflog_group else []
+    peers = [] if words else [*map(str, config.peers), *config.peer_sources]
+    command += [word for peer in peers for word in ("--peers", peer)]
+    return shlex.join(command) + (" | sed '/^}/q' | nft -f -" if words == ("rules",) else "")
+
+
+def check_kernel(node: Node) -> Iterator[Finding]:
+    """Whether the kernel gives us sockets, a table of our own and the NFLOG group; the group is bound and freed."""
+    try:
+        with Netlink(NETLINK_NETFILTER), IcmpSocket(IPV4, MARK_DELIVER):
+            yield Finding("privileges", OK, "raw sockets, marks and netlink are allowed")
+    except PmtudError as problem:
+        yield Finding("privileges", FAIL, str(problem), f"sudo {program(node.config, 'check')}")
+    refusal = nftables_refusal(NFT_TABLE_F_OWNER)
+    if not refusal:
+        yield Finding("nftables", OK, "the kernel takes a table, and removes it when its owner dies")
+    elif refusal != errno.EPERM and not nftables_refusal(0):
+        yield Finding("nftables", WARN, "no table ownership (Linux before 5.12): after SIGKILL our table stays")
+    else:
+        fix = "" if refusal == errno.EPERM else "modprobe nf_tables"
+        yield Finding("nftables", FAIL, f"a table is refused: {os.strerror(refusal)}", fix)
+    group = node.config.nflog_group
+    try:
+        if not node.daemon:
+            Nflog(group).close()
+        state = f"held by pmtud {node.daemon}" if node.daemon else "free"
+        yield Finding("nflog_group", OK, f"group {group} is {state}")
+    except PmtudError as problem:
+        taken = group_holder(group) is not None
+        fix = program(replace(node.config, nflog_group=group + 1)) if taken else ""
+        yield Finding("nflog_group", FAIL, str(problem), fix)
+
+
+def check_rules(node: Node) -> Iterator[Finding]:
+    """Whether a rule feeds the group, and the guard keeps errors about other nodes' flows inside."""
+    config, auto = node.config, node.config.rules == "auto"
+    places: dict[str, str] = {}
+    table = f"inet pmtud_{config.nflog_group}"
+    for place, text in node.rules:
+        if re.search(rf"group {config.nflog_group}\b", text) and not (auto and place.startswith(f"{table} ")):
+            counter = re.search(r"^\[(\d+):| packets (\d+)", text)
+            places[place] = f"{place}, " + (f"{counter[1] or counter[2]} packets so far" if counter else "no counter")
+    feeds, late = "; ".join(places.values()), [p for p in places if re.search("INPUT|FORWARD|OUTPUT", p)]
+    if auto and feeds:
+        yield Finding("nflog_rule", WARN, f"pmtud installs its own, and this one feeds every error in again: {feeds}",
+                      f"{program(config)} --rules off")  # fmt: skip
+    elif auto:
+        yield Finding("nflog_rule", OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own")
+    elif late or not feeds:
+        text = f"too late, rp_filter comes first: {feeds}"
+        text = text if late else f"--rules off, and nothing feeds group {config.nflog_group}"
+        yield Finding("nflog_rule", WARN if late else FAIL, text, program(config, "rules"))
+    else:
+        yield Finding("nflog_rule", OK, feeds)
+    if auto and not node.daemon:
+        yield Finding("guard", OK, "pmtud installs it")
+        return
+    holds = {family.name: guard_holds(family, next(iter(node.ifaces), "lo")) for family in FAMILIES}
+    missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
+    if missing:
+        text = f"none for {missing}: errors about other nodes' flows would leave this node"
+        yield Finding("guard", FAIL, text, "" if auto else program(config, "rules"))
+    else:
+        yield Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+
+
+def reverse_path_filter(node: Node, iface: str, version: int) -> str:
+    """What drops errors on this interface by reverse path, empty if nothing does."""
+    if version == 4 and max(setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface)) == 1:
+        return "rp_filter"
+    for place, text in node.rules:
+        other = re.search(r"^ip6 |nfproto ipv6" if version == 4 else r"^ip |nfproto ipv4", f"{place} {text}")
+        if not other and re.search(r"iif (oif|check) (0|missing)\b.* (drop|reject)|--invert.* -j (DROP|REJECT)", text):
+            return f"a rule in {place}"
+    return ""
+
+
+def check_interfaces(node: Node) -> Iterator[Finding]:
+    """What reverse path filtering does to a router's error, and whether IPv6 runs where errors come in."""
+    for iface in node.ifaces:
+        if iface not in node.links:
+            yield Finding("interface", FAIL, f"{iface} is not there or not up", f"ip link set dev {iface} up")
+            continue
+        every, own = (setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface))
+        mode = {0: "off", 1: "strict", 2: "loose, errors from any routed address pass"}.get(max(every, own), "unknown")
+        drops = " and ".join(filter(None, dict.fromkeys(reverse_path_filter(node, iface, f.version) for f in FAMILIES)))
+        text = f"{iface}: {mode} (all {every}, {iface} {own})"
+        if drops and not (node.daemon and node.config.rescue):
+            yield Finding("rp_filter", WARN, f"{text}; an error from a router's address that is routed elsewhere is "
+                          f"dropped by {drops}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers "
+                          "the error and leaves it strict", program(node.config))  # fmt: skip
+        else:
+            yield Finding("rp_filter", OK, f"{text}; pmtud delivers what is dropped by {drops}" if drops else text)
+        conf, mtu = f"ipv6/conf/{iface}", node.links[iface].mtu
+        forwarding, accept, accept_mtu = (setting(f"{conf}/{k}") for k in ("forwarding", "accept_ra", "accept_ra_mtu"))
+        listens = accept == 2 or (accept == 1 and not forwarding)
+        if mtu < IPV6_MIN_MTU:
+            text = f"{iface}: cannot run, MTU {mtu} is under {IPV6_MIN_MTU}"
+            yield Finding("ipv6", FAIL, text, f"ip link set dev {iface} mtu {IPV6_MIN_MTU}")
+        elif setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"):
+            yield Finding("ipv6", OK, f"{iface}: switched off")
+        elif listens and not accept_mtu:
+            text = f"{iface}: the MTU in router advertisements is ignored"
+            yield Finding("ipv6", WARN, text, f"sysctl -w net/{conf}/accept_ra_mtu=1")
+        else:
+            heard = "believed" if listens else f"not read (forwarding {forwarding}, accept_ra {accept})"
+            yield Finding("ipv6", OK, f"{iface}: router advertisements and their MTU are {heard}")
+
+
+SETTINGS: tuple[tuple[str, dict[int, tuple[str, str]]], ...] = (
+    ("ipv4/ip_no_pmtu_disc", {
+        0: (OK, "path MTU discovery is on"),
+        1: (WARN, "packets leave without DF and are fragmented on their way"),
+        2: (FAIL, "the kernel discards every error, pmtud's deliveries too"),
+        3: (WARN, "only errors about TCP, SCTP and DCCP are believed; UDP, QUIC and tunnels hang. And an error that "
+            "quotes an unknown protocol panics kernels before 6.6.130, 6.12.78 and 6.18.20 (CVE-2026-23398)")}),
+    ("ipv4/tcp_mtu_probing", {
+        0: (OK, "off, TCP depends on the errors of routers"),
+        1: (OK, "TCP probes by itself, seconds after it hung; UDP, QUIC and tunnels do not"),
+        2: (OK, "TCP starts small and probes upwards; UDP, QUIC and tunnels do not")}),
+    ("ipv4/fib_multipath_hash_policy", dict.fromkeys(range(4), (OK, "as a router, this node. The fabric cannot be seen "
+        "from here: a Linux router that hashes on addresses (0) sends errors to the right node, others may not"))),
+)  # fmt: skip
+
+
+def check_settings(_: Node) -> Iterator[Finding]:
+    """The kernel settings that decide what becomes of an error, and the room in the connection table."""
+    for path, verdicts in SETTINGS:
+        value = setting(path)
+        status, text = verdicts.get(value, (OK, "unknown to this program"))
+        fix = "" if status == OK else f"sysctl -w net/{path}=0"
+        yield Finding(os.path.basename(path), status, f"{value}: {text}", fix)
+    smallest = setting("ipv4/route/min_pmtu")
+    good = smallest <= IPV4_MIN_PMTU
+    text = f"{smallest}: " + ("the smallest MTU believed" if good else "smaller reports count as this one, and cost DF")
+    fix = "" if good else f"sysctl -w net/ipv4/route/min_pmtu={IPV4_MIN_PMTU}"
+    yield Finding("min_pmtu", OK if good else WARN, text, fix)
+    count, most = setting("netfilter/nf_conntrack_count"), setting("netfilter/nf_conntrack_max")
+    status = FAIL if count > 0.95 * most > 0 else WARN if count > 0.80 * most > 0 else OK
+    text = f"{count} of {most} connections ({count / most:.0%})" if most > 0 else "not in use"
+    fix = "" if status == OK else f"sysctl -w net/netfilter/nf_conntrack_max={2 * most}"
+    yield Finding("conntrack", status, text, fix)
+
+
+def check_peers(node: Node) -> Iterator[Finding]:
+    """Whether each peer resolves, has a route, and is not an address that this node shares with others."""
+    config, local, listed = node.config, local_addresses(), {"static": node.config.peers}
+    for source in map(open_source, config.peer_sources):
+        try:
+            listed[source.name] = source.load() or ()
+        except PmtudError as problem:
+            yield Finding("peers", FAIL, str(problem))
+    arrangement = arrange(listed, local, config.ignore_networks)
+    targets = [peer for peers in arrangement.targets.values() for peer in peers]
+    shared = {address.packed for address in local if address.ifindex == socket.if_nametoindex("lo")}
+    bad = {peer: "a service address on lo, not a node" for peer in arrangement.removed if peer.packed in shared}
+    bad.update({peer: "no route" for peer in targets if not kernel_source(peer)})
+    networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
+    near = sum(any(ipaddress.ip_address(peer.packed) in network for network in networks) for peer in targets)
+    if bad:
+        fix = program(replace(config, peers=tuple(peer for peer in config.peers if peer not in bad)))
+        yield Finding("peers", FAIL, "; ".join(f"{peer}: {why}" for peer, why in bad.items()), fix)
+    else:
+        text = f"{near} on-link, {len(targets) - near} routed" if targets else "none: standalone, local rescue only"
+        yield Finding("peers", OK, "; ".join([text, *(f"{peer} is this node" for peer in arrangement.removed)]))
+
+
+def judge_mtu(names: Sequence[str], mtu: int, nic: Link, overhead: int) -> Finding:
+    """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them."""
+    best, spare = nic.mtu - overhead, nic.mtu - mtu
+    command = next(command for pattern, command in MTU_COMMANDS if re.search(pattern, names[0]))
+    fix = "\n".join(dict.fromkeys(command.format(mtu=best, nic=nic.mtu, name=name) for name in names))
+    shown = f"{names[0]} {mtu}" if len(names) == 1 else f"{len(names)} pods ({names[0]}, ...) {mtu}"
+    formula = f"{nic.name} {nic.mtu} - {overhead}"
+    if mtu == best:
+        return Finding("mtu", OK, f"{shown} = {formula}")
+    if best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]):
+        return Finding("mtu", OK, f"{shown}: Cilium subtracts the {overhead} in its routes")
+    if mtu > best:
+        return Finding("mtu", FAIL, f"{shown} > {formula}: packets over {best} vanish (black hole)", fix)
+    if overhead and spare == 2 * overhead:
+        return Finding("mtu", WARN, f"{shown} = {formula} - {overhead}: the overhead is subtracted twice", fix)
+    if any(spare in both for _, *both in TUNNELS.values()):
+        return Finding("mtu", OK, f"{shown} = {nic.name} {nic.mtu} - {spare}, where {overhead} would do")
+    lost = "jumbo frames left unused" if best >= 1.5 * mtu else f"{best - mtu} bytes left unused"
+    return Finding("mtu", WARN, f"{shown} < {formula} = {best}: {lost}", fix)
+
+
+def check_mtu(node: Node) -> Iterator[Finding]:
+    """The MTU of every tunnel, every pod interface and the CNI configuration against the NIC."""
+    nics = sorted((node.links[name] for name in node.ifaces if name in node.links), key=lambda link: link.mtu)
+    if not nics:
+        yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface")
+        return
+    if nics[-1].mtu != nics[0].mtu:
+        yield Finding("mtu", WARN, "the NICs differ: " + ", ".join(f"{link.name} {link.mtu}" for link in nics),
+                      f"ip link set dev {nics[0].name} mtu {nics[-1].mtu}")  # fmt: skip
+    others = [link for link in node.links.values() if link not in nics]
+    for link in others:
+        if link.overhead is not None:
+            yield judge_mtu([link.name], link.mtu, nics[0], link.overhead)
+    overhead = max((link.overhead or 0 for link in others), default=0)
+    configured: set[int] = set()
+    groups: dict[tuple[str, int], list[str]] = {}
+    files = sorted(os.listdir(node.cni_dir) if os.path.isdir(node.cni_dir) else ())
+    for entry in (name for name in files if name.endswith((".conf", ".conflist"))):
+        with open(os.path.join(node.cni_dir, entry), errors="replace") as stream:
+            for mtu in map(int, re.findall(r'"mtu"\s*:\s*([1-9]\d*)', stream.read())):  # 0: automatic
+                yield judge_mtu([stream.name], mtu, nics[0], overhead)
+                configured.add(mtu)
+    if not overhead and not configured and not any(link.is_pod for link in others):
+        yield Finding("mtu", OK, f"{nics[0].name} {nics[0].mtu}, without tunnels and pods")
+    for link in others:
+        if link.is_pod:
+            groups.setdefault((link.name[:4], link.mtu), []).append(link.name)
+    for (_, mtu), names in groups.items():
+        finding, host = judge_mtu(names, mtu, nics[0], overhead), shlex.quote(node.config.nodename)
+        if finding.fix and nics[0].mtu - overhead in configured:
+            fix = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
+            text = f"{finding.found}; new pods get {nics[0].mtu - overhead} from the CNI"
+            finding = finding._replace(found=text, fix=fix)
+        yield finding
+
+
+# linux/in.h, linux/in6.h, linux/errqueue.h, asm-generic/socket.h, linux/if_ether.h, linux/tcp.h
+PMTUDISC_PROBE, IP_RECVERR, IPV6_RECVERR, IP_MTU, IPV6_MTU = 3, 11, 25, 14, 24
+EXTENDED_ERR = struct.Struct("=IBBBxII")  # struct sock_extended_err: errno, origin, type, code, info (the MTU), data
+SO_ATTACH_FILTER, ETH_P_IP, ETH_P_IPV6 = 26, 0x0800, 0x86DD
+TCP_INFO_OPTIONS, TCP_INFO_SND_MSS, TCP_INFO_PMTU, TCPI_OPT_TIMESTAMPS = 5, 16, 60, 1  # offsets in struct tcp_info
+PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
+PROBE_MIN_BYTES, PROBE_SECONDS = 68, 4.0  # the first probe; the time for one address
+
+
+class Answer(NamedTuple):
+    """What became of a probe: `reply`, `report` of an `mtu` by `router`, `dropped` report, `error`, `silence`."""
+
+    kind: str
+    router: str = ""
+    mtu: int = 0
+
+
+class Prober(Descriptor):
+    """Sends packets with DF to an address; `socket` sees ICMP come in before rp_filter does, where that is allowed."""
+
+    def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
+        self.address = (address[0], PROBE_PORT, *address[2:])
+        self.packed = ipaddress.ip_address(address[0].partition("%")[0]).packed
+        self.family = family_of(self.packed)
+        ipv4 = self.family is IPV4
+        self.level, self.headers = (socket.IPPROTO_IP, 28) if ipv4 else (socket.IPPROTO_IPV6, 48)
+        self.options = ((IP_MTU_DISCOVER, PMTUDISC_PROBE), (IP_RECVERR, 1)) if ipv4 else (
+            (IPV6_MTU_DISCOVER, PMTUDISC_PROBE), (IPV6_RECVERR, 1))  # fmt: skip
+        query = RTMSG.pack(self.family.af, 8 * len(self.packed), *bytes(7)) + attribute(RTA_DST, self.packed)
+        with Netlink(NETLINK_ROUTE) as netlink:
+            route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
+        self.route = attributes(route, RTMSG.size)
+        self.iface = socket.if_indextoname(route_interfaces(self.route)[0])
+        self.top = min(node.links[self.iface].mtu if self.iface in node.links else 1500, 65535)
+        self.own = {own.packed for own in local_addresses()}
+        self.started, self.replies, self.timeout = time.monotonic(), 0, 1.0
+        offset, ethertype = (9, ETH_P_IP) if ipv4 else (6, ETH_P_IPV6)
+        try:
+            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype))
+            # Classic BPF: load the protocol's byte; if it is ICMP take the packet, else drop it.
+            code = struct.pack("=HBBIHBBIHBBIHBBI", 0x30, 0, 0, offset, 0x15, 0, 1, self.family.icmp_protocol,
+                               6, 0, 0, 0xFFFF, 6, 0, 0, 0)  # fmt: skip
+            buffer = ctypes.create_string_buffer(code)
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(buffer)))
+        except PermissionError:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # nothing ever comes in here
+        self.socket.setblocking(False)
+
+    def probe(self, size: int) -> Answer:
+        """The answer to a packet of this size."""
+        # Linux hosts answer six at once and then one a second (net.ipv4.icmp_ratelimit).
+        time.sleep(max(0.0, self.replies - 5 - (time.monotonic() - self.started)))
+        sent = time.monotonic()
+        answer = self._explain(self._ask(size), size)
+        if answer.kind != "silence":
+            self.replies += answer.kind == "reply"
+            self.timeout = min(self.timeout, max(0.08, 4 * (time.monotonic() - sent)))
+        return answer
+
+    def _ask(self, size: int) -> Answer:
+        """Send, wait, and read the socket's error queue; a datagram is a reply as well."""
+        with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
+            try:
+                for option, value in self.options:
+                    udp.setsockopt(self.level, option, value)
+                udp.connect(self.address)
+                udp.send(bytes(size - self.headers))
+                if not select.select([udp], [], [], self.timeout)[0]:
+                    return Answer("silence")
+                data = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1][0][2]
+            except BlockingIOError:
+                return Answer("reply")
+            except OSError as problem:
+                return Answer("error", f"this node: {problem.strerror}")
+        number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
+        sender = data[20:24] if self.family is IPV4 else data[24:40]  # in struct sockaddr_in, sockaddr_in6
+        if number == errno.EMSGSIZE:
+            return Answer("report", str(ipaddress.ip_address(sender)), mtu)
+        refusal = Answer("error", f"{ipaddress.ip_address(sender)}: {os.strerror(number)}")
+        return Answer("reply") if sender == self.packed else refusal
+
+    def _explain(self, answer: Answer, size: int) -> Answer:
+        """The answer in the light of what came in: a report that was dropped, the router behind pmtud's delivery."""
+        while True:
+            try:
+                error = parse(self.socket.recv(4096))
+            except BlockingIOError:
+                return answer
+            if isinstance(error, MtuError) and (error.quoted_dst, error.quoted_length) == (self.packed, size):
+                router = str(ipaddress.ip_address(error.src))
+                if answer.kind == "silence":
+                    answer = Answer("dropped", router, error.mtu)
+                elif answer.kind == "report" and error.src not in self.own and answer.router != router:
+                    answer = answer._replace(router=f"{router}, through pmtud,")
+
+    def measure(self) -> tuple[int, bool, list[Answer]]:
+        """The largest size answered (0: none), whether one byte more is surely lost, and the reports on the way.
+
+        A silence costs a moment, an answer one of the few a host gives: so sizes are tried from the upper end.
+        """
+        first = self.probe(PROBE_MIN_BYTES)
+        first = self.probe(PROBE_MIN_BYTES) if first.kind == "silence" else first
+        if first.kind != "reply":
+            return 0, False, [first]
+        low, size, reports, certain = PROBE_MIN_BYTES, self.top, list[Answer](), {self.top + 1}
+        lost = [*certain]
+        while time.monotonic() - self.started < PROBE_SECONDS:
+            answer = self.probe(size)
+            if answer.kind == "reply":
+                self.replies += 6 * (size in certain)  # not lost after all: the host had no answers left
+                low, lost = size, [other for other in lost if other > size]
+            elif low <= answer.mtu < size:
+                lost, certain = [*lost, answer.mtu + 1], {*certain, answer.mtu + 1}
+            else:
+                lost.append(size)
+            reports += [answer] if answer.mtu else []
+            high = min(lost)
+            if high in certain and high - low == 1:
+                return low, True, reports
+            if high in certain:
+                size = high - 1
+            elif high - low == 1:
+                time.sleep(1.0)  # by then a host that limits its answers has one left: ask again
+                certain, size = {*certain, high}, high
+            else:
+                usual = max((mtu for mtu in MTU_BUCKETS if low < mtu < high), default=0)
+                size = usual or (low + 1 if low in MTU_BUCKETS else high - max(1, (high - low) // 4))
+        return low, False, reports
+
+    def handshake(self, port: int) -> str:
+        """What a TCP handshake says about the path; raises OSError if there is none."""
+        with socket.create_connection((self.address[0], port), 2.0) as tcp:
+            info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        mss, pmtu = (int.from_bytes(info[at : at + 4], sys.byteorder) for at in (TCP_INFO_SND_MSS, TCP_INFO_PMTU))
+        mss += 12 if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS else 0
+        return f"TCP port {port} answers: MSS {mss}, as for MTU {mss + self.headers + 12}; the kernel uses {pmtu}"
+
+
+def judge_path(node: Node, prober: Prober, port: int) -> Finding:
+    """The verdict on one address."""
+    host, (low, settled, reports), tail, answers = prober.address[0], prober.measure(), "", False
+    if port:
+        try:
+            tail, answers = f"; {prober.handshake(port)}", True
+        except OSError as problem:
+            tail = f"; TCP port {port}: {problem.strerror or problem}"
+    if not low:
+        why = reports[0].router and f"unreachable, {reports[0].router}"
+        status = FAIL if why or (port and not answers) else WARN
+        again = "" if port or why else f"{program(node.config, 'check')} {f'[{host}]' if ':' in host else host}:443"
+        return Finding("path", status, f"{host}: {why or 'not measured, it answers nothing to UDP'}{tail}", again)
+    hops = "".join(dict.fromkeys(f", {answer.router} reports {answer.mtu}" for answer in reports))
+    text = f"{host}: path MTU {low}{hops}"
+    if any(answer.kind == "dropped" for answer in reports):
+        culprit = reverse_path_filter(node, prober.iface, prober.family.version)
+        other = "ip_no_pmtu_disc" if setting("ipv4/ip_no_pmtu_disc") in (2, 3) else "a firewall rule"
+        text += f"; the report arrived here and was dropped by {culprit or other}"
+        return Finding("path", FAIL, text + tail, program(node.config) if culprit else "")
+    if not settled:
+        text = f"{host}: path MTU at least {low}{hops}; the host limits its answers, ask again in ten seconds{tail}"
+        return Finding("path", WARN, text)
+    if low == prober.top or low in (answer.mtu for answer in reports):
+        return Finding("path", OK, text + ("" if hops else f", all of {prober.iface}") + tail)
+    text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
+    with socket.socket(prober.family.af, socket.SOCK_DGRAM) as udp:
+        udp.connect(prober.address)
+        known = udp.getsockopt(prober.level, IP_MTU if prober.family is IPV4 else IPV6_MTU)
+    if known <= low:
+        return Finding("path", OK, f"{text}; this node knows, it uses {known}")
+    gateway = f"via {ipaddress.ip_address(prober.route[RTA_GATEWAY])} " if RTA_GATEWAY in prober.route else ""
+    return Finding("path", FAIL, text, f"ip route replace {host} {gateway}dev {prober.iface} mtu {low}")
+
+
+def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
+    """The path MTU to each HOST or HOST:PORT, over IPv4 and IPv6 where it has both."""
+    for text in hosts:
+        bracketed, port6, plain, port4, bare = re.fullmatch(  # type: ignore[union-attr]
+            r"\[(.+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?|(.*)", text, re.DOTALL).groups()  # fmt: skip
+        try:
+            port = int(port6 or port4 or 0)
+            if port > 65535:
+                raise UsageError(f"{port} is not a port")
+            found = socket.getaddrinfo(bracketed or plain or bare, None, type=socket.SOCK_DGRAM)
+            for address in {family: address for family, _, _, _, address in reversed(found)}.values():
+                with Prober(node, address) as prober:
+                    yield judge_path(node, prober, port)
+        except (PmtudError, OSError) as problem:
+            yield Finding("path", FAIL, f"{text}: {getattr(problem, 'strerror', None) or problem}")
+
+
+CHECKS = (check_kernel, check_rules, check_interfaces, check_settings, check_peers, check_mtu)
+
+
+def render(finding: Finding, color: bool) -> str:
+    """The lines of one finding: the verdict first, under it the commands that repair it."""
+    status = f"{finding.status:5}"
+    words = f"{status}{finding.check}: {finding.found}"
+    lines = textwrap.wrap(words, REPORT_COLUMNS, subsequent_indent=" " * 7, break_on_hyphens=False)
+    for command in finding.fix.splitlines():
+        line = "       fix:"
+        for word in re.findall(r"(?:'[^']*'|\S)+", command):  # broken between words, never inside quotes
+            if len(f"{line} {word} \\") > REPORT_COLUMNS and line.strip():
+                lines.append(f"{line} \\")
+                line = " " * 11
+            line += f" {word}"
+        lines.append(line)
+    text = "\n".join(lines)
+    return text.replace(status, f"{STATUS_COLORS[finding.status]}{status}\033[0m", 1) if color else text
+
+
+def check(config: Config, hosts: Sequence[str], as_json: bool, color: bool, cni_dir: str = "/etc/cni/net.d") -> int:
+    """Print the verdicts on this node and the paths to `hosts`; the exit code: 0 all OK, 1 warnings, 2 failures."""
+    rules, port = list(firewall_rules()), group_holder(config.nflog_group)
+    found: list[Finding] = []
+    holder = "" if port is None else netlink_holder(port)
+    ours = "pmtud" in holder or any(place.startswith(f"inet pmtud_{config.nflog_group} ") for place, _ in rules)
+    ifaces, links = config.ifaces or default_route_interfaces(), {link.name: link for link in list_links()}
+    node = Node(config, ifaces, links, rules, holder if ours else "", cni_dir)
+    for probe in (*CHECKS, lambda node: check_hosts(node, hosts)):
+        for finding in probe(node):
+            found.append(finding)
+            if not as_json:
+                print(render(finding, color and sys.stdout.isatty()), flush=True)
+    summary = {status: sum(finding.status == status for finding in found) for status in (OK, WARN, FAIL)}
+    if as_json:
+        checks = [finding._asdict() for finding in found]
+        print(json.dumps({"schema": 1, "node": config.nodename, "summary": summary, "checks": checks}, indent=2))
+    else:
+        print(f"{config.nodename}: " + ", ".join(f"{count} {status}" for status, count in summary.items()))
+    return 2 if summary[FAIL] else 1 if summary[WARN] else 0
+
+
+# -----------------------------------------------------------------------------
 # Section: command line -- options, environment, exit codes
 
 
@@ -2339,6 +2925,8 @@ examples:
   sudo python3 pmtud.py --peers 10.0.0.255                one broadcast copy reaches the whole subnet
   sudo python3 pmtud.py --peers file:/etc/pmtud/peers     one address per line, read again when it changes
   sudo python3 pmtud.py --dry-run --log-level debug       look, send nothing
+  sudo python3 pmtud.py check                             the doctor: what is wrong here, and what repairs it
+  python3 pmtud.py check 10.9.0.2 [fd09::2]:443           measure paths, too
   python3 pmtud.py rules --iface eth0                     the rules it installs, for pasting
 
 Every option can come from the environment: --flow-interval from PMTUD_FLOW_INTERVAL, and so on.
@@ -2392,8 +2980,13 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("run", "rules"), default="run",
-                        help="run: the daemon (default); rules: print the rules it would install")  # fmt: skip
+    parser.add_argument("command", nargs="?", choices=("run", "check", "rules"), default="run",
+                        help="run: the daemon (default); check: what is wrong on this node, and how to repair it; "
+                        "rules: print the rules the daemon would install")  # fmt: skip
+    parser.add_argument("hosts", nargs="*", default=(), metavar="HOST[:PORT]",
+                        help="check: measure the path MTU to these, too")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="check: JSON instead of text")
+    parser.add_argument("--no-color", action="store_true", help="check: no colours, even on a terminal")
     parser.add_argument("--version", action="version", version=f"pmtud {__version__}")
     add_options(parser)
     return parser
@@ -2425,7 +3018,7 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
 
 def config_from(options: Mapping[str, Any]) -> Config:
     """The Config that options amount to; raises UsageError where they contradict each other."""
-    values = {name: value for name, value in options.items() if name not in ("command", "no_rescue")}
+    values = {name: value for name, value in options.items() if name != "no_rescue"}
     for name in ("ignore_networks", "service_networks", "iface"):
         if name in values:
             values[name] = tuple(item for group in values[name] for item in group)
@@ -2443,12 +3036,27 @@ def config_from(options: Mapping[str, Any]) -> Config:
     return Config(**values)
 
 
-def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, Config]:
-    """The command (run or rules) and its configuration; raises UsageError."""
+class Invocation(NamedTuple):
+    """What the user asked for."""
+
+    command: str  # run, check or rules
+    config: Config
+    hosts: tuple[str, ...] = ()
+    as_json: bool = False
+    color: bool = True
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
+    """The command line and the environment together; raises UsageError."""
     parser = build_parser()
-    given = vars(parser.parse_args(list(argv)))
+    given = vars(parser.parse_intermixed_args(list(argv)))  # HOST may follow options
     options = {**environment_options(parser, environ), **given}
-    return given["command"], config_from(options)
+    command, hosts = given.pop("command"), tuple(given.pop("hosts"))
+    words = {name: options.pop(name, None) for name in ("command", "hosts", "json", "no_color")}
+    if command != "check" and (hosts or "json" in given or "no_color" in given):
+        raise UsageError(f"{hosts[0] if hosts else '--json and --no-color'}: only for `pmtud.py check`")
+    color = not words["no_color"] and "NO_COLOR" not in environ
+    return Invocation(command, config_from(options), hosts, bool(words["json"]), color)
 
 
 def print_rules(config: Config) -> None:
@@ -2517,11 +3125,13 @@ def run(config: Config) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; the exit code. Unexpected exceptions keep their traceback."""
     try:
-        command, config = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
-        if command == "rules":
-            print_rules(config)
+        asked = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+        if asked.command == "check":
+            return check(asked.config, asked.hosts, asked.as_json, asked.color)
+        if asked.command == "rules":
+            print_rules(asked.config)
         else:
-            run(config)
+            run(asked.config)
     except PmtudError as problem:
         print(f"pmtud: {problem}", file=sys.stderr)
         return problem.exit_code

@@ -1063,15 +1063,15 @@ FLAGS = ("--no-rescue", "--dry-run")
 
 def parse_options(argv: Sequence[str], **environ: str) -> pmtud.Config:
     """The configuration of a run."""
-    command, config = pmtud.parse_args(argv, environ)
-    assert command == "run"
-    return config
+    asked = pmtud.parse_args(argv, environ)
+    assert asked.command == "run"
+    return asked.config
 
 
 def test_the_examples_name_every_option() -> None:
     actions = pmtud.build_parser()._actions
     options = {text for action in actions for text in action.option_strings if text.startswith("--")}
-    assert options == {*EXAMPLES, *FLAGS, "--help", "--version"}
+    assert options == {*EXAMPLES, *FLAGS, "--json", "--no-color", "--help", "--version"}
 
 
 @pytest.mark.parametrize("option", EXAMPLES)
@@ -1128,7 +1128,7 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--log-level", "loud"], {}, "argument --log-level: invalid choice: 'loud' (choose from"),
     (["--rate"], {}, "argument --rate: expected one argument"),
     (["--rat=5"], {}, "unrecognized arguments: --rat=5"),
-    (["check"], {}, "argument command: invalid choice: 'check' (choose from"),
+    (["chekc"], {}, "argument command: invalid choice: 'chekc' (choose from"),
     (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
     ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
     ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
@@ -1374,7 +1374,7 @@ def test_the_purity_scan_sees_what_it_looks_for() -> None:
 
 def test_sections_are_in_the_order_of_the_charter() -> None:
     names = ["constants", "errors", "configuration", "packets", "netlink codec", "policy", "counters", "log", "kernel",
-             "peers", "service", "command line"]  # fmt: skip
+             "peers", "service", "check", "command line"]  # fmt: skip
     assert re.findall(r"^# Section: ([\w ]+) -- ", SOURCE, re.MULTILINE) == names
 
 
@@ -2794,6 +2794,622 @@ def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Section: check tests -- each check in the good and the bad state, and the printed fix run
+
+RUNNER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import pmtud
+options, check = map(json.loads, sys.argv[2:])
+sys.exit(pmtud.check(pmtud.parse_args(options, {}).config, *check))
+"""  # not the command line: /etc/cni/net.d is this machine's, each test has its own
+
+
+class Diagnosis(NamedTuple):
+    """What `check --json` said: its exit code and its findings."""
+
+    code: int
+    checks: list[dict[str, str]]
+
+    def of(self, check: str, word: str = "") -> dict[str, str]:
+        """The one finding of a check whose text has this word."""
+        (found,) = [entry for entry in self.checks if entry["check"] == check and word in entry["found"]]
+        return found
+
+
+def doctor_argv(options: tuple[str, ...], hosts: tuple[str, ...], as_json: bool, cni_dir: str) -> list[str]:
+    """The command that runs the doctor."""
+    arguments = json.dumps(options), json.dumps([hosts, as_json, True, cni_dir])
+    return [sys.executable, "-c", RUNNER, str(HERE), *arguments]
+
+
+def diagnose(host: Host, *options: str, hosts: tuple[str, ...] = (), cni_dir: str = "/none",
+             before: tuple[str, ...] = ()) -> Diagnosis:  # fmt: skip
+    """Run the doctor in a namespace."""
+    argv = ["ip", "netns", "exec", host.namespace, *before, *doctor_argv(options, hosts, True, cni_dir)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode in (0, 1, 2) and not done.stderr, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["schema"] == 1 and set(answer) == {"schema", "node", "summary", "checks"}
+    return Diagnosis(done.returncode, answer["checks"])
+
+
+def text_of(host: Host, *options: str, hosts: tuple[str, ...] = (), cni_dir: str = "/none") -> str:
+    """What the doctor prints for people."""
+    return host.run(*doctor_argv(options, hosts, False, cni_dir), check=False, timeout=30)
+
+
+def run_fix(host: Host, finding: dict[str, str], wait_for: str = "") -> Process | None:
+    """Run the printed commands; one that starts the daemon is left running once it says `wait_for`."""
+    assert finding["fix"], finding
+    if not wait_for:
+        host.run("sh", "-ec", finding["fix"])
+        return None
+    process = host.start("sh", "-ec", f"exec {finding['fix']} --metrics-port 0")
+    process.wait_for(wait_for)
+    return process
+
+
+class OneNode(Net):
+    """node -- router, one link; the default route of the node leads to the router."""
+
+    def build(self) -> None:
+        self.node, self.router = self.host("node"), self.host("router", forward=True)
+        self.link(self.node, self.router, names=("eth0", "to-node"))
+        self.node.ip("addr add 10.0.0.2/24 dev eth0", "addr add fd00::2/64 dev eth0", "addr add 10.96.0.1/32 dev lo",
+                     "route add default via 10.0.0.1", "route add ::/0 via fd00::1")
+        self.router.ip("addr add 10.0.0.1/24 dev to-node", "addr add fd00::1/64 dev to-node")
+
+
+@pytest.fixture
+def node() -> Iterator[Host]:
+    """The node of a fresh OneNode."""
+    with OneNode() as net:
+        yield net.node
+
+
+def test_a_good_node_is_all_ok(node: Host) -> None:
+    """Exit 0, and nothing to repair."""
+    good = diagnose(node)
+    assert good.code == 0 and {entry["status"] for entry in good.checks} == {"OK"}
+    assert not any(entry["fix"] for entry in good.checks)
+    assert [entry["check"] for entry in good.checks] == [
+        "privileges", "nftables", "nflog_group", "nflog_rule", "guard", "rp_filter", "ipv6", "ip_no_pmtu_disc",
+        "tcp_mtu_probing", "fib_multipath_hash_policy", "min_pmtu", "conntrack", "peers", "mtu"]  # fmt: skip
+
+
+def test_the_check_leaves_nothing_behind(node: Host) -> None:
+    """No table is ever made, no group stays bound, no setting moves."""
+    monitor = node.start("nft", "monitor")
+    settings = "cat $(find /proc/sys/net -type f -perm -400 | grep -v -e nf_conntrack_count -e flush) 2>/dev/null"
+    node.run("nft", "add table inet before")
+    monitor.wait_for("before")
+    before = node.run("sh", "-c", settings, check=False)
+    diagnose(node, hosts=("10.0.0.1",))
+    node.run("nft", "add table inet after")
+    assert "pmtud" not in monitor.wait_for("after")
+    assert node.run("sh", "-c", settings, check=False) == before
+    assert "33" not in [line.split()[0] for line in node.read("/proc/net/netfilter/nfnetlink_log").splitlines()]
+
+
+def test_privileges(node: Host) -> None:
+    """Without the capabilities: FAIL, and what cannot be probed says so; nothing crashes."""
+    bad = diagnose(node, hosts=("10.0.0.1",), before=("setpriv", "--bounding-set=-net_admin,-net_raw"))
+    assert bad.code == 2 and bad.of("privileges")["status"] == "FAIL"
+    assert "CAP_NET_ADMIN and CAP_NET_RAW" in bad.of("privileges")["found"]
+    assert bad.of("privileges")["fix"] == f"sudo python3 {PROGRAM} check"
+    assert bad.of("nftables")["found"] == "a table is refused: Operation not permitted"
+    assert bad.of("path")["found"] == "10.0.0.1: path MTU 1500, all of eth0"  # this works without root
+
+
+HOLDER = """
+import sys, time; sys.path.insert(0, {!r}); import pmtud
+held = pmtud.Nflog(33); print('held', flush=True); time.sleep(60)
+"""
+
+
+def test_nflog_group(node: Host) -> None:
+    """Taken by a stranger: FAIL names it; the fix takes the next group, which is then seen as pmtud's own."""
+    link = Path(tempfile.mkdtemp()) / "pmt"  # so that the stranger's command line does not have our name
+    link.mkdir()
+    (link / "stranger.py").write_text(HOLDER.format(str(HERE)))
+    stranger = node.start(sys.executable, str(link / "stranger.py"))
+    stranger.wait_for("held")
+    bad = diagnose(node).of("nflog_group")
+    assert bad["status"] == "FAIL" and f"pid {stranger.pid} " in bad["found"]
+    assert bad["fix"] == f"python3 {PROGRAM} --nflog-group 34"
+    daemon = run_fix(node, bad, "limits:")
+    assert daemon
+    good = diagnose(node, "--nflog-group", "34")
+    assert good.of("nflog_group")["found"].startswith(f"group 34 is held by pmtud pid {daemon.pid} (python3 ")
+    assert good.of("nflog_rule")["found"] == "table inet pmtud_34 of the daemon"
+    assert good.of("guard") == {"check": "guard", "status": "OK", "found": "holds for ipv4, ipv6", "fix": ""}
+
+
+def test_rules_of_the_operator(node: Host) -> None:
+    """--rules off and no rule: FAIL; the fix installs rules and guard."""
+    bad = diagnose(node, "--rules", "off")
+    assert bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33" and bad.code == 2
+    assert bad.of("guard")["status"] == "FAIL"
+    assert bad.of("nflog_rule")["fix"] == f"python3 {PROGRAM} rules | sed '/^}}/q' | nft -f -" == bad.of("guard")["fix"]
+    run_fix(node, bad.of("nflog_rule"))
+    good = diagnose(node, "--rules", "off")
+    assert good.code == 0 and good.of("nflog_rule")["found"] == "inet pmtud_33 mtu_errors, no counter"
+
+
+@pytest.mark.parametrize("command", ["iptables-nft", "iptables-legacy"])
+def test_iptables_rule_and_its_counter(node: Host, command: str) -> None:
+    """Found in both kinds of iptables, once, with its counter."""
+    rule = "-p icmp -m icmp --icmp-type 3/4 -j NFLOG --nflog-group 33 -c 5 320"
+    node.run(command, "-t", "raw", "-A", "PREROUTING", *rule.split())
+    found = diagnose(node, "--rules", "off").of("nflog_rule")
+    assert (found["status"], found["found"]) == ("OK", "ip raw PREROUTING, 5 packets so far")
+    twice = diagnose(node).of("nflog_rule")
+    assert twice["status"] == "WARN" and "feeds every error in again: ip raw PREROUTING" in twice["found"]
+    assert twice["fix"] == f"python3 {PROGRAM} --rules off"
+    assert diagnose(node, "--rules", "off", "--nflog-group", "3").of("nflog_rule")["status"] == "FAIL"
+
+
+@pytest.mark.parametrize("rule", [
+    ("iptables", "-A", "INPUT", "-p", "icmp", "-j", "NFLOG", "--nflog-group", "33"),
+    ("nft", "table inet f { chain late { type filter hook input priority 0; icmp type 3 counter log group 33; }; }"),
+])  # fmt: skip
+def test_a_rule_after_rp_filter_is_too_late(node: Host, rule: tuple[str, ...]) -> None:
+    """INPUT comes after the reverse path check."""
+    node.run(*rule)
+    late = diagnose(node, "--rules", "off").of("nflog_rule")
+    assert late["status"] == "WARN" and late["found"].startswith("too late, rp_filter comes first: i")
+    assert ", 0 packets so far" in late["found"]
+
+
+@pytest.mark.parametrize("scope", ["all", "eth0"])
+def test_rp_filter(node: Host, scope: str) -> None:
+    """Strict: WARN, and the fix is to run pmtud, never to loosen it; the fix turns it OK."""
+    node.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 1)
+    bad = diagnose(node)
+    finding = bad.of("rp_filter")
+    assert bad.code == 1 and finding["status"] == "WARN" and finding["found"].startswith("eth0: strict (all ")
+    assert "weakens anti-spoofing" in finding["found"] and finding["fix"] == f"python3 {PROGRAM}"
+    run_fix(node, finding, "limits:")
+    good = diagnose(node).of("rp_filter")
+    assert good["status"] == "OK" and good["found"].endswith("; pmtud delivers what is dropped by rp_filter")
+
+
+def test_loose_rp_filter_is_no_error(node: Host) -> None:
+    """The higher of all and interface counts."""
+    node.sysctls({"net.ipv4.conf.all.rp_filter": 2, "net.ipv4.conf.eth0.rp_filter": 1})
+    found = diagnose(node).of("rp_filter")
+    assert (found["status"], found["found"]) == (
+        "OK", "eth0: loose, errors from any routed address pass (all 2, eth0 1)")  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [
+    "meta nfproto ipv6 fib saddr . mark . iif oif missing drop", "fib saddr . iif oif 0 counter drop"])
+def test_reverse_path_rules_of_nft(node: Host, rule: str) -> None:
+    """What firewalld installs for IPv6 counts like rp_filter; an accepting rule does not."""
+    node.run("nft", f"table inet fw {{ chain pre {{ type filter hook prerouting priority -290; {rule}; }}; }}")
+    bad = diagnose(node).of("rp_filter")
+    assert bad["status"] == "WARN" and "is dropped by a rule in inet fw pre. Loosening" in bad["found"]
+    run_fix(node, bad, "limits:")
+    assert diagnose(node).of("rp_filter")["found"].endswith("pmtud delivers what is dropped by a rule in inet fw pre")
+    node.run("nft", "flush ruleset inet; add table inet fw; add chain inet fw pre; "
+             "add rule inet fw pre fib saddr . iif oif != 0 accept", check=False)  # fmt: skip
+    assert "dropped" not in diagnose(node, "--nflog-group", "5").of("rp_filter")["found"]
+
+
+@pytest.mark.parametrize(("name", "value", "status", "words"), [
+    ("ip_no_pmtu_disc", 1, "WARN", "1: packets leave without DF"),
+    ("ip_no_pmtu_disc", 2, "FAIL", "2: the kernel discards every error"),
+    ("ip_no_pmtu_disc", 3, "WARN", "CVE-2026-23398"),
+    ("route.min_pmtu", 1400, "WARN", "1400: smaller reports count as this one"),
+])  # fmt: skip
+def test_settings(node: Host, name: str, value: int, status: str, words: str) -> None:
+    """Each bad value, and the sysctl that repairs it."""
+    node.sysctl(f"net.ipv4.{name}", value)
+    bad = diagnose(node)
+    finding = bad.of(name.rpartition(".")[2])
+    assert finding["status"] == status and words in finding["found"] and bad.code == {"WARN": 1, "FAIL": 2}[status]
+    run_fix(node, finding)
+    assert diagnose(node).code == 0
+
+
+@pytest.mark.parametrize("value", [1, 2])
+def test_tcp_mtu_probing_is_information(node: Host, value: int) -> None:
+    """Always OK, and it says what the value does."""
+    node.sysctl("net.ipv4.tcp_mtu_probing", value)
+    found = diagnose(node).of("tcp_mtu_probing")
+    assert found["status"] == "OK" and "UDP, QUIC and tunnels do not" in found["found"]
+
+
+@pytest.mark.parametrize(("count", "status"), [(800, "OK"), (801, "WARN"), (951, "FAIL")])
+def test_conntrack(node: Host, tmp_path: Path, count: int, status: str) -> None:
+    """Files stand in for the kernel's, whose limit only the first namespace may set; the fix doubles the limit."""
+    for name, number in (("count", count), ("max", 1000)):
+        (tmp_path / name).write_text(f"{number}\n")
+    files = "/proc/sys/net/netfilter/nf_conntrack_"
+    mount = "".join(f"mount --bind {tmp_path}/{name} {files}{name}; " for name in ("count", "max"))
+    before = ("sh", "-c", f'{mount} exec "$@"', "sh")
+    bad = diagnose(node, before=before).of("conntrack")
+    assert bad["status"] == status and bad["found"] == f"{count} of 1000 connections ({count / 1000:.0%})"
+    if status != "OK":
+        assert bad["fix"] == "sysctl -w net/netfilter/nf_conntrack_max=2000"
+        node.run("sh", "-c", f"{mount} {bad['fix']}")
+        assert diagnose(node, before=before).of("conntrack")["status"] == "OK"
+
+
+def test_good_peers(node: Host) -> None:
+    """On-link and routed ones are told apart, this node's own address is named."""
+    found = diagnose(node, "--peers", "10.0.0.1,10.7.0.1,fd00::5,10.0.0.2").of("peers")
+    assert found == {"check": "peers", "status": "OK", "found": "2 on-link, 1 routed; 10.0.0.2 is this node", "fix": ""}
+
+
+@pytest.mark.parametrize(("peer", "words"), [
+    ("10.96.0.1", "10.96.0.1: a service address on lo, not a node"),
+    ("10.8.0.1", "10.8.0.1: no route"),
+    ("fd08::1", "fd08::1: no route"),
+])  # fmt: skip
+def test_bad_peers(node: Host, peer: str, words: str) -> None:
+    """A VIP or a peer without a route: FAIL; the fix starts pmtud without it."""
+    node.ip("route add unreachable 10.8.0.0/24", "route add unreachable fd08::/64")
+    bad = diagnose(node, "--peers", f"10.0.0.1,{peer}").of("peers")
+    assert (bad["status"], bad["found"]) == ("FAIL", words)
+    assert bad["fix"] == f"python3 {PROGRAM} --peers 10.0.0.1"
+    assert diagnose(node, *bad["fix"].split()[2:]).of("peers")["status"] == "OK"
+
+
+def test_peer_file_that_is_missing(node: Host) -> None:
+    """Its complaint is the finding."""
+    bad = [entry for entry in diagnose(node, "--peers", "file:/none").checks if entry["check"] == "peers"]
+    assert bad[0]["status"] == "FAIL" and bad[0]["found"] == "file:/none: No such file or directory"
+
+
+def test_ipv6_mtu_under_1280(node: Host) -> None:
+    """IPv6 cannot run: FAIL; the fix raises the MTU."""
+    node.ip("link set eth0 mtu 1200")
+    bad = diagnose(node, "--iface", "eth0").of("ipv6")
+    assert (bad["status"], bad["found"]) == ("FAIL", "eth0: cannot run, MTU 1200 is under 1280")
+    run_fix(node, bad)
+    assert diagnose(node, "--iface", "eth0").of("ipv6")["status"] == "OK"
+
+
+def test_ipv6_router_advertisements(node: Host) -> None:
+    """accept_ra_mtu 0 on a listening host: WARN; forwarding without accept_ra 2 is told; switched off is OK."""
+    node.sysctls({"net.ipv6.conf.eth0.accept_ra": 1, "net.ipv6.conf.eth0.accept_ra_mtu": 0})
+    bad = diagnose(node).of("ipv6")
+    assert bad["status"] == "WARN" and bad["fix"] == "sysctl -w net/ipv6/conf/eth0/accept_ra_mtu=1"
+    run_fix(node, bad)
+    assert diagnose(node).of("ipv6")["found"] == "eth0: router advertisements and their MTU are believed"
+    node.sysctl("net.ipv6.conf.eth0.forwarding", 1)
+    assert diagnose(node).of("ipv6")["found"].endswith("not read (forwarding 1, accept_ra 1)")
+    node.sysctl("net.ipv6.conf.eth0.disable_ipv6", 1)
+    assert diagnose(node).of("ipv6")["found"] == "eth0: switched off"
+
+
+CALICO = 'kubectl patch installation default --type=merge -p \'{"spec":{"calicoNetwork":{"mtu":%d}}}\''
+
+
+@pytest.mark.parametrize(("nic", "name", "mtu", "status", "found", "fix"), [
+    (1500, "vxlan.calico", 1450, "OK", "vxlan.calico 1450 = eth0 1500 - 50", ""),
+    (9000, "vxlan.calico", 1450, "WARN",
+     "vxlan.calico 1450 < eth0 9000 - 50 = 8950: jumbo frames left unused", CALICO % 8950),
+    (9000, "vxlan.calico", 8950, "OK", "vxlan.calico 8950 = eth0 9000 - 50", ""),
+    (1500, "vxlan.calico", 1500, "FAIL",
+     "vxlan.calico 1500 > eth0 1500 - 50: packets over 1450 vanish (black hole)", CALICO % 1450),
+    (1500, "vxlan.calico", 1400, "WARN",
+     "vxlan.calico 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice", CALICO % 1450),
+    (1500, "vxlan-v6.calico", 1430, "OK", "vxlan-v6.calico 1430 = eth0 1500 - 70", ""),
+    (1500, "vxlan.calico", 1430, "OK", "vxlan.calico 1430 = eth0 1500 - 70, where 50 would do", ""),
+    (1500, "tunl0", 1480, "OK", "tunl0 1480 = eth0 1500 - 20", ""),
+    (1500, "tunl0", 1460, "WARN", "tunl0 1460 = eth0 1500 - 20 - 20: the overhead is subtracted twice", CALICO % 1480),
+    (1500, "wireguard.cali", 1440, "OK", "wireguard.cali 1440 = eth0 1500 - 60", ""),
+    (1500, "wg-v6.cali", 1500, "FAIL",
+     "wg-v6.cali 1500 > eth0 1500 - 80: packets over 1420 vanish (black hole)", CALICO % 1420),
+    (1500, "flannel.1", 1400, "WARN", "flannel.1 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice",
+     "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
+    (1500, "cilium_vxlan", 1500, "OK", "cilium_vxlan 1500: Cilium subtracts the 50 in its routes", ""),
+    (1500, "cilium_geneve", 1300, "WARN", "cilium_geneve 1300 < eth0 1500 - 50 = 1450: 150 bytes left unused",
+     "cilium config set mtu 1500"),
+    (1500, "cali12ab", 1500, "OK", "cali12ab 1500 = eth0 1500 - 0", ""),
+    (1500, "cali12ab", 9000, "FAIL",
+     "cali12ab 9000 > eth0 1500 - 0: packets over 1500 vanish (black hole)", CALICO % 1500),
+    (1500, "lxc12ab", 1500, "OK", "lxc12ab 1500 = eth0 1500 - 0", ""),
+    (1500, "cni0", 1480, "OK", "cni0 1480 = eth0 1500 - 20, where 0 would do", ""),
+])  # fmt: skip
+def test_mtu_by_name(node: Host, nic: int, name: str, mtu: int, status: str, found: str, fix: str) -> None:
+    """An interface of each CNI, recognised by its name; a veth stands in for kinds this kernel may lack."""
+    node.ip(f"link set eth0 mtu {nic}", f"link add {name} mtu {mtu} type veth peer name other mtu {mtu}",
+            f"link set {name} up")  # fmt: skip
+    assert diagnose(node).of("mtu") == {"check": "mtu", "status": status, "found": found, "fix": fix}
+
+
+@pytest.mark.parametrize(("options", "best"), [
+    ("remote 10.0.0.1", 1450), ("remote fd00::1", 1430), ("local fd00::2", 1430)])  # fmt: skip
+def test_mtu_of_a_real_vxlan(node: Host, options: str, best: int) -> None:
+    """A vxlan of any name, over IPv4 and IPv6; the printed `ip link` turns it OK."""
+    node.ip(f"link add overlay mtu 1500 type vxlan id 7 dstport 4789 {options}", "link set overlay up")
+    bad = diagnose(node).of("mtu")
+    assert bad["status"] == "FAIL" and bad["fix"] == f"ip link set dev overlay mtu {best}"
+    run_fix(node, bad)
+    assert diagnose(node).of("mtu")["found"] == f"overlay {best} = eth0 1500 - {1500 - best}"
+
+
+def test_mtu_of_pods_in_other_namespaces(node: Host) -> None:
+    """A plain veth whose peer is elsewhere is a pod; one whose peer is here is not."""
+    pod = node.net.host("pod")
+    node.net.link(node, pod, mtu=9000, names=("whatever", "eth0"))
+    node.ip("link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set vxlan.calico up",
+            "link add here mtu 9000 type veth peer name there", "link set here up")  # fmt: skip
+    bad = diagnose(node)
+    assert bad.of("mtu", "whatever")["found"] == "whatever 9000 > eth0 1500 - 50: packets over 1450 vanish (black hole)"
+    assert len([entry for entry in bad.checks if entry["check"] == "mtu"]) == 2
+    run_fix(node, bad.of("mtu", "whatever"))
+    assert diagnose(node).of("mtu", "whatever")["status"] == "OK"
+
+
+def test_mtu_of_hundreds_of_pods_is_one_line(node: Host) -> None:
+    """Pods with the same name stem and MTU are one finding."""
+    commands = [f"link add cali{i:03x} mtu {1450 if i else 1500} type veth peer name p{i}" for i in range(200)]
+    node.ip("link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set vxlan.calico up",
+            *commands, *(f"link set cali{i:03x} up" for i in range(200)))  # fmt: skip
+    found = diagnose(node)
+    assert found.of("mtu", "199 pods")["found"] == "199 pods (cali001, ...) 1450 = eth0 1500 - 50"
+    assert found.of("mtu", "cali000")["status"] == "FAIL"
+
+
+def test_mtu_of_the_cni_configuration(node: Host, tmp_path: Path) -> None:
+    """Any "mtu" at any level; sed repairs a file that no operator owns; pods made before need to be made again."""
+    (tmp_path / "10-bridge.conflist").write_text('{"plugins": [{"type": "bridge", "mtu": 9000}, {"mtu": 0}]}')
+    (tmp_path / "notes.txt").write_text('"mtu": 5')
+    bad = diagnose(node, cni_dir=str(tmp_path)).of("mtu")
+    assert bad["status"] == "FAIL" and bad["found"].startswith(f"{tmp_path}/10-bridge.conflist 9000 > eth0 1500 - 0")
+    run_fix(node, bad)
+    assert diagnose(node, cni_dir=str(tmp_path)).of("mtu")["status"] == "OK"
+    node.ip("link add veth12 mtu 1300 type veth peer name other", "link set veth12 up")
+    old = diagnose(node, "--nodename", "n1", cni_dir=str(tmp_path)).of("mtu", "veth12")
+    assert old["found"] == "veth12 1300 < eth0 1500 - 0 = 1500: 200 bytes left unused; new pods get 1500 from the CNI"
+    assert old["fix"] == "kubectl drain n1 --ignore-daemonsets && kubectl uncordon n1"
+    (tmp_path / "10-calico.conflist").write_text('{"plugins": [{"type": "calico", "mtu": 1400}]}')
+    assert diagnose(node, cni_dir=str(tmp_path)).of("mtu", "calico")["fix"] == CALICO % 1500
+
+
+def test_nics_that_differ(node: Host) -> None:
+    """Two NICs with different MTUs: WARN; the fix makes them equal."""
+    node.ip("link add eth1 mtu 9000 type veth peer name far mtu 9000", "link set eth1 up")
+    bad = diagnose(node, "--iface", "eth0,eth1").of("mtu", "NICs")
+    assert (bad["status"], bad["found"]) == ("WARN", "the NICs differ: eth0 1500, eth1 9000")
+    run_fix(node, bad)
+    assert diagnose(node, "--iface", "eth0,eth1").of("mtu")["status"] == "OK"
+
+
+def test_interface_that_is_down(node: Host) -> None:
+    """FAIL; the fix brings it up."""
+    node.ip("link add eth1 type veth peer name far", "link set far up")
+    bad = diagnose(node, "--iface", "eth1").of("interface")
+    assert (bad["status"], bad["found"]) == ("FAIL", "eth1 is not there or not up")
+    run_fix(node, bad)
+    assert diagnose(node, "--iface", "eth1").of("rp_filter")["status"] == "OK"
+
+
+def test_no_default_route(node: Host) -> None:
+    """The MTU audit says what it needs."""
+    node.ip("route del default", "route del ::/0")
+    assert diagnose(node).of("mtu")["found"] == "there is no default route; name the NIC with --iface"
+
+
+# -- the report
+
+
+def test_report_fits_80_columns_and_has_no_colours_in_a_pipe(node: Host) -> None:
+    """Every line, commands included, which are broken with a backslash and stay runnable."""
+    node.sysctls({"net.ipv4.conf.all.rp_filter": 1, "net.ipv4.ip_no_pmtu_disc": 3})
+    node.ip("link set eth0 mtu 9000", "link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1",
+            "link set vxlan.calico up")
+    text = text_of(node, "--nodename", "n1", "--peers", ",".join(f"10.8.0.{i}" for i in range(9)))
+    assert max(map(len, text.splitlines())) < 80 and "\033" not in text
+    assert '       fix: kubectl patch installation default --type=merge -p \\\n            \'{"spec"' in text
+    assert "WARN rp_filter: eth0: strict (all 1, eth0 0); an error from" in text
+    assert text.splitlines()[-1] == "n1: 11 OK, 3 WARN, 0 FAIL"
+
+
+def test_report_has_colours_on_a_terminal(node: Host) -> None:
+    """script(1) lends it a terminal."""
+    text = node.run("script", "-qec", shlex.join(doctor_argv((), (), False, "/none")), "/dev/null")
+    assert "\033[32mOK   \033[0mprivileges:" in text
+
+
+def test_json_schema(node: Host) -> None:
+    """Version, node, summary and one object per finding."""
+    answer = json.loads(node.run(*doctor_argv(("--nodename", "n1"), (), True, "/none")))
+    assert answer["schema"] == 1 and answer["node"] == "n1" and answer["summary"] == {"OK": 14, "WARN": 0, "FAIL": 0}
+    assert all(set(entry) == {"check", "status", "found", "fix"} for entry in answer["checks"])
+
+
+# -- the path
+
+
+class PathNet(Net):
+    """node --eth0-- router --(thin)-- far; mgmt is a second link between node and router, for errors from elsewhere."""
+
+    def build(self) -> None:
+        self.node, self.router, self.far = self.host("node"), self.host("router", forward=True), self.host("far")
+        self.link(self.node, self.router, names=("eth0", "to-node"))
+        self.link(self.node, self.router, names=("mgmt", "mgmt"))
+        self.link(self.router, self.far, names=("to-far", "eth0"))
+        self.node.ip("addr add 10.0.0.2/24 dev eth0", "addr add fd00::2/64 dev eth0",
+                     "addr add 172.20.20.9/24 dev mgmt", "addr add fd20::9/64 dev mgmt",
+                     "route add default via 10.0.0.1", "route add ::/0 via fd00::1")
+        self.router.ip("addr add 10.0.0.1/24 dev to-node", "addr add fd00::1/64 dev to-node",
+                       "addr add 172.20.20.2/24 dev mgmt", "addr add fd20::2/64 dev mgmt",
+                       "addr add 10.9.0.1/24 dev to-far", "addr add fd09::1/64 dev to-far")
+        self.far.ip("addr add 10.9.0.2/24 dev eth0", "addr add fd09::2/64 dev eth0",
+                    "route add default via 10.9.0.1", "route add ::/0 via fd09::1")
+
+    def thin(self, mtu: int) -> None:
+        """The router's link to far."""
+        self.router.ip(f"link set to-far mtu {mtu}")
+
+    def drop_errors(self) -> None:
+        """The router says nothing about packets that are too big."""
+        self.router.run("nft", "table inet quiet { chain out { type filter hook output priority 0; "
+                        "icmp type destination-unreachable icmp code frag-needed drop; "
+                        "icmpv6 type packet-too-big drop; }; }")  # fmt: skip
+
+    def error_from_management(self) -> None:
+        """Errors come from 172.20.20.2 or fd20::2, which the node reaches over mgmt; strict RPF drops them."""
+        self.router.ip("route replace 10.0.0.2 dev to-node src 172.20.20.2",
+                       "route replace fd00::2 dev to-node src fd20::2")  # fmt: skip
+        self.node.sysctls({f"net.ipv4.conf.{name}.rp_filter": 1 for name in ("all", "eth0")})
+        self.node.run("nft", "table inet rpf { chain pre { type filter hook prerouting priority -290; "
+                      "meta nfproto ipv6 icmpv6 type packet-too-big fib saddr . iif oif 0 drop; }; }")
+
+
+@pytest.fixture
+def path() -> Iterator[PathNet]:
+    """A fresh PathNet."""
+    with PathNet() as net:
+        yield net
+
+
+FAMILIES = pytest.mark.parametrize(("far", "gateway", "mgmt"), [
+    ("10.9.0.2", "10.0.0.1", "172.20.20.2"), ("fd09::2", "fd00::1", "fd20::2")])  # fmt: skip
+
+
+def measure(net: PathNet, host: str, *options: str) -> dict[str, str]:
+    """The finding about one host."""
+    return diagnose(net.node, *options, hosts=(host,)).of("path")
+
+
+@FAMILIES
+def test_path_without_obstacle(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """The whole MTU of the interface."""
+    found = f"{far}: path MTU 1500, all of eth0"
+    assert measure(path, far) == {"check": "path", "status": "OK", "found": found, "fix": ""}
+
+
+@FAMILIES
+@pytest.mark.parametrize("mtu", [1400, 1337])
+def test_path_reported_by_a_router(path: PathNet, far: str, gateway: str, mgmt: str, mtu: int) -> None:
+    """A thin link whose router says so is healthy."""
+    path.thin(mtu)
+    found = measure(path, far)
+    assert (found["status"], found["found"]) == ("OK", f"{far}: path MTU {mtu}, {gateway} reports {mtu}")
+
+
+@FAMILIES
+@pytest.mark.parametrize("mtu", [1500, 1400, 1337, 1280, 1499])
+def test_path_black_hole(path: PathNet, far: str, gateway: str, mgmt: str, mtu: int) -> None:
+    """The exact size, and a route that works around it."""
+    path.node.ip("link set eth0 mtu 9000")
+    path.router.ip("link set to-node mtu 9000")
+    path.thin(mtu)
+    path.drop_errors()
+    bad = measure(path, far)
+    assert bad["status"] == "FAIL"
+    assert bad["found"] == f"{far}: path MTU {mtu}; black hole: packets over {mtu} vanish and nobody says so"
+    assert bad["fix"] == f"ip route replace {far} via {gateway} dev eth0 mtu {mtu}"
+    run_fix(path.node, bad)
+    path.far.sysctl("net.ipv4.icmp_ratelimit", 0)  # it has few answers left for today
+    good = measure(path, far)
+    assert good["status"] == "OK" and good["found"].endswith(f"this node knows, it uses {mtu}")
+
+
+@FAMILIES
+def test_path_report_dropped_by_reverse_path(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """The report arrived and was dropped; the fix runs pmtud, and then it gets through."""
+    path.thin(1400)
+    path.error_from_management()
+    bad = measure(path, far)
+    culprit = "rp_filter" if "." in far else "a rule in inet rpf pre"
+    assert bad["status"] == "FAIL" and bad["fix"] == f"python3 {PROGRAM}"
+    assert bad["found"] == (f"{far}: path MTU 1400, {mgmt} reports 1400; "
+                            f"the report arrived here and was dropped by {culprit}")
+    run_fix(path.node, bad, "limits:")
+    good = measure(path, far)
+    assert (good["status"], good["found"]) == ("OK", f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400")
+
+
+@FAMILIES
+def test_path_to_a_host_that_speaks_tcp_only(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """UDP is dropped without a word: the handshake tells what it can."""
+    path.far.run("nft", "table inet f { chain i { type filter hook input priority 0; meta l4proto udp drop; }; }")
+    silent = measure(path, far)
+    named = f"[{far}]:443" if ":" in far else f"{far}:443"
+    assert (silent["status"], silent["found"]) == ("WARN", f"{far}: not measured, it answers nothing to UDP")
+    assert silent["fix"] == f"python3 {PROGRAM} check {named}"
+    refused = measure(path, named)
+    assert refused["status"] == "FAIL" and refused["found"].endswith("; TCP port 443: Connection refused")
+    server = path.far.start(sys.executable, "-c", "import socket, time; s = socket.create_server(('::', 443), "
+                            "family=socket.AF_INET6, dualstack_ipv6=True); print('up', flush=True); time.sleep(60)")
+    server.wait_for("up")
+    found = measure(path, named)
+    mss = 1460 if "." in far else 1440
+    assert found["status"] == "WARN"
+    assert found["found"].endswith(f"; TCP port 443 answers: MSS {mss}, as for MTU 1500; the kernel uses 1500")
+
+
+@FAMILIES
+def test_path_unreachable(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """A router that knows no way says so; a node without a route says so itself."""
+    path.router.ip("route add unreachable 10.66.0.0/16", "route add unreachable fd66::/32")
+    away = "10.66.0.1" if "." in far else "fd66::1"
+    found = measure(path, away)
+    assert found["status"] == "FAIL" and found["found"].startswith(f"{away}: unreachable, {gateway}: ")
+    path.node.ip("route del default", "route del ::/0")
+    assert measure(path, away)["found"] == f"{away}: find a route: Network is unreachable (errno 101)"
+
+
+def test_path_report_discarded_by_the_kernel_setting(path: PathNet) -> None:
+    """ip_no_pmtu_disc 2: the report arrives, the kernel throws it away."""
+    path.thin(1400)
+    path.node.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
+    found = measure(path, "10.9.0.2")["found"]
+    assert found.endswith("10.0.0.1 reports 1400; the report arrived here and was dropped by ip_no_pmtu_disc")
+
+
+def test_path_names_and_ports() -> None:
+    """localhost has a path like any host; a name nobody has is a finding."""
+    with Net() as net:
+        host = net.host("lonely")
+        assert diagnose(host, hosts=("127.0.0.1",)).of("path")["found"] == "127.0.0.1: path MTU 65535, all of lo"
+        for wrong in ("no.such.host.invalid:1", "127.0.0.1:99999", "[::1", ""):
+            assert diagnose(host, hosts=(wrong,)).of("path")["status"] == "FAIL"
+
+
+def test_path_is_measured_in_time_or_not_claimed(path: PathNet) -> None:
+    """A black hole at an odd size on a jumbo path, the slowest case; a host that is out of answers is no black hole."""
+    path.node.ip("link set eth0 mtu 9000")
+    path.router.ip("link set to-node mtu 9000", "link set to-far mtu 8777")
+    path.far.ip("link set eth0 mtu 9000")
+    path.drop_errors()
+    for _ in range(4):
+        start = time.monotonic()
+        found = measure(path, "10.9.0.2")
+        assert time.monotonic() - start < 7.0
+        if "black hole" in found["found"]:
+            assert "path MTU 8777;" in found["found"]
+        else:
+            assert found["status"] == "WARN" and "path MTU at least" in found["found"]
+            assert found["found"].endswith("the host limits its answers, ask again in ten seconds")
+
+
+def test_check_command_line() -> None:
+    """The options of the daemon, HOST, --json, the exit code; text for people by default."""
+    with Net() as net:
+        host = net.host("doctor")
+        other = net.host("other")
+        net.link(host, other, names=("eth0", "eth0"))
+        host.ip("addr add 10.0.0.1/24 dev eth0", "route add default via 10.0.0.2")
+        other.ip("addr add 10.0.0.2/24 dev eth0")
+        text = host.run(sys.executable, str(PROGRAM), "check", "--nodename", "n1", "--peers", "10.0.0.2", "10.0.0.2")
+        assert text.endswith("\nn1: 15 OK, 0 WARN, 0 FAIL\n") and "\033" not in text
+        assert "OK   path: 10.0.0.2: path MTU 1500, all of eth0\n" in text
+        answer = json.loads(host.run(sys.executable, str(PROGRAM), "check", "--json"))
+        assert answer["summary"] == {"OK": 14, "WARN": 0, "FAIL": 0}
+        host.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
+        assert run_to_end(host, "check")[0] == 2
+
+
+# -----------------------------------------------------------------------------
 # Section: documentation -- what the README says is what the program does
 
 README = (HERE / "README.md").read_text()
@@ -2810,7 +3426,7 @@ def test_option_table() -> None:
     """Every option is there and nothing else, with the default that Config or the help text has."""
     rows = table("option")
     options = {action.option_strings[0]: action for action in pmtud.build_parser()._actions if action.option_strings}
-    assert set(rows) == set(options) - {"-h", "--help", "--version"}
+    assert set(rows) == set(options) - {"-h", "--version", "--json", "--no-color"}
     config = pmtud.Config()
     for option, field in (("--nflog-group", config.nflog_group), ("--metrics-port", config.metrics_port),
                           ("--ttl", config.ttl), ("--rules", config.rules), ("--flow-interval", config.flow_interval),
@@ -3811,6 +4427,34 @@ def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
     os.close(parent)
     text = b"".join(chunks).decode()
     assert "s left" in text and ("\033[" in text) == (not argv)
+
+
+def test_check_gives_the_labs_own_answers() -> None:
+    """In each state of the lab `check` says what the seed lab's troubleshooting table says, and how to repair it."""
+    def answers(host: str, *hosts: str) -> list[tuple[str, str, str]]:
+        options = ("check", "--iface", "eth1", "--json", *hosts)
+        report = net.at[host].run(sys.executable, str(PROGRAM), *options, check=False)
+        return [(entry["status"], entry["found"], entry["fix"]) for entry in json.loads(report)["checks"]]
+
+    with MtuLab() as net:
+        net.bring(BASIC)
+        patch = """kubectl patch installation default --type=merge -p '{"spec":{"calicoNetwork":{"mtu":8950}}}'"""
+        text = "vxlan.calico 1450 < eth1 9000 - 50 = 8950: jumbo frames left unused"
+        assert ("WARN", text, patch) in answers("worker")
+        net.bring(JUMBO)
+        assert ("OK", "vxlan.calico 8950 = eth1 9000 - 50", "") in answers("worker")
+        net.bring(BROKEN)
+        text = ("10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500; "
+                "the report arrived here and was dropped by rp_filter")  # fmt: skip
+        found = answers("control-plane", "10.10.20.20")[-1]
+        assert found[:2] == ("FAIL", text) and found[2].endswith("pmtud.py --iface eth1")
+        net.bring(LOOSE)
+        text = "10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500"
+        assert answers("control-plane", "10.10.20.20")[-1] == ("OK", text, "")
+        net.bring(BROKEN)
+        net.start_daemon()
+        text = "10.10.20.20: path MTU 1500, 172.20.20.2, through pmtud, reports 1500"
+        assert answers("control-plane", "10.10.20.20")[-1] == ("OK", text, "")
 
 
 # -----------------------------------------------------------------------------
