@@ -1158,7 +1158,7 @@ def describe_process(pid: int) -> str:
     """`pid 4711 (python3 pmtud.py)`, or what is known of it."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
-            words = stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").strip()
+            words = " ".join(stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").split())
     except OSError:
         return "a process not visible from here"
     return f"pid {pid} ({words[:80]})"
@@ -1172,8 +1172,8 @@ def netlink_holder(port: int) -> str:
         inodes = {f"socket:[{row[-1]}]" for row in rows if row[1] == str(NETLINK_NETFILTER) and int(row[2]) == port}
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                for descriptor in os.scandir(f"/proc/{pid}/fd"):
-                    if os.readlink(descriptor.path) in inodes:
+                for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                    if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
                         return describe_process(int(pid))
     return "a process not visible from here"
 
@@ -1952,11 +1952,13 @@ class Service:
         self.ifaces: tuple[str, ...] = ()
         self.guarded: dict[str, bool] = {}  # by family name, as last probed
         self._outlets: dict[str, Outlet] = {}
+        self._arrangement = Arrangement({}, (), {}, {}, View())
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self.peers = Peers(config, self.counters, self.wake)
         self._stack = contextlib.ExitStack()
+        self._poll = select.poll()
         self._firewall: Optional[Firewall] = None
         self._stopping = self._hangup = self._stale = False
         self._ticks = 0
@@ -1981,7 +1983,8 @@ class Service:
             stack.callback(self.peers.close)
             self.peers.start()
             self.ifaces = self._choose_ifaces()
-            self._nflog = stack.enter_context(Nflog(config.nflog_group))
+            self._nflog = Nflog(config.nflog_group)
+            stack.callback(self._close_nflog)
             if config.rules == "auto":
                 self._firewall = stack.enter_context(Firewall(config, self.ifaces))
             self._monitor = stack.enter_context(Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
@@ -2046,6 +2049,9 @@ class Service:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
+    def _close_nflog(self) -> None:
+        self._nflog.close()
+
     def _close_outlets(self) -> None:
         for outlet in self._outlets.values():
             outlet.close()
@@ -2056,21 +2062,27 @@ class Service:
     def _rearrange(self) -> None:
         """Work out peers and addresses anew and put them in force."""
         arrangement = arrange(self.peers.listed(), local_addresses(), self.config.ignore_networks)
+        before, self._arrangement = self._arrangement, arrangement
+        self.policy.view = arrangement.view
+        self.counters.peers = arrangement.per_source
+        zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
+        if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
+            self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
+
+    def _open_outlets(self) -> None:
+        """New sockets for the peers of now, in place of the old ones."""
         outlets: dict[str, Outlet] = {}
         for family in FAMILIES:
-            labels = [str(peer) for peer in arrangement.targets[family.name]]
+            labels = [str(peer) for peer in self._arrangement.targets[family.name]]
             counts = CopyCounts(labels, self.counters.copies.get(family.name))
             try:
-                outlets[family.name] = Outlet(family, self.config, arrangement, counts)
+                outlets[family.name] = Outlet(family, self.config, self._arrangement, counts)
                 self.counters.copies[family.name] = counts
             except OSError as problem:  # this family is switched off in the kernel, or the source just vanished
                 if labels:
                     log("warning", f"no {family.name} sockets", problem=problem.strerror)
-        old, self._outlets, self._arrangement = self._outlets, outlets, arrangement
-        self.policy.view = arrangement.view
-        self.counters.peers = arrangement.per_source
-        for outlet in old.values():
-            outlet.close()
+        self._close_outlets()
+        self._outlets = outlets
 
     def _probe_guard(self) -> None:
         """Learn whether the guard is in force; without it only errors for local addresses are delivered."""
@@ -2143,12 +2155,11 @@ class Service:
 
     def run(self) -> None:
         """Turn until SIGTERM or SIGINT."""
-        poll = select.poll()
         for descriptor in (self._nflog, self._monitor, self._wake_read):
-            poll.register(descriptor, select.POLLIN)
+            self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            ready = {number for number, _ in poll.poll(max(0, int((tick_at - time.monotonic()) * 1000) + 1))}
+            ready = {number for number, _ in self._poll.poll(max(0, int((tick_at - time.monotonic()) * 1000) + 1))}
             self._turned = now = time.monotonic()
             if self._wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -2207,7 +2218,7 @@ class Service:
         counters = self.counters
         copies: dict[str, list[bytes]] = {family.name: [] for family in FAMILIES}
         deliveries: list[tuple[MtuError, bool]] = []
-        logged = self._nflog.read(self.BATCH)
+        logged = self._read_nflog()
         for packet, _, rpf in logged:
             error = parse(packet)
             if isinstance(error, Reason):
@@ -2238,10 +2249,25 @@ class Service:
                 self._replicate(name, bodies)
         for error, rpf in deliveries:
             self._deliver(error, rpf)
-        counters.nflog_lost = self._nflog.lost
         if logged:
             counters.last_error_received = time.time()
             counters.batch_duration.observe(time.monotonic() - now)
+
+    def _read_nflog(self) -> list[Logged]:
+        """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if that fails."""
+        before = self._nflog.lost
+        try:
+            return self._nflog.read(self.BATCH)
+        except OSError as problem:
+            self._poll.unregister(self._nflog)
+            self._nflog.close()
+            self._nflog = Nflog(self.config.nflog_group)
+            self._poll.register(self._nflog, select.POLLIN)
+            log("error", "the NFLOG socket broke and was opened again", problem=problem.strerror)
+            before = self._nflog.lost
+            return []
+        finally:
+            self.counters.nflog_lost += self._nflog.lost - before
 
     def _has_peers(self, family: Family) -> bool:
         outlet = self._outlets.get(family.name)

@@ -2661,6 +2661,32 @@ def test_default_route_over_several_interfaces(cluster: Cluster) -> None:
         node.ip("route replace default via 10.0.0.1")
 
 
+BROKEN_SOCKET = """
+import errno, pmtud, sys
+class Breaking(pmtud.Nflog):
+    left = 1
+    def read(self, datagrams):
+        if Breaking.left:
+            Breaking.left -= 1
+            raise OSError(errno.EIO, "broken by the test")
+        return super().read(datagrams)
+pmtud.Nflog = Breaking
+pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+"""
+
+
+def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
+    """The daemon goes on with a new socket; what had arrived by then is gone."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    process = node.start(sys.executable, "-c", BROKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process.wait_for("limits:")
+    inject(cluster.router, 4, flow_errors(4, count=1))
+    process.wait_for("the NFLOG socket broke and was opened again")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, ERRORS)
+    assert process.stop() == 0
+
+
 # -- HTTP and logs
 
 
