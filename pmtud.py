@@ -1943,6 +1943,7 @@ class Service:
     BATCH = 64  # datagrams per turn, so that signals and timers are never starved by a flood
     TICK = 1.0  # seconds between housekeeping
     SLOW_TICKS = 10  # every tenth: default route, guard
+    SUMMARY = 60.0  # seconds between summaries in the log
     NEWS_PER_MINUTE = 20  # lines about routers and destinations not seen before
 
     def __init__(self, config: Config) -> None:
@@ -1966,7 +1967,7 @@ class Service:
         self._known = Recent(3600.0, capacity=1024)
         self._news_left = self.NEWS_PER_MINUTE
         self._summarized = self.counters.summary()
-        self._summary_at = self._turned + 60.0
+        self._summary_at = self._turned + self.SUMMARY
 
     def wake(self) -> None:
         """Make the loop look at the peers again; callable from any thread or signal handler."""
@@ -2140,7 +2141,7 @@ class Service:
         changes = {name: count - self._summarized.get(name, 0) for name, count in totals.items()}
         if any(changes.values()):
             log("info", "last minute", **{name: count for name, count in changes.items() if count})
-        self._summarized, self._summary_at, self._news_left = totals, now + 60.0, self.NEWS_PER_MINUTE
+        self._summarized, self._summary_at, self._news_left = totals, now + self.SUMMARY, self.NEWS_PER_MINUTE
 
     def healthy(self) -> bool:
         """Whether the loop turned within the last ten seconds."""

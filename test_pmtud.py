@@ -2687,6 +2687,49 @@ def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
     assert process.stop() == 0
 
 
+SHORT_MINUTE = """
+import pmtud, sys
+pmtud.Service.SUMMARY = 1.0
+pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+"""
+
+
+def test_summary_of_the_last_minute(cluster: Cluster) -> None:
+    """One line with what changed, none while nothing does; here a minute is a second long."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    process = node.start(sys.executable, "-c", SHORT_MINUTE, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process.wait_for("limits:")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, ERRORS)
+    process.wait_for("last minute")
+    time.sleep(2.2)  # two quiet minutes, to see that they pass in silence
+    lines = [line for line in process.output().splitlines() if "last minute" in line]
+    assert 1 <= len(lines) <= 2
+    assert sum(int(n) for line in lines for n in re.findall(r" received=(\d+)", line)) == ERRORS
+    assert sum(int(n) for line in lines for n in re.findall(r" copies=(\d+)", line)) == ERRORS * 2
+    assert process.stop() == 0
+
+
+def interpreters() -> list[str]:
+    """Every CPython from 3.9 on that is installed here, one of each version; the one that runs the tests is tested."""
+    places = [*map(Path, os.environ["PATH"].split(os.pathsep)), *Path.home().glob(".pyenv/versions/3.*/bin")]
+    paths = [path for place in places for path in place.glob("python3.*")]
+    found = {path.name: str(path) for path in paths if re.fullmatch(r"python3\.(9|1[0-9])", path.name)}
+    return [found[name] for name in sorted(found) if name != f"python3.{sys.version_info.minor}"]
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_every_python_does_the_whole_job(cluster: Cluster, python: str) -> None:
+    """Both families and every kind of service, without one warning."""
+    processes = [node.start(python, "-W", "error", str(PROGRAM), "--peers", ALL_PEERS) for node in cluster.nodes]
+    for process in processes:
+        process.wait_for("limits:")
+    finished = [len(cluster.download(service, family)) for family, service in CASES]
+    assert [process.stop() for process in processes] == [0, 0, 0]
+    assert finished == [23] * 6
+    assert "Traceback" not in processes[0].output()
+
+
 # -- HTTP and logs
 
 
