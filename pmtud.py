@@ -152,6 +152,13 @@ NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
 NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
 NF_IP_PRI_RAW, NF_IP_PRI_MANGLE = -300, -150  # conntrack sits between them, at -200
 NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_DELRULE = 0, 2, 3, 6, 8
+NFT_MSG_NEWSET = 9
+NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN = 1, 2, 3, 4, 5
+NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_TIMEOUT, NFTA_SET_DESC_SIZE = 9, 10, 11, 1
+NFT_SET_TIMEOUT, NFT_SET_EVAL = 0x10, 0x20
+NFTA_DYNSET_SET_NAME, NFTA_DYNSET_OP, NFTA_DYNSET_SREG_KEY, NFTA_DYNSET_FLAGS, NFTA_DYNSET_EXPRESSIONS = 1, 3, 4, 9, 10
+NFT_DYNSET_OP_UPDATE, NFT_DYNSET_F_EXPR = 1, 2
+NFT_LIMIT_F_INV = 1
 NFT_TABLE_F_OWNER = 0x2
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_TYPE = 1, 3, 4, 7
@@ -162,7 +169,7 @@ NFTA_LIST_ELEM, NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 1, 2
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
 NFT_REG_VERDICT, NFT_REG_1 = 0, 1
 NFT_META_MARK, NFT_META_IIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = 3, 6, 15, 16
-NFT_PAYLOAD_TRANSPORT_HEADER = 2
+NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
 NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
 NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF = 1, 2, 8
 NFT_CT_STATE, NF_CT_STATE_RELATED_BIT = 0, 1 << 2
@@ -462,17 +469,21 @@ class Family(NamedTuple):
     pseudo_header: bool  # the ICMP checksum covers the addresses
     nfproto: int
     probe_address: str  # where guard_holds() sends: it never leaves the node
+    address_len: int
+    src_offset: int  # of the source address in the header; the destination follows
+    nft: str  # its name in nft
+    nft_type: int  # of its addresses in nft sets
 
 
 IPV4 = Family(
     "ipv4", 4, socket.AF_INET, ipv4_header, socket.IPPROTO_ICMP, ICMPV4_FRAG_NEEDED,
     (ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP}, False,
-    NFPROTO_IPV4, "192.0.2.1",
+    NFPROTO_IPV4, "192.0.2.1", 4, 12, "ip", 7,
 )  # fmt: skip
 IPV6 = Family(
     "ipv6", 6, socket.AF_INET6, ipv6_header, socket.IPPROTO_ICMPV6, ICMPV6_TOO_BIG,
     (ICMPV6_PKT_TOOBIG, 0), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6}, True,
-    NFPROTO_IPV6, "ff01::1",
+    NFPROTO_IPV6, "ff01::1", 16, 8, "ip6", 8,
 )  # fmt: skip
 FAMILIES = (IPV4, IPV6)
 
@@ -1271,6 +1282,8 @@ class Chain(NamedTuple):
 
 CHAINS = (
     Chain("mtu_errors", ""),
+    Chain("copies_in", ""),
+    Chain("shed", ""),
     Chain("prerouting", "type filter hook prerouting priority raw; policy accept;", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW),
     Chain("copies", "type filter hook output priority raw; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_RAW),
     Chain("guard", "type filter hook output priority mangle; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE),
@@ -1287,13 +1300,23 @@ def compare(operator: int, value: bytes) -> bytes:
     return expression("cmp", be32(1, NFT_REG_1), be32(2, operator), nested(3, attribute(NFTA_DATA_VALUE, value)))
 
 
-def match(name: str, *operands: int, value: bytes) -> bytes:
-    """Load `meta KEY`, `payload BASE OFFSET LENGTH` or `fib RESULT FLAGS` into register 1; it must equal value.
+def load(name: str, *operands: int) -> bytes:
+    """Load `meta KEY`, `payload BASE OFFSET LENGTH`, `fib RESULT FLAGS` or `ct KEY` into register 1.
 
-    The attributes of these three are numbered alike: 1 is the register, the operands follow.
+    The attributes of these four are numbered alike: 1 is the register, the operands follow.
     """
-    load = [be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1)]
-    return expression(name, *load) + compare(NFT_CMP_EQ, value)
+    return expression(name, *(be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1)))
+
+
+def match(name: str, *operands: int, value: bytes) -> bytes:
+    """What load() loads must equal value."""
+    return load(name, *operands) + compare(NFT_CMP_EQ, value)
+
+
+def mask(value: bytes) -> bytes:
+    """register 1 & value."""
+    bits, flip = (nested(number, attribute(NFTA_DATA_VALUE, data)) for number, data in ((4, value), (5, bytes(len(value)))))
+    return expression("bitwise", be32(1, NFT_REG_1), be32(2, NFT_REG_1), be32(3, len(value)), bits, flip)
 
 
 def host32(number: int) -> bytes:
@@ -1303,11 +1326,7 @@ def host32(number: int) -> bytes:
 
 def match_related() -> bytes:
     """ct state related."""
-    mask, zero = (nested(number, attribute(NFTA_DATA_VALUE, host32(bits)))
-                  for number, bits in ((4, NF_CT_STATE_RELATED_BIT), (5, 0)))  # fmt: skip
-    state = expression("ct", be32(1, NFT_REG_1), be32(2, NFT_CT_STATE))
-    masked = expression("bitwise", be32(1, NFT_REG_1), be32(2, NFT_REG_1), be32(3, 4), mask, zero)
-    return state + masked + compare(NFT_CMP_NEQ, bytes(4))
+    return load("ct", NFT_CT_STATE) + mask(host32(NF_CT_STATE_RELATED_BIT)) + compare(NFT_CMP_NEQ, bytes(4))
 
 
 def verdict(code: int, chain: str = "") -> bytes:
@@ -1322,13 +1341,51 @@ def log_to(group: int, prefix: str = "") -> bytes:
     return expression("log", be16(1, group), string(2, prefix) if prefix else b"")
 
 
-def limit_rate(per_second: int) -> bytes:
-    """limit rate PER_SECOND/second burst PER_SECOND packets."""
-    return expression("limit", be64(1, per_second), be64(2, 1), be32(3, per_second))
+def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
+    """limit rate [over] NUMBER/second burst BURST packets, with `seconds` 60 NUMBER/minute."""
+    return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
 
 
-def nflog_rules(config: Config, ifaces: Sequence[str]) -> list[Rule]:
-    """The rules that feed the NFLOG group."""
+BUCKETS = 1 << 14  # routers are told apart by the last bits of their addresses: memory is bounded, no set is ever full
+
+
+def burst_rule(family: Family, per_second: int) -> Rule:
+    """What lets a genuine router through a flood that has used up everybody's budget: its errors come in bursts.
+
+    An error passes if it is the fourth or later of a burst, and one of ten a minute of its bucket. Of 150,000 errors a
+    second from random sources next to none has that shape; one loud source, or 1,000, soon use up their own buckets.
+    """
+    last_bits = (BUCKETS - 1).to_bytes(family.address_len, "big")
+    burst = limit_rate(100, 1, 3, NFT_LIMIT_F_INV) + limit_rate(10, 60, 10)
+    update = expression("dynset", string(NFTA_DYNSET_SET_NAME, f"routers_{family.name}"),
+                        be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE), be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
+                        be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR), nested(NFTA_DYNSET_EXPRESSIONS, burst))  # fmt: skip
+    text = (f"update @routers_{family.name} {{ {family.nft} saddr & {ipaddress.ip_address(last_bits)} "
+            "limit rate over 100/second burst 3 packets limit rate 10/minute burst 10 packets } "
+            f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors")  # fmt: skip
+    source = load("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
+    return Rule("shed", text, match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto])) + source + mask(last_bits)
+                + update + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
+
+
+def shed_rules(rate: int, nodes: Iterable[bytes], bursts: bool) -> list[Rule]:
+    """The kernel sheds a flood for next to nothing, as the daemon would; copies, sent to `nodes`, apart from the rest."""
+    rules = []
+    for address in sorted(nodes, key=lambda packed: (len(packed), packed)):
+        family = family_of(address)
+        is_copy = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
+        is_copy += match("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset + len(address), len(address),
+                         value=address)  # fmt: skip
+        text = f"{family.nft} daddr {ipaddress.ip_address(address)} goto copies_in"
+        rules.append(Rule("shed", text, is_copy + verdict(NFT_GOTO, "copies_in")))
+    for chain in ("copies_in", "shed"):
+        text = f"limit rate {rate}/second burst {rate} packets goto mtu_errors"
+        rules.append(Rule(chain, text, limit_rate(rate, 1, rate) + verdict(NFT_GOTO, "mtu_errors")))
+    return rules + [burst_rule(family, max(1, rate // 4)) for family in FAMILIES if bursts]
+
+
+def nflog_rules(config: Config, ifaces: Sequence[str], nodes: Iterable[bytes] = (), bursts: bool = True) -> list[Rule]:
+    """The rules that feed the NFLOG group; `nodes`: the addresses that copies are sent to, `bursts`: needs Linux 5.11."""
     group = config.nflog_group
     rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
     text = f'fib saddr . iif oif 0 log prefix "{RPF_PREFIX}" group {group} return'
@@ -1336,9 +1393,8 @@ def nflog_rules(config: Config, ifaces: Sequence[str]) -> list[Rule]:
         Rule("mtu_errors", text, rpf + log_to(group, RPF_PREFIX) + verdict(NFT_RETURN)),
         Rule("mtu_errors", f"log group {group}", log_to(group)),
     ]
-    # Twice the daemon's own limit: the kernel sheds a flood for next to nothing before it costs a wake-up.
-    shed = 2 * max(1, int(config.rate)) if config.rate else 0
-    limit_text = f" limit rate {shed}/second burst {shed} packets" if shed else ""
+    rules += shed_rules(max(1, int(config.rate)), nodes, bursts) if config.rate else []
+    target = "shed" if config.rate else "mtu_errors"
     words = {IPV4: "icmp type destination-unreachable icmp code frag-needed",
              IPV6: "icmpv6 type packet-too-big icmpv6 code 0"}  # fmt: skip
     for iface in ifaces:
@@ -1347,9 +1403,8 @@ def nflog_rules(config: Config, ifaces: Sequence[str]) -> list[Rule]:
             matches += match("meta", NFT_META_IIFNAME, value=iface.encode().ljust(IFNAMSIZ, b"\0"))
             matches += match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
             matches += match("payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error))
-            matches += limit_rate(shed) if shed else b""
-            text = f'iifname "{iface}" {words[family]}{limit_text} goto mtu_errors'
-            rules.append(Rule("prerouting", text, matches + verdict(NFT_GOTO, "mtu_errors")))
+            text = f'iifname "{iface}" {words[family]} goto {target}'
+            rules.append(Rule("prerouting", text, matches + verdict(NFT_GOTO, target)))
     return rules
 
 
@@ -1384,7 +1439,8 @@ class Firewall(Descriptor):
     Kernels before 5.12 refuse ownership; there the table is replaced at start and deleted by close().
     """
 
-    def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True) -> None:
+    def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True, nodes: Iterable[bytes] = ()) -> None:
+        self.nodes = frozenset(nodes)  # where copies are sent to
         self.table = f"pmtud_{config.nflog_group}"
         self.conntrack = conntrack_in_use()
         self._config = config
@@ -1445,6 +1501,14 @@ class Firewall(Descriptor):
             payload += nested(NFTA_CHAIN_HOOK, hook) + string(NFTA_CHAIN_TYPE, "filter")
         return self._message(NFT_MSG_NEWCHAIN, NLM_F_CREATE, payload)
 
+    def _set_message(self, family: Family) -> bytes:
+        return self._message(NFT_MSG_NEWSET, NLM_F_CREATE, b"".join((
+            string(NFTA_SET_TABLE, self.table), string(NFTA_SET_NAME, f"routers_{family.name}"),
+            be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
+            be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
+            nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS)), be64(NFTA_SET_TIMEOUT, 60_000),
+        )))  # fmt: skip
+
     def _rule_message(self, rule: Rule) -> bytes:
         payload = string(NFTA_RULE_TABLE, self.table) + string(NFTA_RULE_CHAIN, rule.chain)
         payload += nested(NFTA_RULE_EXPRESSIONS, rule.expressions)
@@ -1452,13 +1516,13 @@ class Firewall(Descriptor):
 
     def _create(self, ifaces: Sequence[str]) -> None:
         requests = [self._message(NFT_MSG_NEWTABLE, NLM_F_CREATE, self._table_attributes())]
-        requests += self._contents(ifaces)
-        self._commit("create table", requests)
+        requests += [self._set_message(family) for family in FAMILIES]
+        self._commit("create table", [*requests, *self._contents(ifaces)])
 
     def _contents(self, ifaces: Sequence[str]) -> list[bytes]:
         """Chains and rules. A chain in the output hook costs each copy 0.1 us: none for notrack without conntrack."""
         chains = [chain for chain in CHAINS if self.conntrack or chain.name != "copies"]
-        rules = [*nflog_rules(self._config, ifaces), *guard_rules(self.conntrack)]
+        rules = [*nflog_rules(self._config, ifaces, self.nodes, self.owned), *guard_rules(self.conntrack)]
         return [*map(self._chain_message, chains), *map(self._rule_message, rules)]
 
     def replace(self, ifaces: Sequence[str]) -> None:
@@ -1986,12 +2050,13 @@ class Service:
             self.ifaces = self._choose_ifaces()
             self._nflog = Nflog(config.nflog_group)
             stack.callback(self._close_nflog)
-            if config.rules == "auto":
-                self._firewall = stack.enter_context(Firewall(config, self.ifaces))
             self._monitor = stack.enter_context(Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
             self._monitor.socket.setblocking(False)
             stack.callback(self._close_outlets)
             self._rearrange()
+            if config.rules == "auto":
+                view = self.policy.view
+                self._firewall = stack.enter_context(Firewall(config, self.ifaces, nodes=view.node | view.groups))
             self._probe_guard()
             self._serve_status(stack)
             self._stack = stack.pop_all()
@@ -2069,6 +2134,10 @@ class Service:
         zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
         if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
             self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
+        nodes = arrangement.view.node | arrangement.view.groups
+        if self._firewall and self._firewall.nodes != nodes:
+            self._firewall.nodes = nodes
+            self._replace_rules()
 
     def _open_outlets(self) -> None:
         """New sockets for the peers of now, in place of the old ones."""
@@ -3094,6 +3163,9 @@ def print_rules(config: Config) -> None:
     rules = [*nflog_rules(config, ifaces), *guard_rules(conntrack=True)]
     print("# nftables: save as a file and run `nft -f FILE`, then start pmtud.py with --rules off")
     print(f"table inet pmtud_{config.nflog_group} {{")
+    for family in FAMILIES if config.rate else ():
+        print(f"\tset routers_{family.name} {{\n\t\ttype {family.name}_addr; size {BUCKETS}; flags dynamic,timeout; "
+              "timeout 1m;\n\t}")  # fmt: skip
     for chain in CHAINS:
         print(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
         for rule in rules:
