@@ -55,6 +55,7 @@ import json
 import logging
 import os
 import platform
+import random
 import re
 import select
 import shlex
@@ -276,6 +277,9 @@ class Reason(str, enum.Enum):
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 PEERS_MAX = 16384  # a bound for every list of peers; beyond it use a subnet broadcast address
+PEER_KINDS = "an address, a host name, dns:NAME or file:PATH"
+HOST_LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"  # RFC 1123 section 2.1; an all-numeric last label would be an address
+HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?\Z)(?:{HOST_LABEL}\.)*(?![0-9]+\.?\Z){HOST_LABEL}\.?")
 
 
 class PeerAddress(NamedTuple):
@@ -299,7 +303,7 @@ class Config:
     """Everything the options say. Rates are per second, intervals in seconds, MTUs in bytes."""
 
     peers: tuple[PeerAddress, ...] = ()
-    peer_sources: tuple[str, ...] = ()  # like file:/etc/pmtud/peers
+    peer_sources: tuple[str, ...] = ()  # like file:/etc/pmtud/peers, dns:node-1
     ifaces: tuple[str, ...] = ()
     nodename: str = ""
     nflog_group: int = 33
@@ -1689,13 +1693,66 @@ class PeerSource(Protocol):
     """Something that names peers and may change its mind; polled off the packet's way."""
 
     name: str  # the `source` label
-    interval: float  # seconds between two looks
+
+    @property
+    def interval(self) -> float:
+        """Seconds until the next look."""
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses now, None if unchanged; raises PeerSourceError."""
 
     def forget(self) -> None:
         """Make the next load() look afresh, whatever it remembers."""
+
+
+class DnsSource:
+    """`dns:NAME` or a bare host name: all A and AAAA answers, asked for again every ten seconds or so.
+
+    Loopback answers are this node itself (Debian's /etc/hosts) and no peers. While one family cannot be asked,
+    its last answers stand beside the new ones of the other.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.name = f"dns:{host}"
+        self._host = host
+        self._answers: dict[str, set[str]] = {}  # by family name
+        self._peers: tuple[PeerAddress, ...] = ()
+
+    @property
+    def interval(self) -> float:
+        """About ten seconds, different each time, so that the nodes of a cluster do not ask in step."""
+        return random.uniform(7.5, 12.5)
+
+    def forget(self) -> None:
+        """Nothing to do: every look asks."""
+
+    def _ask(self, family: Family) -> set[str]:
+        """The addresses of one family, empty if the name has none; raises OSError."""
+        try:
+            found = socket.getaddrinfo(self._host, None, family.af, socket.SOCK_DGRAM)
+        except socket.gaierror as problem:
+            if problem.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+                return set()
+            raise
+        return {str(place[0]) for *_, place in found}
+
+    def load(self) -> Optional[tuple[PeerAddress, ...]]:
+        """The addresses the name has now; raises PeerSourceError, also where there are none any more."""
+        answers, failed = dict(self._answers), []
+        for family in FAMILIES:  # not both in one call: that hides the failure of one behind the answer of the other
+            try:
+                answers[family.name] = self._ask(family)
+            except OSError as problem:
+                failed.append(problem.strerror or str(problem))
+        texts = set().union(*answers.values())
+        try:
+            peers = tuple(sorted(parse_peer(text) for text in texts if not ipaddress.ip_address(text).is_loopback))
+        except ValueError as problem:
+            raise PeerSourceError(f"{self.name}: {problem}") from problem
+        if len(failed) == len(FAMILIES) or (not peers and (self._peers or not texts)):
+            raise PeerSourceError(f"{self.name}: {failed[0] if failed else 'no usable address'}")
+        self._answers, self._peers = answers, peers
+        return peers
 
 
 class FileSource:
@@ -1737,7 +1794,9 @@ def open_source(text: str) -> PeerSource:
     kind, _, rest = text.partition(":")
     if kind == "file" and rest:
         return FileSource(rest)
-    raise ValueError(f"{text!r} is not an IP address and not file:PATH")
+    if kind == "dns" and HOST_NAME.fullmatch(rest):
+        return DnsSource(rest)
+    raise ValueError(f"{text!r} is not {PEER_KINDS}")
 
 
 class Peers:
@@ -1788,9 +1847,9 @@ class Peers:
     def _follow(self, source: PeerSource) -> None:
         kick = self._kick[source.name]
         while not self._closed:
+            self._refresh(source)
             kick.wait(source.interval)
             kick.clear()
-            self._refresh(source)
 
     def _refresh(self, source: PeerSource) -> None:
         try:
@@ -1802,10 +1861,8 @@ class Peers:
                 kept = len(self._answers.get(source.name, ()))
                 log("warning", "peer source failed, its last good peers stay", problem=str(problem), kept=kept)
             return
-        if answer is None:
-            return
         self._complaints.pop(source.name, None)
-        if answer != self._answers.get(source.name):
+        if answer is not None and answer != self._answers.get(source.name):
             self._answers[source.name] = answer
             self._changed()
 
@@ -2103,7 +2160,8 @@ class Service:
             table = f"table inet {self._firewall.table}" + ("" if self._firewall.owned else " (not owned: old kernel)")
         log("info", f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
             f"NFLOG group {config.nflog_group}, rules: {table}")  # fmt: skip
-        log("info", f"peers: {len(peers)} ({shown})" if peers else "peers: none, standalone: local rescue only")
+        nobody = "none, standalone: local rescue only" if self.peers.answered() else "none yet, asking for them"
+        log("info", f"peers: {len(peers)} ({shown})" if peers else f"peers: {nobody}")
         if arrangement.removed:
             log("info", f"own address removed from peers: {', '.join(map(str, arrangement.removed))}")
         log("info", f"limits: one per flow each {config.flow_interval:g} s, {config.source_rate:g}/s per router, "
@@ -3009,14 +3067,14 @@ def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
     """The items of one --peers value: addresses, and the texts of sources."""
     items: list[Union[PeerAddress, str]] = []
     for item in split_list(text):
-        if re.match("[a-z]+:", item) and not re.match("[0-9a-f]*:[0-9a-f]*:", item):
-            open_source(item)
-            items.append(item)
+        name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
+        if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
+            items.append(open_source(name).name)
             continue
         try:
             items.append(parse_peer(item))
         except ValueError as problem:
-            raise ValueError(f"{problem}; a peer is an address or file:PATH") from None
+            raise ValueError(f"{problem}; a peer is {PEER_KINDS}") from None
     return items
 
 
@@ -3026,6 +3084,7 @@ examples:
   sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12       copies to these nodes; this node's own address may be listed
   sudo python3 pmtud.py --peers 10.0.0.255                one broadcast copy reaches the whole subnet
   sudo python3 pmtud.py --peers file:/etc/pmtud/peers     one address per line, read again when it changes
+  sudo python3 pmtud.py --peers dns:pmtud.example         all addresses of a name, asked for again every ten seconds
   sudo python3 pmtud.py --dry-run --log-level debug       look, send nothing
   sudo python3 pmtud.py check                             the doctor: what is wrong here, and what repairs it
   python3 pmtud.py check 10.9.0.2 [fd09::2]:443           measure paths, too
@@ -3040,7 +3099,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of the daemon; no defaults here, Config has them."""
     add = parser.add_argument
     add("--peers", action="append", metavar="LIST", type=option_type(parse_peer_items),
-        help="nodes to send copies to: addresses, a subnet broadcast address, file:PATH; comma-separated, repeatable")
+        help="nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME (all A and AAAA, "
+             "asked again every 10 s), file:PATH; comma-separated, repeatable")
     add("--iface", action="append", metavar="NAME", type=option_type(parse_iface),
         help="where errors come in; repeatable (default: the interface of the default route)")
     add("--nodename", metavar="NAME", help="this node's name in the log (default: the host name)")

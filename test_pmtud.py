@@ -5,7 +5,7 @@
     sudo python3 test_pmtud.py lab           the MTU lab, told step by step (--keep, --only 2.4, --no-color)
 
 The first run makes a virtual environment beside this file (.venv) with what the tests need. The namespace
-tests need root and the programs ip, nft, iptables, iptables-legacy, tcpdump, conntrack, curl and ping.
+tests need root and what the README says to install.
 Nothing outside the namespaces it makes is touched: no sysctl, no rule, no route of this machine.
 """
 from __future__ import annotations
@@ -242,6 +242,9 @@ def test_errors_are_one_line_with_an_exit_code(problem: pmtud.PmtudError, text: 
 NETWORK_HINT = "; networks are written like 10.0.0.0/8 or fd00::/64"
 PORT_HINT = " is not a port or a range of ports; write them like 443,8000-8100"
 PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast address"
+KINDS = "an address, a host name, dns:NAME or file:PATH"
+LABEL = "a" * 63
+LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the most that DNS carries
 
 
 @pytest.mark.parametrize(("parse", "text", "value"), [
@@ -262,6 +265,9 @@ PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast addres
     (pmtud.parse_peer, "ff02::114%eth0", pmtud.PeerAddress(b"\xff\x02" + bytes(12) + b"\1\x14", "eth0")),
     (pmtud.parse_peer, "::ffff:10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
     (pmtud.parse_peer_items, "10.0.0.12,file:/a:b", [pmtud.PeerAddress(bytes([10, 0, 0, 12])), "file:/a:b"]),
+    (pmtud.parse_peer_items, "node-1, pmtud.kube-system.svc,dns:X-1.example.,dns:1.2.3.4e",
+     ["dns:node-1", "dns:pmtud.kube-system.svc", "dns:X-1.example.", "dns:1.2.3.4e"]),
+    (pmtud.parse_peer_items, LONG_NAME, [f"dns:{LONG_NAME}"]),
     (pmtud.parse_peer_lines, "# all\n10.0.0.12 # one\n\n fd00::12, 10.0.0.13\r\n",
      tuple(pmtud.PeerAddress(packed(a)) for a in ("10.0.0.12", "fd00::12", "10.0.0.13"))),
 ])  # fmt: skip
@@ -304,8 +310,11 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.parse_peer, "::", "::" + PEER_HINT),
     (pmtud.parse_peer, "255.255.255.255", "255.255.255.255" + PEER_HINT),
     (pmtud.parse_peer, "224.0.0.1", "224.0.0.1" + PEER_HINT),
-    (pmtud.parse_peer_items, "node-1", "'node-1' is not an IP address; a peer is an address or file:PATH"),
-    (pmtud.parse_peer_items, "fe::zz", "'fe::zz' is not an IP address; a peer is an address or file:PATH"),
+    *((pmtud.parse_peer_items, text, f"{text!r} is not an IP address; a peer is {KINDS}")
+      for text in ("fe::zz", "10.0.0.999", "10.0.0.0/24", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
+                   "a" * 64, LONG_NAME + "c", "a b")),
+    *((pmtud.parse_peer_items, text, f"{text!r} is not {KINDS}")
+      for text in ("dns:", "dns:-x", "dns:10.0.0.1", "dns:fd00::1", "dns:a/b", "file:", "zoo:keeper")),
     (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
     (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
     (pmtud.parse_peer_lines, "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
@@ -986,6 +995,99 @@ def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
 
 
+Answers = dict[int, Union[list[str], int]]  # by address family: what the name has, or the error of getaddrinfo()
+
+
+@pytest.fixture(name="dns")
+def fixture_dns(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """What getaddrinfo() answers from now on."""
+    answers: Answers = {socket.AF_INET: [], socket.AF_INET6: []}
+
+    def getaddrinfo(host: str, port: None, family: int, kind: int) -> list[tuple[Any, ...]]:
+        found = answers[family]
+        if isinstance(found, int) or not found:
+            code = found if isinstance(found, int) else socket.EAI_NODATA
+            raise socket.gaierror(code, {socket.EAI_AGAIN: "try again", socket.EAI_NODATA: "no data"}[code])
+        return [(family, kind, 17, "", (address, 0)) for address in found]
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return answers
+
+
+def look(source: pmtud.PeerSource) -> Union[list[str], str]:
+    """What a source says now: its addresses, or its complaint."""
+    try:
+        return [str(peer) for peer in source.load() or ()]
+    except pmtud.PeerSourceError as problem:
+        return str(problem)
+
+
+def test_dns_source_takes_all_addresses_and_keeps_none_that_left(dns: Answers) -> None:
+    source = pmtud.DnsSource("nodes")
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.13", "10.0.0.12", "10.0.0.13"], ["fd00::12"]
+    assert look(source) == ["10.0.0.12", "10.0.0.13", "fd00::12"]
+    dns[socket.AF_INET] = ["10.0.0.12"]
+    assert look(source) == ["10.0.0.12", "fd00::12"]
+    dns[socket.AF_INET] = []
+    assert look(source) == ["fd00::12"]
+    assert all(7.5 <= source.interval <= 12.5 for _ in range(100))
+    assert len({source.interval for _ in range(9)}) > 1
+
+
+def test_dns_source_survives_one_family_that_cannot_be_asked(dns: Answers) -> None:
+    source = pmtud.DnsSource("nodes")
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.12"], ["fd00::12"]
+    assert look(source) == ["10.0.0.12", "fd00::12"]
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.13"], socket.EAI_AGAIN
+    assert look(source) == ["10.0.0.13", "fd00::12"]
+
+
+@pytest.mark.parametrize(("ipv4", "ipv6", "complaint"), [
+    (socket.EAI_AGAIN, socket.EAI_AGAIN, "try again"),
+    ([], socket.EAI_AGAIN, "try again"),
+    ([], [], "no usable address"),
+    (["127.0.0.1"], ["::1"], "no usable address"),
+    (["10.0.0.12", "0.0.0.0"], [], "0.0.0.0" + PEER_HINT),
+    (["10.0.0.12", "224.0.0.1"], [], "224.0.0.1" + PEER_HINT),
+    ([], ["fe80::1"], "fe80::1 needs its interface, like fe80::1%eth0"),
+])  # fmt: skip
+def test_dns_source_explains_and_goes_on(ipv4: Any, ipv6: Any, complaint: str, dns: Answers) -> None:
+    source = pmtud.DnsSource("nodes")
+    dns[socket.AF_INET] = ["10.0.0.12"]
+    assert look(source) == ["10.0.0.12"]
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ipv4, ipv6
+    assert look(source) == f"dns:nodes: {complaint}"
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.14"], []
+    assert look(source) == ["10.0.0.14"]
+
+
+def test_a_name_that_is_only_this_node_is_a_good_answer(dns: Answers) -> None:
+    """Debian's /etc/hosts gives a node's own name as 127.0.1.1; a list of all names holds it on every node."""
+    source = pmtud.DnsSource("node-1")
+    dns[socket.AF_INET] = ["127.0.1.1"]
+    assert [look(source), look(source)] == [[], []]
+
+
+def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not ready before the first answer; a refresh at once after SIGHUP, failures counted, nothing lost."""
+    counters, free, answer = pmtud.Counters(), threading.Event(), socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: (free.wait(10), answer(*arguments))[1])
+    dns[socket.AF_INET] = ["10.0.0.12"]
+    peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
+    try:
+        peers.start()
+        assert not peers.answered()
+        free.set()
+        until(peers.answered)
+        assert peers.listed()["dns:nodes"] == addresses("10.0.0.12")
+        dns[socket.AF_INET] = socket.EAI_AGAIN
+        dns[socket.AF_INET6] = socket.EAI_AGAIN
+        peers.reload()
+        until(lambda: counters.refresh_failures["dns:nodes"] == 1)
+        assert peers.listed()["dns:nodes"] == addresses("10.0.0.12")
+    finally:
+        peers.close()
+
+
 LOCAL = [
     pmtud.LocalAddress(packed("127.0.0.1"), 8, 1, b""),
     pmtud.LocalAddress(packed("::1"), 128, 1, b""),
@@ -1120,9 +1222,9 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--metrics-port", "x"], {}, "argument --metrics-port: 'x' is not a whole number"),
     (["--metrics-addr", "x"], {}, "argument --metrics-addr: 'x' does not appear to be an IPv4 or IPv6 address"),
     (["--peers", "127.0.0.1"], {},
-     "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is an address or file:PATH"),
-    (["--peers", "dns:nodes"], {}, "argument --peers: 'dns:nodes' is not an IP address and not file:PATH"),
-    (["--peers", "file:"], {}, "argument --peers: 'file:' is not an IP address and not file:PATH"),
+     "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is " + KINDS),
+    (["--peers", "dns:no_des"], {}, "argument --peers: 'dns:no_des' is not " + KINDS),
+    (["--peers", "file:"], {}, "argument --peers: 'file:' is not " + KINDS),
     (["--iface", "a/b"], {}, "argument --iface: 'a/b' is not an interface name"),
     (["--rules", "maybe"], {}, "argument --rules: invalid choice: 'maybe' (choose from"),
     (["--log-level", "loud"], {}, "argument --log-level: invalid choice: 'loud' (choose from"),
@@ -1134,7 +1236,7 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
     ([], {"PMTUD_DRY_RUN": "maybe"}, "PMTUD_DRY_RUN: 'maybe' is not yes or no"),
     ([], {"PMTUD_PORTS": "https"}, "PMTUD_PORTS: 'https'" + PORT_HINT),
-    ([], {"PMTUD_PEERS": "dns:nodes"}, "PMTUD_PEERS: 'dns:nodes' is not an IP address and not file:PATH"),
+    ([], {"PMTUD_PEERS": "dns:no_des"}, "PMTUD_PEERS: 'dns:no_des' is not " + KINDS),
     # kubectl create secret likes to end values with a newline
     ([], {"PMTUD_TTL": "300\n"}, "PMTUD_TTL: 300 is not between 1 and 255"),
 )
@@ -2830,6 +2932,104 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGHUP)
         process.wait_for("SIGHUP: reading the peer sources again")
         assert count() == 2
+
+
+class NameServer:
+    """dnsmasq in a host, its records changed while it runs; where the hosts of a cluster ask."""
+
+    def __init__(self, cluster: Cluster, address: str) -> None:
+        self._host, self._records = cluster.fabric, Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records"
+        self.name, self._address = "pmtud.kube-system.svc.cluster.local", address
+        self._etc = [Path("/etc/netns") / node.namespace for node in cluster.nodes]
+        self.process: Optional[Process] = None
+
+    def __enter__(self) -> NameServer:
+        for folder in self._etc:  # `ip netns exec` mounts what is in here over /etc
+            folder.mkdir(parents=True)
+            (folder / "resolv.conf").write_text(f"nameserver {self._address}\nsearch kube-system.svc.cluster.local\n"
+                                                "options timeout:1 attempts:1\n")
+            (folder / "hosts").write_text("127.0.0.1 localhost\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for folder in (*self._etc, self._records.parent):
+            shutil.rmtree(folder)
+
+    def serve(self, *addresses: str, options: Sequence[str] = ()) -> None:
+        """Answer with these addresses from now on."""
+        self._records.write_text("".join(f"{address} {self.name}\n" for address in addresses))
+        if self.process and not options:
+            os.kill(self.process.pid, signal.SIGHUP)
+            return
+        self.stop()
+        self.process = self._host.start(
+            "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root", "--no-resolv",
+            "--no-hosts", f"--addn-hosts={self._records}", f"--listen-address={self._address}", "--bind-interfaces",
+            "--domain-needed", "--log-facility=-", *(options or ["--local=/cluster.local/"]))  # fmt: skip
+        self.process.wait_for("read ")
+
+    def stop(self) -> None:
+        """Answer nothing any more."""
+        if self.process:
+            self.process.close()
+            self.process = None
+
+
+def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
+    """Nothing but a name is given; not ready before the first answer; then all transfers finish, both families."""
+    # a bare name, which the resolver completes from its search list
+    with NameServer(cluster, "10.0.0.1") as names, daemons(cluster.nodes, "--peers", "pmtud") as processes:
+        assert "peers: none yet, asking for them" in processes[0].output()
+        assert get(cluster.nodes[0], "/readyz")[0] == "503"
+        nodes = [Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)]
+        names.serve(*nodes)
+        for process in processes:
+            os.kill(process.pid, signal.SIGHUP)
+        label = 'pmtud_peers{source="dns:pmtud"}'
+        assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
+        assert get(cluster.nodes[0], "/readyz") == ("200", "ok\n")
+        for family in (4, 6):
+            assert len(cluster.download("pod", family)) == 23
+            assert_learned(cluster, "pod", family)
+
+
+def test_peers_follow_dns(cluster: Cluster) -> None:
+    """Without a signal: within 30 s a peer that left is gone with its series; a dead server changes nothing."""
+    node = cluster.nodes[0]
+    with NameServer(cluster, "10.0.0.1") as names:
+        names.serve("10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::13")
+        source = f"dns:{names.name}."
+        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [process]:  # one of them named twice
+            label = f'pmtud_peers{{source="{source}"}}'
+            failures = f'pmtud_peer_refresh_failures_total{{source="{source}"}}'
+
+            def failed_since(count: float, complaint: str) -> bool:
+                return metrics(node)[failures] > count and complaint in process.output().splitlines()[-1]
+            assert poll(lambda: metrics(node).get(label) == 3, 5)
+            assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' in metrics(node)
+            names.serve("10.0.0.11", "10.0.0.12", "fd00::13")
+            assert poll(lambda: metrics(node)[label] == 2, 30)
+            assert not [name for name in metrics(node) if "10.0.0.13" in name]
+            for trouble, said in (("empty", "no usable address"), ("refused", "Temporary failure in name resolution"),
+                                  ("garbage", "0.0.0.0" + PEER_HINT), ("dead", "Temporary failure in name resolution")):
+                before = metrics(node)[failures]
+                names.stop()
+                if trouble == "refused":
+                    names.serve(options=["--cache-size=0"])  # a server that knows nobody to ask
+                elif trouble != "dead":
+                    names.serve(*(["10.0.0.12", "0.0.0.0"] if trouble == "garbage" else []))
+                os.kill(process.pid, signal.SIGHUP)
+                assert poll(partial(failed_since, before, said), 10), trouble
+                assert metrics(node)[label] == 2, trouble
+            names.serve("10.0.0.12", "10.0.0.13")
+            os.kill(process.pid, signal.SIGHUP)
+            assert poll(lambda: metrics(node).get('pmtud_copies_sent_total{peer="10.0.0.13"}') == 0, 5)
+            begun = time.monotonic()
+            names.stop()
+            os.kill(process.pid, signal.SIGHUP)
+            assert process.stop() == 0
+            assert time.monotonic() - begun < 1.0  # also while a question is on its way
 
 
 def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) -> None:
