@@ -49,6 +49,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import http.client
 import http.server
 import ipaddress
 import json
@@ -61,6 +62,7 @@ import select
 import shlex
 import signal
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -68,6 +70,7 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.parse
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -277,7 +280,7 @@ class Reason(str, enum.Enum):
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 PEERS_MAX = 16384  # a bound for every list of peers; beyond it use a subnet broadcast address
-PEER_KINDS = "an address, a host name, dns:NAME or file:PATH"
+PEER_KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
 HOST_LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"  # RFC 1123 section 2.1; an all-numeric last label would be an address
 HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?\Z)(?:{HOST_LABEL}\.)*(?![0-9]+\.?\Z){HOST_LABEL}\.?")
 
@@ -1789,6 +1792,130 @@ class FileSource:
             raise PeerSourceError(f"{self.name}: {problem}") from problem
 
 
+def internal_addresses(node: Mapping[str, Any]) -> tuple[PeerAddress, ...]:
+    """The InternalIPs of a Kubernetes Node object; none before its kubelet has told them."""
+    found = []
+    for address in node.get("status", {}).get("addresses") or ():
+        if address["type"] == "InternalIP":
+            with contextlib.suppress(ValueError):
+                found.append(parse_peer(address["address"]))
+    return tuple(found)
+
+
+class KubeSource:
+    """`kube:nodes[?SELECTOR]`: the InternalIPs of the cluster's nodes, listed once and then watched.
+
+    Finds the API server as every pod does: KUBERNETES_SERVICE_HOST and _PORT, and the service account's files.
+    The protocol is of https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes.
+    """
+
+    ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+    PAGE_NODES = 20  # parsing holds the interpreter and so the packet loop: 0.7 MB of JSON, 5 ms
+    PAGE_BYTES_MAX, EVENT_BYTES_MAX = 64 << 20, 4 << 20  # etcd's objects have at most 1.5 MB
+    TROUBLE = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+    def __init__(self, selector: str = "") -> None:
+        self.name = "kube:nodes" + (f"?{selector}" if selector else "")
+        self._selector = urllib.parse.unquote(selector)
+        self._nodes: dict[str, tuple[PeerAddress, ...]] = {}
+        self._version = ""  # the resourceVersion of what is known; empty: list first
+        self._connection: Optional[http.client.HTTPSConnection] = None
+        self._events: Optional[http.client.HTTPResponse] = None  # a watch that is open
+        self._failures = 0  # in a row
+
+    @property
+    def interval(self) -> float:
+        """No pause between two events of a watch; before a request about a second, doubled by each failure up to 30."""
+        return 0.0 if self._events else random.uniform(0.5, 1.0) * min(30.0, 2.0**self._failures)
+
+    def forget(self) -> None:
+        """Nothing to do: a watch is up to date. SIGHUP ends the pause that follows a failure."""
+
+    def load(self) -> Optional[tuple[PeerAddress, ...]]:
+        """The addresses after the list, or after the next event of the watch; raises PeerSourceError."""
+        try:
+            return self._next_event() if self._version else self._list()
+        except self.TROUBLE as problem:
+            self._hang_up()
+            self._failures = min(self._failures + 1, 5)
+            raise PeerSourceError(f"{self.name}: {problem or type(problem).__name__}") from problem
+
+    def _hang_up(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection = self._events = None
+
+    def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
+        """The answer to one GET of the nodes; raises OSError unless it is 200."""
+        host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
+        if not host:
+            raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
+        with open(f"{self.ACCOUNT}/token") as stream:  # a kubelet renews it about every hour
+            headers = {"Authorization": f"Bearer {stream.read().strip()}", "Accept": "application/json"}
+        if not (self._connection and self._connection.sock):
+            context = ssl.create_default_context(cafile=f"{self.ACCOUNT}/ca.crt")
+            self._connection = http.client.HTTPSConnection(host, int(port or 443), timeout=10.0, context=context)
+            self._connection.connect()
+            self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in self.KEEPALIVE:
+                self._connection.sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._connection.sock.settimeout(timeout)
+        path = "/api/v1/nodes?" + urllib.parse.urlencode({"labelSelector": self._selector, **query})
+        self._connection.request("GET", path, headers=headers)
+        response = self._connection.getresponse()
+        if response.status == http.HTTPStatus.GONE:
+            self._version = ""
+        if response.status != http.HTTPStatus.OK:
+            raise OSError(f"the API server answers {response.status} {response.reason}")
+        return response
+
+    def _list(self) -> tuple[PeerAddress, ...]:
+        """All nodes, page by page."""
+        nodes: dict[str, tuple[PeerAddress, ...]] = {}
+        more = ""
+        for _ in range(PEERS_MAX // self.PAGE_NODES):
+            answer = self._get(10.0, limit=self.PAGE_NODES, **{"continue": more})
+            page = json.loads(answer.read(self.PAGE_BYTES_MAX))
+            nodes.update((node["metadata"]["name"], internal_addresses(node)) for node in page["items"] or ())
+            more = page["metadata"].get("continue")
+            if not more:
+                self._nodes, self._version = nodes, str(page["metadata"]["resourceVersion"])
+                self._failures = 0
+                return self._peers()
+        raise ValueError(f"more than {PEERS_MAX} nodes")
+
+    def _peers(self) -> tuple[PeerAddress, ...]:
+        return tuple(sorted({peer for peers in self._nodes.values() for peer in peers}))
+
+    def _next_event(self) -> Optional[tuple[PeerAddress, ...]]:
+        """Wait for one event of the watch; the addresses after it, None if it changes nothing."""
+        if not self._events:
+            seconds = random.randint(240, 480)
+            self._events = self._get(seconds + 30.0, watch=1, resourceVersion=self._version,
+                                     allowWatchBookmarks="true", timeoutSeconds=seconds)  # fmt: skip
+            return None
+        line = self._events.readline(self.EVENT_BYTES_MAX)
+        if not line:  # the end of timeoutSeconds, or of the connection: go on from the version we have
+            self._hang_up()
+            return None
+        if not line.endswith(b"\n"):
+            raise ValueError(f"an event is cut off, or larger than {self.EVENT_BYTES_MAX} bytes")
+        event = json.loads(line)
+        kind, node = event["type"], event["object"]
+        self._failures = 0
+        if kind == "ERROR":
+            self._version = ""  # above all 410 Gone: what is known is too old to go on from
+            raise ValueError(f"the watch ended with {node['code']} {node['message']}")
+        name, self._version = node["metadata"].get("name"), str(node["metadata"]["resourceVersion"])
+        before = self._nodes.get(name, ())
+        if kind in ("ADDED", "MODIFIED"):
+            self._nodes[name] = internal_addresses(node)
+        elif kind == "DELETED":
+            self._nodes.pop(name, None)
+        return None if self._nodes.get(name, ()) == before else self._peers()
+
+
 def open_source(text: str) -> PeerSource:
     """The source that a peer item names; raises ValueError for a kind that does not exist."""
     kind, _, rest = text.partition(":")
@@ -1796,6 +1923,8 @@ def open_source(text: str) -> PeerSource:
         return FileSource(rest)
     if kind == "dns" and HOST_NAME.fullmatch(rest):
         return DnsSource(rest)
+    if text == "kube:nodes" or text.startswith("kube:nodes?"):
+        return KubeSource(text.partition("?")[2])
     raise ValueError(f"{text!r} is not {PEER_KINDS}")
 
 
@@ -3100,7 +3229,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--peers", action="append", metavar="LIST", type=option_type(parse_peer_items),
         help="nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME (all A and AAAA, "
-             "asked again every 10 s), file:PATH; comma-separated, repeatable")
+             "asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; comma-separated, repeatable")
     add("--iface", action="append", metavar="NAME", type=option_type(parse_iface),
         help="where errors come in; repeatable (default: the interface of the default route)")
     add("--nodename", metavar="NAME", help="this node's name in the log (default: the host name)")

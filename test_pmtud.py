@@ -70,6 +70,9 @@ from ipaddress import ip_address, ip_network
 from types import TracebackType
 from typing import Any, Callable, ClassVar, NamedTuple, Optional, TypeVar, Union
 
+import http.server
+import urllib.parse
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -242,7 +245,7 @@ def test_errors_are_one_line_with_an_exit_code(problem: pmtud.PmtudError, text: 
 NETWORK_HINT = "; networks are written like 10.0.0.0/8 or fd00::/64"
 PORT_HINT = " is not a port or a range of ports; write them like 443,8000-8100"
 PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast address"
-KINDS = "an address, a host name, dns:NAME or file:PATH"
+KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
 LABEL = "a" * 63
 LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the most that DNS carries
 
@@ -267,6 +270,7 @@ LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the mos
     (pmtud.parse_peer_items, "10.0.0.12,file:/a:b", [pmtud.PeerAddress(bytes([10, 0, 0, 12])), "file:/a:b"]),
     (pmtud.parse_peer_items, "node-1, pmtud.kube-system.svc,dns:X-1.example.,dns:1.2.3.4e",
      ["dns:node-1", "dns:pmtud.kube-system.svc", "dns:X-1.example.", "dns:1.2.3.4e"]),
+    (pmtud.parse_peer_items, "kube:nodes,kube:nodes?a=b%2Cc", ["kube:nodes", "kube:nodes?a=b%2Cc"]),
     (pmtud.parse_peer_items, LONG_NAME, [f"dns:{LONG_NAME}"]),
     (pmtud.parse_peer_lines, "# all\n10.0.0.12 # one\n\n fd00::12, 10.0.0.13\r\n",
      tuple(pmtud.PeerAddress(packed(a)) for a in ("10.0.0.12", "fd00::12", "10.0.0.13"))),
@@ -314,7 +318,8 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
       for text in ("fe::zz", "10.0.0.999", "10.0.0.0/24", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
                    "a" * 64, LONG_NAME + "c", "a b")),
     *((pmtud.parse_peer_items, text, f"{text!r} is not {KINDS}")
-      for text in ("dns:", "dns:-x", "dns:10.0.0.1", "dns:fd00::1", "dns:a/b", "file:", "zoo:keeper")),
+      for text in ("dns:", "dns:-x", "dns:10.0.0.1", "dns:fd00::1", "dns:a/b", "file:", "zoo:keeper", "kube:",
+                   "kube:pods", "kube:nodes/x")),
     (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
     (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
     (pmtud.parse_peer_lines, "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
@@ -1021,6 +1026,13 @@ def look(source: pmtud.PeerSource) -> Union[list[str], str]:
         return str(problem)
 
 
+def complaint_of(source: pmtud.PeerSource) -> str:
+    """What a source that cannot answer says."""
+    found = look(source)
+    assert isinstance(found, str), found
+    return found
+
+
 def test_dns_source_takes_all_addresses_and_keeps_none_that_left(dns: Answers) -> None:
     source = pmtud.DnsSource("nodes")
     dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.13", "10.0.0.12", "10.0.0.13"], ["fd00::12"]
@@ -1084,6 +1096,362 @@ def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPat
         peers.reload()
         until(lambda: counters.refresh_failures["dns:nodes"] == 1)
         assert peers.listed()["dns:nodes"] == addresses("10.0.0.12")
+    finally:
+        peers.close()
+
+
+# -- Kubernetes: an API server stand-in, and the source that follows it
+
+
+class FakeApi(http.server.ThreadingHTTPServer):
+    """The nodes of a Kubernetes API server over HTTPS: pages, watches, bookmarks, expiry, and faults to order."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        super().__init__((address, 0), FakeApiHandler)
+        self.account, self.nodes, self.version, self.compacted = folder, dict[str, Any](), 100, 0
+        self.history: list[tuple[int, str, Any]] = []  # version, kind, object
+        self.requests: list[dict[str, str]] = []
+        self.faults: list[str] = []  # one for each request to come
+        self.changed = threading.Condition()
+        self.watches = self.cut = 0
+        self.token("first")
+        key = str(folder / "key.pem")
+        execute("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout",
+                key, "-out", str(folder / "ca.crt"), "-days", "2", "-subj", "/CN=kubernetes", "-addext",
+                f"subjectAltName=IP:{address}", "-addext", "basicConstraints=critical,CA:TRUE")  # fmt: skip
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(str(folder / "ca.crt"), key)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up."""
+
+    def token(self, text: str) -> None:
+        """Only this one is believed from now on; the mounted file has it, as after a renewal."""
+        self.bearer = text
+        (self.account / "token").write_text(text + "\n")
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What a kubelet tells every container."""
+        host, port = self.server_address[:2]
+        return {"KUBERNETES_SERVICE_HOST": str(host), "KUBERNETES_SERVICE_PORT": str(port)}
+
+    def change(self, kind: str, name: str, *addresses: str, **labels: str) -> None:
+        """A node comes (ADDED), changes (MODIFIED) or goes (DELETED)."""
+        with self.changed:
+            self.version += 1
+            listed = [{"type": "InternalIP", "address": address} for address in addresses]
+            node = {"metadata": {"name": name, "resourceVersion": str(self.version), "labels": labels},
+                    "status": {"addresses": [{"type": "Hostname", "address": name}, *listed]}}
+            self.nodes[name] = node
+            if kind == "DELETED":
+                del self.nodes[name]
+            self.history.append((self.version, kind, node))
+            self.changed.notify_all()
+
+    def tell(self, kind: str, content: Any) -> None:
+        """Any event: bookmarks, errors, nonsense; bytes go out as they are."""
+        with self.changed:
+            self.version += 1
+            self.history.append((self.version, kind, content))
+            self.changed.notify_all()
+
+    def bookmark(self) -> None:
+        """Say how far the server is, and no more."""
+        self.tell("BOOKMARK", {"kind": "Node", "metadata": {"resourceVersion": str(self.version + 1)}})
+
+    def disconnect(self) -> None:
+        """Break every watch that is open, in the middle of its chunked body."""
+        with self.changed:
+            self.cut += 1
+            self.changed.notify_all()
+
+
+class FakeApiHandler(http.server.BaseHTTPRequestHandler):
+    """GET /api/v1/nodes: list, or watch=1."""
+
+    protocol_version = "HTTP/1.1"
+    server: FakeApi
+
+    def do_GET(self) -> None:
+        api, (path, _, query) = self.server, self.path.partition("?")
+        asked = dict(urllib.parse.parse_qsl(query))  # leaves out what is empty
+        fault = api.faults.pop(0) if api.faults else ""
+        api.requests.append(asked)
+        if path != "/api/v1/nodes" or self.headers["Authorization"] != f"Bearer {api.bearer}":
+            self._answer(401, {"message": "Unauthorized"})
+        elif fault.isdigit():
+            self._answer(int(fault), {"message": "as ordered"})
+        elif fault == "hang up":
+            self.close_connection = True
+        elif fault:
+            self._answer(200, fault)
+        elif asked.get("watch"):
+            self._watch(int(asked["resourceVersion"]))
+        else:
+            self._list(asked)
+
+    def _list(self, asked: dict[str, str]) -> None:
+        start, (key, _, value) = int(asked.get("continue", 0)), asked.get("labelSelector", "").partition("=")
+        nodes = [node for node in self.server.nodes.values() if not key or node["metadata"]["labels"].get(key) == value]
+        end = start + int(asked["limit"])
+        more = {"continue": str(end)} if end < len(nodes) else {}
+        self._answer(200, {"kind": "NodeList", "items": nodes[start:end],
+                           "metadata": {"resourceVersion": str(self.server.version), **more}})  # fmt: skip
+
+    def _answer(self, code: int, body: Any) -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _watch(self, version: int) -> None:
+        api = self.server
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with api.changed:
+            cut, told = api.cut, version
+            api.watches += 1
+            while api.cut == cut:
+                if version < api.compacted:
+                    gone = {"kind": "Status", "code": 410, "message": f"too old resource version: {version}"}
+                    self._chunk(json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n")
+                    break
+                for number, kind, content in [entry for entry in api.history if entry[0] > told]:
+                    told = number
+                    if kind == "END":  # timeoutSeconds are over
+                        api.history.clear()
+                        self._chunk(b"")
+                        api.watches -= 1
+                        return
+                    event = content if isinstance(content, bytes) else None
+                    self._chunk(event or json.dumps({"type": kind, "object": content}).encode() + b"\n")
+                api.changed.wait(0.05)
+            api.watches -= 1
+        self.close_connection = True
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(name="api")
+def fixture_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    """An API server that knows two nodes, and what a pod is told about it."""
+    with FakeApi(tmp_path) as api:
+        monkeypatch.setattr(pmtud.KubeSource, "ACCOUNT", str(tmp_path))
+        for name, value in api.environ.items():
+            monkeypatch.setenv(name, value)
+        api.change("ADDED", "node-1", "10.0.0.11", "fd00::11", role="edge")
+        api.change("ADDED", "node-2", "10.0.0.12", role="edge")
+        yield api
+        api.disconnect()
+        api.shutdown()
+
+
+NODES = ["10.0.0.11", "10.0.0.12", "fd00::11"]
+
+
+def watching(api: FakeApi) -> pmtud.KubeSource:
+    """A source that has listed the nodes and watches them."""
+    source = pmtud.KubeSource()
+    assert (look(source), source.load()) == (NODES, None)
+    assert source.interval == 0.0
+    until(lambda: api.watches == 1)
+    return source
+
+
+def test_kube_source_lists_and_watches(api: FakeApi) -> None:
+    source = watching(api)
+    assert api.requests[0] == {"limit": "20"}
+    assert {**api.requests[1], "timeoutSeconds": ""} == {"watch": "1", "resourceVersion": "102", "timeoutSeconds": "",
+                                                         "allowWatchBookmarks": "true"}  # fmt: skip
+    api.change("ADDED", "node-3", "10.0.0.13")
+    assert look(source) == ["10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::11"]
+    api.change("MODIFIED", "node-3", "10.0.0.13")
+    assert source.load() is None  # a heartbeat
+    api.change("MODIFIED", "node-3", "10.0.0.14", "fd00::14", "not an address", "127.0.0.1")
+    assert look(source) == ["10.0.0.11", "10.0.0.12", "10.0.0.14", "fd00::11", "fd00::14"]
+    api.change("DELETED", "node-1")
+    assert look(source) == ["10.0.0.12", "10.0.0.14", "fd00::14"]
+    api.change("DELETED", "node-3")
+    assert look(source) == ["10.0.0.12"]
+    assert len(api.requests) == 2
+
+
+def test_kube_source_lists_in_pages(api: FakeApi) -> None:
+    for number in range(58):
+        api.change("ADDED", f"more-{number}", f"10.1.0.{number}")
+    assert len(look(pmtud.KubeSource())) == 61
+    assert [request.get("continue") for request in api.requests] == [None, "20", "40"]
+
+
+def test_kube_source_selects(api: FakeApi) -> None:
+    api.change("ADDED", "node-3", "10.0.0.13", role="inner")
+    assert look(pmtud.KubeSource("role=edge")) == NODES
+    assert look(pmtud.KubeSource("role%3Dinner")) == ["10.0.0.13"]
+    assert look(pmtud.KubeSource("role=none")) == []
+    assert [request["labelSelector"] for request in api.requests] == ["role=edge", "role=inner", "role=none"]
+
+
+def test_kube_source_goes_on_where_it_was(api: FakeApi) -> None:
+    """A watch that ended or broke is opened again from the last version, of a bookmark too; nothing is listed again."""
+    source = watching(api)
+    api.bookmark()
+    assert source.load() is None
+    api.tell("END", None)
+    assert source.load() is None
+    assert 0.5 <= source.interval <= 1.0
+    assert source.load() is None
+    assert api.requests[-1]["resourceVersion"] == "103"
+    until(lambda: api.watches == 1)
+    api.disconnect()  # between two events
+    assert source.load() is None
+    assert (source.load(), api.requests[-1]["resourceVersion"]) == (None, "103")
+    until(lambda: api.watches == 1)
+    api.tell("RAW", b'{"type": "DELE')
+    time.sleep(0.1)
+    api.disconnect()  # within one
+    assert complaint_of(source) == "kube:nodes: an event is cut off, or larger than 4194304 bytes"
+    assert 1.0 <= source.interval <= 2.0
+    api.history.clear()
+    api.change("DELETED", "node-1")
+    assert source.load() is None
+    assert look(source) == ["10.0.0.12"]
+    assert [request.get("watch") for request in api.requests] == [None, "1", "1", "1", "1"]
+
+
+@pytest.mark.parametrize("expired", ["in the watch", "at its start"])
+def test_kube_source_lists_again_after_410(expired: str, api: FakeApi) -> None:
+    """What happened meanwhile, deletions above all, is in the new list."""
+    source = watching(api)
+    api.disconnect()
+    look(source)
+    api.change("DELETED", "node-1")
+    if expired == "in the watch":
+        api.compacted = api.version
+        assert source.load() is None
+        assert look(source) == "kube:nodes: the watch ended with 410 too old resource version: 102"
+    else:
+        api.faults = ["410"]
+        assert look(source) == "kube:nodes: the API server answers 410 Gone"
+    assert look(source) == ["10.0.0.12"]
+    assert "watch" not in api.requests[-1]
+
+
+def test_kube_source_reads_a_renewed_token(api: FakeApi) -> None:
+    source = watching(api)
+    api.bearer = "second"
+    api.disconnect()
+    look(source)
+    assert look(source) == "kube:nodes: the API server answers 401 Unauthorized"
+    api.token("second")
+    assert source.load() is None
+    api.change("DELETED", "node-1")
+    assert look(source) == ["10.0.0.12"]
+
+
+@pytest.mark.parametrize(("fault", "complaint"), [
+    ("500", "the API server answers 500 Internal Server Error"),
+    ("403", "the API server answers 403 Forbidden"),
+    ("hang up", "Remote end closed connection without response"),
+    ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ("[]", "list indices must be integers or slices, not str"),
+    ('{"items": [{}], "metadata": {}}', "'metadata'"),
+    ('{"items": 5, "metadata": {}}', "'int' object is not iterable"),
+    ('{"items": null, "metadata": {}}', "'resourceVersion'"),
+    ('{"items": [{"metadata": {"name": "n"}, "status": []}], "metadata": {}}', "'list' object has no attribute 'get'"),
+    ("[" * 100_000, "maximum recursion depth exceeded"),
+])  # fmt: skip
+def test_kube_source_survives_a_broken_list(fault: str, complaint: str, api: FakeApi) -> None:
+    source = pmtud.KubeSource()
+    api.faults = [fault] * 9
+    pauses = []
+    for _ in range(9):
+        assert complaint_of(source).startswith(f"kube:nodes: {complaint}")
+        pauses.append(source.interval)
+    assert all(low <= pause <= 2 * low for low, pause in zip((1, 2, 4, 8, 15, 15, 15, 15, 15), pauses))
+    assert look(source) == NODES
+    assert source.interval <= 1.0
+
+
+@pytest.mark.parametrize(("event", "complaint"), [
+    (b"nonsense\n", "Expecting value: line 1 column 1 (char 0)"),
+    (b"[1]\n", "list indices must be integers or slices, not str"),
+    (b'{"type": "ADDED", "object": null}\n', "'NoneType' object is not subscriptable"),
+    (b'{"type": "ERROR", "object": {"code": 500, "message": "no etcd"}}\n', "the watch ended with 500 no etcd"),
+    (b'{"type": "ERROR", "object": {}}\n', "'code'"),
+    (b"x" * 5000, "an event is cut off, or larger than 4096 bytes"),
+])  # fmt: skip
+def test_kube_source_survives_a_broken_event(event: bytes, complaint: str, api: FakeApi,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(pmtud.KubeSource, "EVENT_BYTES_MAX", 4096)
+    source = watching(api)
+    api.tell("RAW", event)
+    assert look(source) == f"kube:nodes: {complaint}"
+    api.history.clear()
+    api.change("DELETED", "node-1")
+    answers = [look(source), look(source)]
+    assert ["10.0.0.12"] in answers
+
+
+def test_kube_source_bounds_what_it_reads(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pmtud.KubeSource, "PAGE_BYTES_MAX", 100)
+    assert complaint_of(pmtud.KubeSource()).startswith("kube:nodes: Expecting property name")
+
+
+def test_kube_source_bounds_how_many_nodes(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pmtud.KubeSource, "PAGE_NODES", 1)
+    monkeypatch.setattr(pmtud, "PEERS_MAX", 1)
+    assert look(pmtud.KubeSource()) == "kube:nodes: more than 1 nodes"
+
+
+def test_kube_source_outside_a_pod(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    advice = "KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster"
+    (api.account / "ca.crt").write_text("nonsense")
+    assert complaint_of(pmtud.KubeSource()).startswith("kube:nodes: [X509")
+    (api.account / "token").unlink()
+    assert look(pmtud.KubeSource()) == f"kube:nodes: [Errno 2] No such file or directory: '{api.account}/token'"
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    assert look(pmtud.KubeSource()) == f"kube:nodes: {advice}"
+
+
+def test_kube_source_believes_only_the_clusters_authority(api: FakeApi, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with FakeApi(other) as impostor:
+        for name, value in impostor.environ.items():
+            os.environ[name] = value  # the fixture restores them
+        assert "certificate verify failed" in complaint_of(pmtud.KubeSource())
+        assert impostor.requests == []
+        impostor.shutdown()
+
+
+def test_an_hour_without_the_api_changes_nothing(api: FakeApi) -> None:
+    """The last good set stays, failures are counted, and what changed meanwhile comes with the server."""
+    counters = pmtud.Counters()
+    peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
+    try:
+        peers.start()
+        until(peers.answered)
+        until(lambda: api.watches == 1)
+        api.bearer = "unknown to the pod"
+        api.disconnect()
+        until(lambda: counters.refresh_failures["kube:nodes"] >= 2)
+        assert [str(peer) for peer in peers.listed()["kube:nodes"]] == NODES
+        api.change("DELETED", "node-1")
+        api.bearer = "first"
+        peers.reload()  # SIGHUP ends the pause
+        until(lambda: peers.listed()["kube:nodes"] == addresses("10.0.0.12"))
     finally:
         peers.close()
 
@@ -3030,6 +3398,33 @@ def test_peers_follow_dns(cluster: Cluster) -> None:
             os.kill(process.pid, signal.SIGHUP)
             assert process.stop() == 0
             assert time.monotonic() - begun < 1.0  # also while a question is on its way
+
+
+def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_path: Path) -> None:
+    """From the API server alone; a node that is deleted is gone at once, and so are its series."""
+    api = cluster.fabric.inside(lambda: FakeApi(tmp_path, "10.0.0.1"))
+    for i in (1, 2, 3):
+        api.change("ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge")
+    program = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import pmtud; "
+               f"pmtud.KubeSource.ACCOUNT = {str(tmp_path)!r}; sys.exit(pmtud.main())")  # fmt: skip
+    command = (sys.executable, "-c", program, "--peers", "kube:nodes?role=edge")
+    with api:
+        processes = [node.start(*command, env=api.environ) for node in cluster.nodes]
+        label, gone = 'pmtud_peers{source="kube:nodes?role=edge"}', 'pmtud_copies_sent_total{peer="10.0.0.13"}'
+        for process in processes:
+            process.wait_for("limits:")
+        assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
+        assert get(cluster.nodes[0], "/readyz")[0] == "200"
+        for family in (4, 6):
+            assert len(cluster.download("host", family)) == 23
+        assert poll(lambda: api.watches == 3, 5)
+        assert gone in metrics(cluster.nodes[0])
+        api.change("DELETED", "node3")
+        assert poll(lambda: metrics(cluster.nodes[0]).get(label) == 2, 5)
+        assert gone not in metrics(cluster.nodes[0])
+        assert [process.stop() for process in processes] == [0, 0, 0]
+        api.disconnect()
+        api.shutdown()
 
 
 def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) -> None:
