@@ -87,10 +87,25 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE, NLM_F_APPEND = 0x001, 0x004,
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 NLMSG_ALIGNTO = 4
-NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
-NLATTR = struct.Struct("=HH")  # struct nlattr: length, type
+NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr, to read in place: length, type, flags, sequence, port id
+NLATTR = struct.Struct("=HH")  # struct nlattr, to read in place: length, type
 NLMSG_HDRLEN, NLA_HDRLEN = NLMSGHDR.size, NLATTR.size
 NETLINK_BUFFER_BYTES = 1 << 16
+
+
+class nlmsghdr(ctypes.Structure):
+    """struct nlmsghdr of linux/netlink.h, host byte order."""
+
+    _fields_ = [
+        ("nlmsg_len", ctypes.c_uint32), ("nlmsg_type", ctypes.c_uint16), ("nlmsg_flags", ctypes.c_uint16),
+        ("nlmsg_seq", ctypes.c_uint32), ("nlmsg_pid", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class nlattr(ctypes.Structure):
+    """struct nlattr of linux/netlink.h, host byte order."""
+
+    _fields_ = [("nla_len", ctypes.c_uint16), ("nla_type", ctypes.c_uint16)]
 
 
 class nfgenmsg(ctypes.BigEndianStructure):
@@ -155,7 +170,7 @@ NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
 NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
 NF_IP_PRI_RAW, NF_IP_PRI_MANGLE = -300, -150  # conntrack sits between them, at -200
-NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_DELRULE = 0, 2, 3, 6, 8
+NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 2, 3, 6
 NFT_MSG_NEWSET = 9
 NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN = 1, 2, 3, 4, 5
 NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_TIMEOUT, NFTA_SET_DESC_SIZE = 9, 10, 11, 1
@@ -167,16 +182,15 @@ NFT_TABLE_F_OWNER = 0x2
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_TYPE = 1, 3, 4, 7
 NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
-NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_USERDATA = 1, 2, 4, 7
-NFTNL_UDATA_RULE_COMMENT = 0
+NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS = 1, 2, 4
 NFTA_LIST_ELEM, NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 1, 2
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
 NFT_REG_VERDICT, NFT_REG_1 = 0, 1
-NFT_META_MARK, NFT_META_IIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = 3, 6, 15, 16
+NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = 3, 6, 7, 15, 16
 NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
 NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
 NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF = 1, 2, 8
-NFT_CT_STATE, NF_CT_STATE_RELATED_BIT = 0, 1 << 2
+NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_DST_NAT = 0, 2, 1 << 2, 1 << 5
 NFT_CMP_EQ, NFT_CMP_NEQ = 0, 1
 RTN_UNICAST, RTN_LOCAL = 1, 2
 IFNAMSIZ = 16
@@ -185,7 +199,7 @@ IFNAMSIZ = 16
 RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
 RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
 RT_TABLE_MAIN = 254
-RTA_OIF, RTA_PRIORITY, RTA_MULTIPATH = 4, 6, 9
+RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA = 4, 5, 6, 9, 18
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
 IFADDRMSG = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
 RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
@@ -337,11 +351,10 @@ def number_between(low: float, high: float, convert: Callable[[str], float] = in
     """A parser of numbers in [low, high]; raises ValueError with the range."""
 
     def parse_number(text: str) -> float:
-        try:
-            value = convert(text)
-        except ValueError:
-            kind = "whole number" if convert is int else "number"
-            raise ValueError(f"{text!r} is not a {kind}") from None
+        # int() and float() also take 1_0 and the digits of other scripts
+        if not re.fullmatch(r"-?[0-9]+" if convert is int else r"-?[0-9]*\.?[0-9]+", text):
+            raise ValueError(f"{text!r} is not a {'whole number' if convert is int else 'number'}")
+        value = convert(text)
         if not low <= value <= high:
             raise ValueError(f"{text} is not between {low} and {high}")
         return value
@@ -352,7 +365,7 @@ def number_between(low: float, high: float, convert: Callable[[str], float] = in
 def parse_networks(text: str) -> tuple[Network, ...]:
     """Networks in CIDR form, comma-separated; a bare address is a network of one; host bits are an error."""
     try:
-        return tuple(ipaddress.ip_network(item) for item in split_list(text))
+        return tuple(ipaddress.ip_network(item) for item in split_list(text) or [text])
     except ValueError as problem:
         raise ValueError(f"{problem}; networks are written like 10.0.0.0/8 or fd00::/64") from None
 
@@ -377,6 +390,13 @@ def parse_min_mtu(text: str) -> tuple[int, int]:
     ipv4: int = number_between(IPV4_MIN_MTU, 65535)(items[0])
     ipv6: int = number_between(IPV6_MIN_MTU, 65535)(items[1]) if len(items) == 2 else IPV6_MIN_MTU
     return ipv4, ipv6
+
+
+def parse_nodename(text: str) -> str:
+    """A name for the log: printable and without spaces."""
+    if not re.fullmatch("[!-~]+", text):
+        raise ValueError(f"{text!r} is not a node name")
+    return text
 
 
 def parse_iface(text: str) -> tuple[str, ...]:
@@ -415,9 +435,9 @@ def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
                 found.append(parse_peer(item))
             except ValueError as problem:
                 raise ValueError(f"line {number}: {problem}") from None
-    if len(found) > PEERS_MAX:
-        raise ValueError(f"{len(found)} peers are more than {PEERS_MAX}; use a subnet broadcast address")
-    return tuple(found)
+    if not 0 < len(found) <= PEERS_MAX:
+        raise ValueError(f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet")
+    return tuple(dict.fromkeys(found))
 
 
 # -----------------------------------------------------------------------------
@@ -574,7 +594,7 @@ def parse(packet: bytes) -> Union[MtuError, Reason]:
 
 def attribute(kind: int, data: bytes) -> bytes:
     """One netlink attribute, padded to four bytes."""
-    return NLATTR.pack(NLA_HDRLEN + len(data), kind) + data + bytes(-len(data) % NLMSG_ALIGNTO)
+    return bytes(nlattr(NLA_HDRLEN + len(data), kind)) + data + bytes(-len(data) % NLMSG_ALIGNTO)
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
@@ -604,8 +624,8 @@ def string(kind: int, text: str) -> bytes:
 
 def message(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
     """One netlink request."""
-    header = NLMSGHDR.pack(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
-    return header + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
+    header = nlmsghdr(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
+    return bytes(header) + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -704,7 +724,9 @@ class View:
     node: frozenset[bytes] = frozenset()  # those of them by which peers know it: never shared
     groups: frozenset[bytes] = frozenset()  # broadcast and multicast addresses that reach it
     peers: frozenset[bytes] = frozenset()
-    networks: Membership = field(default_factory=Membership)  # --ignore-networks and the subnets of broadcast peers
+    networks: Membership = field(default_factory=Membership)  # --ignore-networks
+    neighbours: Membership = field(default_factory=Membership)  # the networks that broadcast and multicast peers reach
+    routers: frozenset[bytes] = frozenset()  # gateways of the default routes, neighbours that are no nodes
 
 
 class Recent:
@@ -793,48 +815,52 @@ class Policy:
         return None
 
 
-def is_unicast(packed: bytes) -> bool:
-    """Whether a packet of a routed flow can have this source; loopback, link-local and group addresses cannot.
-
-    Without this, a forged error could reach flows on 127.0.0.1 that the kernel shields as martians.
-    """
+def is_martian(packed: bytes) -> bool:
+    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC 1122, RFC 4291)."""
     if len(packed) == 4:
-        return packed[0] not in (0, 127) and packed[0] < 224 and packed[:2] != b"\xa9\xfe"
-    link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-    return packed[0] != 0xFF and not link_local and packed[:10] != bytes(10)
+        return packed[0] in (0, 127) or packed[0] >= 224
+    return packed[0] == 0xFF or packed[:10] == bytes(10)
 
 
-def classify(error: MtuError, view: View) -> Union[Origin, Reason]:
-    """Who sent this error, by its addresses alone.
+def is_link_local(packed: bytes) -> bool:
+    """169.254.0.0/16 and fe80::/10: a router may report from there, but no routed flow has such an end."""
+    return packed[:2] == b"\xa9\xfe" if len(packed) == 4 else packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+
+
+def classify(error: MtuError, view: View) -> tuple[Origin, Optional[Reason]]:
+    """Who sent this error, by its addresses alone, and why it is dropped if it is.
 
     Only an error whose outer destination equals its quoted source and that comes from outside the
     cluster is ever replicated; a copy never has that shape, so no option can make a loop.
     """
-    if error.src in view.own:
-        return Reason.OWN
-    from_cluster = error.src in view.peers or error.src in view.networks
-    if error.dst == error.quoted_src and is_unicast(error.dst):
-        # A link-local source is a neighbour: with a multicast peer its copies are believed, but an error of this
-        # shape is a first-hop router's own; nodes send theirs from routed addresses.
-        return Reason.IGNORED_NETWORK if from_cluster and is_unicast(error.src) else Origin.ROUTER
-    if from_cluster and (error.dst in view.own or error.dst in view.groups) and is_unicast(error.quoted_src):
-        return Origin.PEER
-    return Reason.MISADDRESSED
+    src, quoted_src = error.src, error.quoted_src
+    node = src in view.peers or src in view.networks
+    neighbour = src in view.neighbours
+    origin = Origin.PEER if node or neighbour else Origin.ROUTER
+    if src in view.own:
+        return Origin.PEER, Reason.OWN
+    # A forged error must not reach flows on 127.0.0.1, which the kernel shields as martians.
+    if is_martian(src) or is_martian(quoted_src) or is_link_local(quoted_src):
+        return origin, Reason.MISADDRESSED
+    if error.dst == quoted_src:
+        # Neighbours of a broadcast or multicast peer are nodes, but not all of them: the gateway is not, and nodes
+        # send errors of their own from routed addresses, so that a link-local source is a first-hop router.
+        if node or (neighbour and src not in view.routers and not is_link_local(src)):
+            return Origin.PEER, Reason.IGNORED_NETWORK
+        return Origin.ROUTER, None
+    if (node or neighbour) and (error.dst in view.own or error.dst in view.groups):
+        return Origin.PEER, None
+    return origin, Reason.MISADDRESSED
 
 
 def decide(error: MtuError, policy: Policy, now: float) -> tuple[Origin, Union[Action, Reason]]:
     """Who sent the error, and what to do with it or why to drop it; `now` in seconds of a monotonic clock."""
-    view = policy.view
-    origin = classify(error, view)
-    if isinstance(origin, Reason):
-        inside = error.src in view.own or error.src in view.peers or error.src in view.networks
-        return (Origin.PEER if inside else Origin.ROUTER), origin
-    reason = policy.invalid(error) or policy.limited(error, origin, now)
+    origin, reason = classify(error, policy.view)
+    reason = reason or policy.invalid(error) or policy.limited(error, origin, now)
     if reason is not None:
         return origin, reason
-    if origin is Origin.PEER or error.quoted_src in view.node:
-        return origin, Action.DELIVER
-    return origin, Action.REPLICATE
+    alone = origin is Origin.PEER or error.quoted_src in policy.view.node  # a node's own address has one owner
+    return origin, Action.DELIVER if alone else Action.REPLICATE
 
 
 # -----------------------------------------------------------------------------
@@ -1025,10 +1051,20 @@ def log(level: str, text: str, **fields: object) -> None:
     LOGGER.log(getattr(logging, level.upper()), text, extra={"fields": fields})
 
 
+class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard error, if it takes a line now; a pipe that nobody reads must not stop the packet loop."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line or leave it."""
+        with contextlib.suppress(OSError, ValueError):
+            if select.select((), (self.stream,), (), 0)[1]:
+                super().emit(record)
+
+
 def set_up_logging(level: str, form: str) -> None:
     """Send the program's log to standard error; a closed or full standard error is nobody's problem."""
     logging.raiseExceptions = False
-    handler = logging.StreamHandler()
+    handler = PatientHandler()
     handler.setFormatter(Formatter(form == "json"))
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False
@@ -1089,10 +1125,13 @@ class Netlink(Descriptor):
         Raises NetlinkError with the first error the kernel reports.
         """
         self.socket.send(data)
+        first = NLMSGHDR.unpack_from(data)[3]
         found: list[tuple[int, bytes]] = []
         try:
             while True:
                 for kind, sequence, payload in messages(self.socket.recv(NETLINK_BUFFER_BYTES)):
+                    if 0 < sequence < first:  # more errors of a batch that failed before
+                        continue
                     if kind == NLMSG_ERROR and error_number(payload):
                         raise NetlinkError(operation, error_number(payload))
                     if sequence == last and kind in (NLMSG_ERROR, NLMSG_DONE):
@@ -1138,38 +1177,62 @@ def local_addresses() -> list[LocalAddress]:
         packed = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS, b""))
         if len(packed) in (4, 16):
             found.append(LocalAddress(packed, prefix_length, ifindex, attrs.get(IFA_BROADCAST, b"")))
+            if len(packed) == 4 and prefix_length < 31 and IFA_BROADCAST not in attrs:  # `ip addr add` without `brd +`
+                network = ipaddress.ip_interface((packed, prefix_length)).network
+                found[-1] = found[-1]._replace(broadcast=network.broadcast_address.packed)
     return found
 
 
-def route_interfaces(attrs: dict[int, bytes]) -> list[int]:
-    """The interface indexes of a route, several for a multipath route."""
+class Hop(NamedTuple):
+    """One way out of a route: an interface index, and the packed gateway, empty if there is none."""
+
+    ifindex: int
+    gateway: bytes
+
+
+def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
+    """The next hops of a route, several for a multipath route."""
+    gateway = attrs.get(RTA_GATEWAY, attrs.get(RTA_VIA, bytes(2))[2:])
     if RTA_OIF in attrs:
-        return [int.from_bytes(attrs[RTA_OIF], sys.byteorder)]
-    hops, at, found = attrs.get(RTA_MULTIPATH, b""), 0, []
-    while len(hops) - at >= RTNEXTHOP.size:
-        length, _, _, ifindex = RTNEXTHOP.unpack_from(hops, at)
+        return [Hop(int.from_bytes(attrs[RTA_OIF], sys.byteorder), gateway)]
+    data, at, found = attrs.get(RTA_MULTIPATH, b""), 0, []
+    while len(data) - at >= RTNEXTHOP.size:
+        length, _, _, ifindex = RTNEXTHOP.unpack_from(data, at)
         if length < RTNEXTHOP.size:
             break
-        found.append(ifindex)
+        own = attributes(data[: at + length], at + RTNEXTHOP.size)
+        found.append(Hop(ifindex, own.get(RTA_GATEWAY, own.get(RTA_VIA, bytes(2))[2:])))
         at += length + -length % NLMSG_ALIGNTO
     return found
 
 
-def default_route_interfaces() -> tuple[str, ...]:
-    """The interfaces of the default routes with the lowest metric, IPv4 and IPv6, in order, each once."""
-    names: dict[str, None] = {}
+def default_hops() -> list[Hop]:
+    """The next hops of the default routes with the lowest metric, IPv4 and IPv6."""
+    hops: list[Hop] = []
     for family in FAMILIES:
-        routes: list[tuple[int, list[int]]] = []
+        routes: list[tuple[int, list[Hop]]] = []
         for payload in dump("list routes", RTM_GETROUTE, RTM_NEWROUTE, RTMSG.pack(family.af, *bytes(8))):
             af, dst_len, _, _, table, _, _, kind, _ = RTMSG.unpack_from(payload)
             if (af, dst_len, table, kind) == (family.af, 0, RT_TABLE_MAIN, RTN_UNICAST):
                 attrs = attributes(payload, RTMSG.size)
-                routes.append((int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder), route_interfaces(attrs)))
+                routes.append((int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder), route_hops(attrs)))
         lowest = min((metric for metric, _ in routes), default=0)
-        for ifindex in (number for metric, found in routes if metric == lowest for number in found):
-            with contextlib.suppress(OSError):
-                names[socket.if_indextoname(ifindex)] = None
+        hops += (hop for metric, found in routes if metric == lowest for hop in found)
+    return hops
+
+
+def interfaces_of(hops: Iterable[Hop]) -> tuple[str, ...]:
+    """The names of their interfaces, in order, each once."""
+    names: dict[str, None] = {}
+    for hop in hops:
+        with contextlib.suppress(OSError):
+            names[socket.if_indextoname(hop.ifindex)] = None
     return tuple(names)
+
+
+def default_route_interfaces() -> tuple[str, ...]:
+    """The interfaces of the default routes."""
+    return interfaces_of(default_hops())
 
 
 def describe_process(pid: int) -> str:
@@ -1293,6 +1356,7 @@ CHAINS = (
     Chain("shed", ""),
     Chain("prerouting", "type filter hook prerouting priority raw; policy accept;", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW),
     Chain("copies", "type filter hook output priority raw; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_RAW),
+    Chain("owned", ""),
     Chain("guard", "type filter hook output priority mangle; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE),
 )
 
@@ -1322,8 +1386,9 @@ def match(name: str, *operands: int, value: bytes) -> bytes:
 
 def mask(value: bytes) -> bytes:
     """register 1 & value."""
-    bits, flip = (nested(number, attribute(NFTA_DATA_VALUE, data)) for number, data in ((4, value), (5, bytes(len(value)))))
-    return expression("bitwise", be32(1, NFT_REG_1), be32(2, NFT_REG_1), be32(3, len(value)), bits, flip)
+    bits, flips = (attribute(NFTA_DATA_VALUE, data) for data in (value, bytes(len(value))))
+    registers = (be32(1, NFT_REG_1), be32(2, NFT_REG_1))
+    return expression("bitwise", *registers, be32(3, len(value)), nested(4, bits), nested(5, flips))
 
 
 def host32(number: int) -> bytes:
@@ -1331,9 +1396,25 @@ def host32(number: int) -> bytes:
     return struct.pack("=I", number)
 
 
-def match_related() -> bytes:
-    """ct state related."""
-    return load("ct", NFT_CT_STATE) + mask(host32(NF_CT_STATE_RELATED_BIT)) + compare(NFT_CMP_NEQ, bytes(4))
+def match_ct(key: int, bit: int) -> bytes:
+    """ct state BIT or ct status BIT."""
+    return load("ct", key) + mask(host32(bit)) + compare(NFT_CMP_NEQ, bytes(4))
+
+
+ERROR_WORDS = {IPV4: "icmp type destination-unreachable icmp code frag-needed",
+               IPV6: "icmpv6 type packet-too-big icmpv6 code 0"}  # fmt: skip
+
+
+def match_error(family: Family) -> bytes:
+    """What ERROR_WORDS says."""
+    matches = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
+    matches += match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
+    return matches + match("payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error))
+
+
+def interface_name(name: str) -> bytes:
+    """An interface name as nftables registers hold it."""
+    return name.encode().ljust(IFNAMSIZ, b"\0")
 
 
 def verdict(code: int, chain: str = "") -> bytes:
@@ -1376,7 +1457,7 @@ def burst_rule(family: Family, per_second: int) -> Rule:
 
 
 def shed_rules(rate: int, nodes: Iterable[bytes], bursts: bool) -> list[Rule]:
-    """The kernel sheds a flood for next to nothing, as the daemon would; copies, sent to `nodes`, apart from the rest."""
+    """The kernel sheds a flood for next to nothing; copies, which are sent to `nodes`, have a budget of their own."""
     rules = []
     for address in sorted(nodes, key=lambda packed: (len(packed), packed)):
         family = family_of(address)
@@ -1392,7 +1473,7 @@ def shed_rules(rate: int, nodes: Iterable[bytes], bursts: bool) -> list[Rule]:
 
 
 def nflog_rules(config: Config, ifaces: Sequence[str], nodes: Iterable[bytes] = (), bursts: bool = True) -> list[Rule]:
-    """The rules that feed the NFLOG group; `nodes`: the addresses that copies are sent to, `bursts`: needs Linux 5.11."""
+    """The rules that feed the NFLOG group; `nodes` are the addresses copies are sent to, `bursts` needs Linux 5.11."""
     group = config.nflog_group
     rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
     text = f'fib saddr . iif oif 0 log prefix "{RPF_PREFIX}" group {group} return'
@@ -1402,35 +1483,38 @@ def nflog_rules(config: Config, ifaces: Sequence[str], nodes: Iterable[bytes] = 
     ]
     rules += shed_rules(max(1, int(config.rate)), nodes, bursts) if config.rate else []
     target = "shed" if config.rate else "mtu_errors"
-    words = {IPV4: "icmp type destination-unreachable icmp code frag-needed",
-             IPV6: "icmpv6 type packet-too-big icmpv6 code 0"}  # fmt: skip
     for iface in ifaces:
         for family in FAMILIES:
-            matches = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
-            matches += match("meta", NFT_META_IIFNAME, value=iface.encode().ljust(IFNAMSIZ, b"\0"))
-            matches += match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
-            matches += match("payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error))
-            text = f'iifname "{iface}" {words[family]} goto {target}'
+            matches = match("meta", NFT_META_IIFNAME, value=interface_name(iface)) + match_error(family)
+            text = f'iifname "{iface}" {ERROR_WORDS[family]} goto {target}'
             rules.append(Rule("prerouting", text, matches + verdict(NFT_GOTO, target)))
     return rules
 
 
-def guard_rules(conntrack: bool) -> list[Rule]:
-    """The rules that keep our packets out of conntrack's way, and inside a node that does not own the flow.
+def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
+    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does not own the flow.
 
+    A node owns what it translates (the pod behind NAT), what it tracks and does not send back out where errors come
+    in (a pod with a routed address), and its own addresses; a flow that it only forwards passes none of these.
     A `ct` expression makes the kernel track connections: without conntrack in use it is left out.
     """
-    copy = match("meta", NFT_META_MARK, value=host32(MARK_COPY))
-    delivery = match("meta", NFT_META_MARK, value=host32(MARK_DELIVER))
+    rules = []
+    for mark, chain, action, then in ((MARK_COPY, "copies", "notrack", expression("notrack")),
+                                      (MARK_DELIVER, "guard", "goto owned", verdict(NFT_GOTO, "owned"))):  # fmt: skip
+        for family in FAMILIES if conntrack or chain == "guard" else ():
+            matches = match("meta", NFT_META_MARK, value=host32(mark)) + match_error(family)
+            rules.append(Rule(chain, f"meta mark {mark:#x} {ERROR_WORDS[family]} {action}", matches + then))
+    accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
+    if conntrack:
+        dnat = match_ct(NFT_CT_STATUS, IPS_DST_NAT)
+        rules.append(Rule("owned", "ct state related ct status dnat accept", related + dnat + accept))
+    if conntrack and ifaces:
+        inward = b"".join(load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i)) for i in ifaces)
+        words = " ".join(f'oifname != "{iface}"' for iface in ifaces)
+        rules.append(Rule("owned", f"ct state related {words} accept", related + inward + accept))
     local = match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
-    mark = f"meta mark {MARK_DELIVER:#x}"
-    related = Rule("guard", f"{mark} ct state related accept", delivery + match_related() + verdict(NF_ACCEPT))
-    notrack = Rule("copies", f"meta mark {MARK_COPY:#x} notrack", copy + expression("notrack"))
-    return [
-        *([notrack, related] if conntrack else []),
-        Rule("guard", f"{mark} fib daddr type local accept", delivery + local + verdict(NF_ACCEPT)),
-        Rule("guard", f"{mark} drop", delivery + verdict(NF_DROP)),
-    ]
+    rules.append(Rule("owned", "fib daddr type local accept", local + accept))
+    return [*rules, Rule("owned", "drop", verdict(NF_DROP))]
 
 
 def conntrack_in_use() -> bool:
@@ -1444,25 +1528,19 @@ class Firewall(Descriptor):
     """Our nftables table, owned by this socket: the kernel deletes it when the socket is closed or the process dies.
 
     Kernels before 5.12 refuse ownership; there the table is replaced at start and deleted by close().
+    With --rules off it holds the guard only, under a name of its own.
     """
 
     def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True, nodes: Iterable[bytes] = ()) -> None:
         self.nodes = frozenset(nodes)  # where copies are sent to
-        self.table = f"pmtud_{config.nflog_group}"
-        self.conntrack = conntrack_in_use()
+        self.table = f"pmtud_{config.nflog_group}" + ("" if config.rules == "auto" else "_guard")
+        self.conntrack = False
+        self.owned = owned
         self._config = config
         self._netlink = Netlink(NETLINK_NETFILTER)
         self.socket = self._netlink.socket
-        self.owned = owned
         try:
-            self._delete_stale()
-            try:
-                self._create(ifaces)
-            except NetlinkError as problem:
-                if not self.owned or problem.number not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                self.owned = False
-                self._create(ifaces)
+            self.replace(ifaces)
         except NetlinkError as problem:
             self.socket.close()
             raise self._explain(problem) from problem
@@ -1473,76 +1551,67 @@ class Firewall(Descriptor):
             advice = f"{PRIVILEGES}; or the table inet {self.table} belongs to another process"
         return PmtudError(f"nftables refused our table: {problem}; {advice}")
 
-    def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
-        header = bytes(nfgenmsg(NFPROTO_INET, 0, 0))
-        number = NFNL_SUBSYS_NFTABLES << 8 | kind
-        return message(number, flags, self._netlink.next_sequence(), header + payload)
+    def replace(self, ifaces: Sequence[str]) -> None:
+        """Put the table in place of what is there, in one transaction, with conntrack as it is used now."""
+        self.conntrack = self.conntrack or conntrack_in_use()
+        try:
+            self._commit("replace table", self._requests(ifaces))
+        except NetlinkError as problem:
+            if not self.owned or problem.number not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self.owned = False
+            self._commit("replace table", self._requests(ifaces))
 
-    def _commit(self, operation: str, requests: Sequence[bytes]) -> None:
+    def _requests(self, ifaces: Sequence[str]) -> list[tuple[int, bytes]]:
+        """The (type, payload) of every message: make, so that deleting never fails, delete, make anew with contents."""
+        config, name = self._config, string(NFTA_TABLE_NAME, self.table)
+        rules = nflog_rules(config, ifaces, self.nodes, self.owned) if config.rules == "auto" else []
+        rules += guard_rules(ifaces, self.conntrack)
+        used = {rule.chain for rule in rules}
+        flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
+        return [
+            (NFT_MSG_NEWTABLE, name), (NFT_MSG_DELTABLE, name), (NFT_MSG_NEWTABLE, name + flags),
+            *((NFT_MSG_NEWSET, self._set(family)) for family in FAMILIES if "shed" in used and self.owned),
+            *((NFT_MSG_NEWCHAIN, self._chain(chain)) for chain in CHAINS if chain.name in used),
+            *((NFT_MSG_NEWRULE, self._rule(rule)) for rule in rules),
+        ]  # fmt: skip
+
+    def _commit(self, operation: str, requests: Sequence[tuple[int, bytes]]) -> None:
         """Send requests as one transaction: all take effect or none."""
         header = bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
-        begin = message(NFNL_MSG_BATCH_BEGIN, 0, self._netlink.next_sequence(), header)
-        final = self._message(NFT_MSG_NEWTABLE, NLM_F_ACK, self._table_attributes())
-        if operation == "delete table":
-            final, requests = requests[0], ()
-        last = NLMSGHDR.unpack_from(final)[3]
-        end = message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header)
-        self._netlink.send(operation, b"".join((begin, *requests, final, end)), last)
+        batch = [message(NFNL_MSG_BATCH_BEGIN, 0, self._netlink.next_sequence(), header)]
+        for number, (kind, payload) in enumerate(requests, 1):
+            flags = NLM_F_CREATE | NLM_F_APPEND if kind != NFT_MSG_DELTABLE else 0
+            flags |= NLM_F_ACK if number == len(requests) else 0
+            last, body = self._netlink.next_sequence(), bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + payload
+            batch.append(message(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, last, body))
+        batch.append(message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header))
+        self._netlink.send(operation, b"".join(batch), last)
 
-    def _table_attributes(self) -> bytes:
-        return string(NFTA_TABLE_NAME, self.table) + be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
-
-    def _delete_stale(self) -> None:
-        """Remove what a previous run on an old kernel, ended by SIGKILL, may have left."""
-        request = self._message(NFT_MSG_DELTABLE, NLM_F_ACK, string(NFTA_TABLE_NAME, self.table))
-        try:
-            self._commit("delete table", [request])
-        except NetlinkError as problem:
-            if problem.number != errno.ENOENT:
-                raise
-
-    def _chain_message(self, chain: Chain) -> bytes:
-        payload = string(NFTA_CHAIN_TABLE, self.table) + string(NFTA_CHAIN_NAME, chain.name)
-        if chain.hook >= 0:
-            hook = be32(NFTA_HOOK_HOOKNUM, chain.hook) + be32(NFTA_HOOK_PRIORITY, chain.priority)
-            payload += nested(NFTA_CHAIN_HOOK, hook) + string(NFTA_CHAIN_TYPE, "filter")
-        return self._message(NFT_MSG_NEWCHAIN, NLM_F_CREATE, payload)
-
-    def _set_message(self, family: Family) -> bytes:
-        return self._message(NFT_MSG_NEWSET, NLM_F_CREATE, b"".join((
+    def _set(self, family: Family) -> bytes:
+        return b"".join((
             string(NFTA_SET_TABLE, self.table), string(NFTA_SET_NAME, f"routers_{family.name}"),
             be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
             be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
             nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS)), be64(NFTA_SET_TIMEOUT, 60_000),
-        )))  # fmt: skip
+        ))  # fmt: skip
 
-    def _rule_message(self, rule: Rule) -> bytes:
+    def _chain(self, chain: Chain) -> bytes:
+        payload = string(NFTA_CHAIN_TABLE, self.table) + string(NFTA_CHAIN_NAME, chain.name)
+        if chain.hook >= 0:
+            hook = be32(NFTA_HOOK_HOOKNUM, chain.hook) + be32(NFTA_HOOK_PRIORITY, chain.priority)
+            payload += nested(NFTA_CHAIN_HOOK, hook) + string(NFTA_CHAIN_TYPE, "filter")
+        return payload
+
+    def _rule(self, rule: Rule) -> bytes:
         payload = string(NFTA_RULE_TABLE, self.table) + string(NFTA_RULE_CHAIN, rule.chain)
-        payload += nested(NFTA_RULE_EXPRESSIONS, rule.expressions)
-        return self._message(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, payload)
-
-    def _create(self, ifaces: Sequence[str]) -> None:
-        requests = [self._message(NFT_MSG_NEWTABLE, NLM_F_CREATE, self._table_attributes())]
-        requests += [self._set_message(family) for family in FAMILIES]
-        self._commit("create table", [*requests, *self._contents(ifaces)])
-
-    def _contents(self, ifaces: Sequence[str]) -> list[bytes]:
-        """Chains and rules. A chain in the output hook costs each copy 0.1 us: none for notrack without conntrack."""
-        chains = [chain for chain in CHAINS if self.conntrack or chain.name != "copies"]
-        rules = [*nflog_rules(self._config, ifaces, self.nodes, self.owned), *guard_rules(self.conntrack)]
-        return [*map(self._chain_message, chains), *map(self._rule_message, rules)]
-
-    def replace(self, ifaces: Sequence[str]) -> None:
-        """Put new rules in place of the old ones at once, with conntrack as it is used now."""
-        self.conntrack = self.conntrack or conntrack_in_use()
-        flush = self._message(NFT_MSG_DELRULE, 0, string(NFTA_RULE_TABLE, self.table))  # of all chains
-        self._commit("replace rules", [flush, *self._contents(ifaces)])
+        return payload + nested(NFTA_RULE_EXPRESSIONS, rule.expressions)
 
     def close(self) -> None:
         """Remove the table; the kernel does it by itself where it is owned."""
         if not self.owned:
             with contextlib.suppress(PmtudError, OSError):
-                self._delete_stale()
+                self._commit("delete table", [(NFT_MSG_DELTABLE, string(NFTA_TABLE_NAME, self.table))])
         super().close()
 
 
@@ -1553,24 +1622,32 @@ class IcmpSocket(Descriptor):
     """
 
     SEND_BUFFER_BYTES = 4 << 20
-    SEND_TIMEOUT = struct.pack("@ll", 0, 50_000)  # struct timeval: a device that takes nothing costs 50 ms, then EAGAIN
+    # By family: options of every socket, and those that carry --ttl on sockets for copies.
+    OPTIONS: tuple[dict[str, tuple[tuple[int, int, Any], ...]], ...] = (
+        {
+            "ipv4": ((SOL_RAW, ICMP_FILTER, b"\xff" * 4), (socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DONT)),
+            "ipv6": ((socket.IPPROTO_ICMPV6, ICMP6_FILTER, b"\xff" * 32),
+                     (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DONT),
+                     (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)),
+        },
+        {
+            "ipv4": ((socket.IPPROTO_IP, socket.IP_TTL, None), (socket.SOL_SOCKET, socket.SO_BROADCAST, 1)),
+            "ipv6": ((socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, None),
+                     (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, None)),
+        },
+    )  # fmt: skip
 
     def __init__(self, family: Family, mark: int, ttl: int = 0, source: bytes = b"") -> None:
         self.family = family
         self.socket = open_socket(family.af, socket.SOCK_RAW, family.icmp_protocol)
         option = self.socket.setsockopt
         try:
-            self._receive_nothing()
             option(socket.SOL_SOCKET, SO_MARK, mark)
             option(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.SEND_BUFFER_BYTES)
-            option(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self.SEND_TIMEOUT)
-            if family is IPV4:
-                option(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DONT)
-            else:
-                option(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DONT)
-                option(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
-            if ttl:
-                self._set_ttl(ttl)
+            option(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # with the filters: nothing the node receives queues up here
+            for options in self.OPTIONS if ttl else self.OPTIONS[:1]:
+                for level, name, value in options[family.name]:
+                    option(level, name, ttl if value is None else value)
             if source:
                 self.socket.bind((socket.inet_ntop(family.af, source), 0))
         except PermissionError as problem:
@@ -1579,22 +1656,6 @@ class IcmpSocket(Descriptor):
         except OSError:
             self.close()
             raise
-
-    def _receive_nothing(self) -> None:
-        """Keep the kernel from queueing the node's incoming ICMP here."""
-        if self.family is IPV4:
-            self.socket.setsockopt(SOL_RAW, ICMP_FILTER, b"\xff" * 4)
-        else:
-            self.socket.setsockopt(socket.IPPROTO_ICMPV6, ICMP6_FILTER, b"\xff" * 32)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
-
-    def _set_ttl(self, ttl: int) -> None:
-        if self.family is IPV4:
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        else:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
 
     def join(self, peer: PeerAddress) -> None:
         """Receive packets sent to this IPv6 multicast group on its interface."""
@@ -1774,22 +1835,22 @@ class FileSource:
         self._signature = None
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses in the file, None if it has not changed; raises PeerSourceError."""
+        """The addresses in the file, None if it has not changed; raises PeerSourceError as long as it is bad."""
         try:
             status = os.stat(self._path)
             signature = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
             if signature == self._signature:
                 return None
-            self._signature = signature
             if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
                 raise PeerSourceError(f"{self.name}: not a regular file of at most {self.SIZE_MAX} bytes")
             with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-                return parse_peer_lines(stream.read(self.SIZE_MAX).decode())
+                peers = parse_peer_lines(stream.read(self.SIZE_MAX).decode())
         except OSError as problem:
-            self._signature = None
             raise PeerSourceError(f"{self.name}: {problem.strerror}") from problem
         except ValueError as problem:
             raise PeerSourceError(f"{self.name}: {problem}") from problem
+        self._signature = signature
+        return peers
 
 
 def internal_addresses(node: Mapping[str, Any]) -> tuple[PeerAddress, ...]:
@@ -1964,6 +2025,7 @@ class Peers:
     def reload(self) -> None:
         """Look at every source now, even if it seems unchanged."""
         for source in self._sources:
+            self._complaints.pop(source.name, None)
             source.forget()
             self._kick[source.name].set()
 
@@ -1990,7 +2052,8 @@ class Peers:
                 kept = len(self._answers.get(source.name, ()))
                 log("warning", "peer source failed, its last good peers stay", problem=str(problem), kept=kept)
             return
-        self._complaints.pop(source.name, None)
+        if self._complaints.pop(source.name, ""):
+            log("info", "peer source answers again", source=source.name)
         if answer is not None and answer != self._answers.get(source.name):
             self._answers[source.name] = answer
             self._changed()
@@ -2004,6 +2067,11 @@ class Arrangement(NamedTuple):
     sources: dict[str, bytes]  # by family name: source address of what we send; missing: the kernel chooses
     per_source: dict[str, int]  # peers in force by source
     view: View
+
+    @property
+    def copies_to(self) -> frozenset[bytes]:
+        """The addresses of this node that peers send copies to; none while it has no peers."""
+        return self.view.node | self.view.groups if any(self.targets.values()) else frozenset()
 
 
 def kernel_source(peer: PeerAddress) -> bytes:
@@ -2029,12 +2097,11 @@ def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> list[Networ
     ]
 
 
-def arrange(
-    listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAddress], ignored: Iterable[Network]
-) -> Arrangement:
+def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAddress],
+            ignored: Iterable[Network], routers: Iterable[bytes] = ()) -> Arrangement:  # fmt: skip
     """Remove this node from the peers, and work out who is who."""
     own = {address.packed for address in local}
-    broadcasts = {address.broadcast for address in local if address.broadcast}
+    broadcasts = {address.broadcast for address in local if address.broadcast and not is_martian(address.packed)}
     everyone = dict.fromkeys(peer for peers in listed.values() for peer in peers)
     removed = tuple(peer for peer in everyone if peer.packed in own)
     targets = [peer for peer in everyone if peer.packed not in own]
@@ -2045,13 +2112,14 @@ def arrange(
         sources.setdefault(family_of(peer.packed).name, peer.packed)
     node = {peer.packed for peer in removed}
     node |= {kernel_source(p) for name, peers in by_family.items() if name not in sources for p in peers} - {b""}
-    networks = [*ignored, *(network for group in groups for network in networks_of(group, local))]
     view = View(
         own=frozenset(own),
         node=frozenset(node),
         groups=frozenset(broadcasts | {group.packed for group in groups}),
         peers=frozenset(peer.packed for peer in targets),
-        networks=Membership(networks),
+        networks=Membership(ignored),
+        neighbours=Membership(network for group in groups for network in networks_of(group, local)),
+        routers=frozenset(routers),
     )
     per_source = {name: sum(peer.packed not in own for peer in peers) for name, peers in listed.items()}
     return Arrangement(by_family, removed, sources, per_source, view)
@@ -2088,11 +2156,20 @@ class StatusServer(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection and give its place back."""
+        """Serve one connection, for five seconds at most whatever the client does, and give its place back."""
+        limit = threading.Timer(StatusHandler.timeout, self._hang_up, (request,))
+        limit.daemon = True
+        limit.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            limit.cancel()
             self._places.release()
+
+    @staticmethod
+    def _hang_up(request: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up or stalls is no news."""
@@ -2108,14 +2185,15 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Serve /metrics, /healthz or /readyz."""
-        if self.path == "/metrics":
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
             body = self.server.render()
             if body is None:
                 self._answer(503, b"prometheus-client is not installed: pip install prometheus-client\n")
             else:
                 self._answer(200, body, "text/plain; version=0.0.4; charset=utf-8")
-        elif self.path in ("/healthz", "/readyz"):
-            good = self.server.healthy() if self.path == "/healthz" else self.server.ready()
+        elif path in ("/healthz", "/readyz"):
+            good = self.server.healthy() if path == "/healthz" else self.server.ready()
             self._answer(200 if good else 503, b"ok\n" if good else b"not ok\n")
         else:
             self._answer(404, b"/metrics /healthz /readyz\n")
@@ -2161,26 +2239,26 @@ def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServe
 class Outlet:
     """The two ways out for one family: delivery to this node's own stack, and copies to its peers."""
 
-    def __init__(self, family: Family, config: Config, arrangement: Arrangement, counts: CopyCounts) -> None:
-        self.family = family
-        peers = arrangement.targets[family.name]
+    def __init__(self, family: Family, config: Config, arrangement: Arrangement, before: Optional[CopyCounts]) -> None:
         source = arrangement.sources.get(family.name, b"")
         with contextlib.ExitStack() as stack:
             self.delivery: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_DELIVER, 0, source))
             self.copies: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_COPY, config.ttl, source))
-            self.fanout: Optional[Fanout] = None
-            reachable = []
-            for peer in peers:
-                try:
-                    sockaddr(peer)
-                    if peer.is_multicast:
-                        self.copies.join(peer)
-                    reachable.append(peer)
-                except OSError as problem:
-                    log("warning", "peer left out", peer=peer, problem=problem.strerror)
-            if reachable:
-                self.fanout = Fanout(self.copies, reachable, counts)
+            peers = [peer for peer in arrangement.targets[family.name] if self._reachable(peer)]
+            self.counts = CopyCounts([str(peer) for peer in peers], before)
+            self.fanout = Fanout(self.copies, peers, self.counts) if peers else None
             self._stack = stack.pop_all()
+
+    def _reachable(self, peer: PeerAddress) -> bool:
+        """Whether the peer's interface exists; a multicast group is joined there."""
+        try:
+            sockaddr(peer)
+            if peer.is_multicast:
+                self.copies.join(peer)
+        except OSError as problem:
+            log("warning", f"peer {peer} left out until its interface is there", problem=problem.strerror or problem)
+            return False
+        return True
 
     def close(self) -> None:
         """Close both sockets."""
@@ -2190,7 +2268,7 @@ class Outlet:
 class Service:
     """The running daemon: owns every descriptor, turns the loop, acts on each error as decide() says."""
 
-    BATCH = 64  # datagrams per turn, so that signals and timers are never starved by a flood
+    BATCH, BATCH_COPIES = 64, 6400  # errors and copies per turn: signals and timers are never starved by a flood
     TURNS, PAUSE = 20, 0.05  # turns per second taken at once; beyond that errors gather for this many seconds
     TICK = 1.0  # seconds between housekeeping
     SLOW_TICKS = 10  # every tenth: default route, guard
@@ -2205,6 +2283,7 @@ class Service:
         self.guarded: dict[str, bool] = {}  # by family name, as last probed
         self._outlets: dict[str, Outlet] = {}
         self._arrangement = Arrangement({}, (), {}, {}, View())
+        self._routers: list[bytes] = []  # gateways of the default routes
         self._turns, self._backlog = TokenBuckets(self.TURNS), False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -2242,15 +2321,24 @@ class Service:
             self._monitor.socket.setblocking(False)
             stack.callback(self._close_outlets)
             self._rearrange()
-            if config.rules == "auto":
-                view = self.policy.view
-                self._firewall = stack.enter_context(Firewall(config, self.ifaces, nodes=view.node | view.groups))
+            self._open_firewall(stack)
             self._probe_guard()
             self._serve_status(stack)
             self._stack = stack.pop_all()
         self._announce()
 
+    def _open_firewall(self, stack: contextlib.ExitStack) -> None:
+        """Install our table; with --rules off it holds the guard only, and it may be missing."""
+        try:
+            self._firewall = Firewall(self.config, self.ifaces, nodes=self._arrangement.copies_to)
+            stack.enter_context(self._firewall)
+        except PmtudError as problem:
+            if self.config.rules == "auto":
+                raise
+            log("warning", "cannot install the guard", problem=str(problem))
+
     def _choose_ifaces(self) -> tuple[str, ...]:
+        self._routers = [hop.gateway for hop in default_hops()]
         if not self.config.ifaces:
             found = default_route_interfaces()
             if not found and self.config.rules == "auto":
@@ -2270,10 +2358,12 @@ class Service:
         try:
             server = open_status_server(config, render, self.healthy, self.ready)
         except OSError as problem:
-            text = f"metrics port {config.metrics_port} cannot be bound ({problem.strerror})"
+            place = f"{config.metrics_addr or '*'} port {config.metrics_port}"
+            text = f"metrics cannot be served on {place} ({problem.strerror})"
+            advice = "choose others with --metrics-addr and --metrics-port"
             if config.metrics_required:
-                raise PmtudError(f"{text}; choose another with --metrics-port, 0 for none") from problem
-            log("warning", f"{text}; running without metrics, choose another with --metrics-port")
+                raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
+            log("warning", f"{text}; running without, {advice}")
             return
         stack.callback(server.server_close)
         stack.callback(server.shutdown)
@@ -2284,9 +2374,9 @@ class Service:
         config, arrangement = self.config, self._arrangement
         peers = [str(peer) for peers in arrangement.targets.values() for peer in peers]
         shown = ", ".join(peers[:8]) + (f" and {len(peers) - 8} more" if len(peers) > 8 else "")
-        table = "the operator's NFLOG rule"
-        if self._firewall:
-            table = f"table inet {self._firewall.table}" + ("" if self._firewall.owned else " (not owned: old kernel)")
+        table = "" if config.rules == "auto" else "your own NFLOG rule, "
+        table += f"table inet {self._firewall.table}" if self._firewall else "no guard"
+        table += " (not owned: old kernel)" if self._firewall and not self._firewall.owned else ""
         log("info", f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
             f"NFLOG group {config.nflog_group}, rules: {table}")  # fmt: skip
         nobody = "none, standalone: local rescue only" if self.peers.answered() else "none yet, asking for them"
@@ -2316,48 +2406,47 @@ class Service:
 
     def _rearrange(self) -> None:
         """Work out peers and addresses anew and put them in force."""
-        arrangement = arrange(self.peers.listed(), local_addresses(), self.config.ignore_networks)
+        config = self.config
+        arrangement = arrange(self.peers.listed(), local_addresses(), config.ignore_networks, self._routers)
         before, self._arrangement = self._arrangement, arrangement
         self.policy.view = arrangement.view
         self.counters.peers = arrangement.per_source
         zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
         if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
             self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
-        nodes = arrangement.view.node | arrangement.view.groups
-        if self._firewall and self._firewall.nodes != nodes:
-            self._firewall.nodes = nodes
+        if self._firewall and self._firewall.nodes != arrangement.copies_to:
+            self._firewall.nodes = arrangement.copies_to
             self._replace_rules()
 
     def _open_outlets(self) -> None:
         """New sockets for the peers of now, in place of the old ones."""
         outlets: dict[str, Outlet] = {}
         for family in FAMILIES:
-            labels = [str(peer) for peer in self._arrangement.targets[family.name]]
-            counts = CopyCounts(labels, self.counters.copies.get(family.name))
             try:
-                outlets[family.name] = Outlet(family, self.config, self._arrangement, counts)
-                self.counters.copies[family.name] = counts
+                before = self.counters.copies.get(family.name)
+                outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
+                self.counters.copies[family.name] = outlets[family.name].counts
             except OSError as problem:  # this family is switched off in the kernel, or the source just vanished
-                if labels:
-                    log("warning", f"no {family.name} sockets", problem=problem.strerror)
+                if self._arrangement.targets[family.name]:
+                    log("warning", f"no {family.name} sockets, trying again", problem=problem.strerror)
         self._close_outlets()
         self._outlets = outlets
 
     def _probe_guard(self) -> None:
         """Learn whether the guard is in force; without it only errors for local addresses are delivered."""
+        iface = next(iter(self.ifaces), "lo")
         for family in FAMILIES:
-            if family.name not in self._outlets or not self.ifaces:
-                continue
-            before, holds = self.guarded.get(family.name), guard_holds(family, self.ifaces[0])
+            before, holds = self.guarded.get(family.name), guard_holds(family, iface)
             if holds is False and self._firewall:
                 log("warning", "our rules are gone, someone flushed them: installing them again", family=family.name)
                 self._replace_rules()
-                holds = guard_holds(family, self.ifaces[0])
-            if holds is False and before is not False:
+                holds = guard_holds(family, iface)
+            if holds is None:  # the probe has no way out: believe the table, if we have one
+                holds = self._firewall is not None
+            if not holds and before is not False:
                 log("warning", f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
                     "install the output rules that `pmtud.py rules` prints", family=family.name)  # fmt: skip
-            if holds is not None:
-                self.guarded[family.name] = holds
+            self.guarded[family.name] = holds
 
     def _replace_rules(self) -> None:
         if not self._firewall:
@@ -2379,17 +2468,20 @@ class Service:
         """Housekeeping, once a second."""
         self._ticks += 1
         if self._ticks % self.SLOW_TICKS == 0:
-            self._probe_guard()
             self._follow_default_route()
+            self._probe_guard()
+            if any(targets and name not in self._outlets for name, targets in self._arrangement.targets.items()):
+                self._open_outlets()
         if now >= self._summary_at:
             self._summarize(now)
 
     def _follow_default_route(self) -> None:
-        if self.config.ifaces:
-            return
         with contextlib.suppress(PmtudError, OSError):
-            found = default_route_interfaces()
-            if found and found != self.ifaces:
+            hops = default_hops()
+            self._stale |= bool(hops) and [hop.gateway for hop in hops] != self._routers
+            self._routers = [hop.gateway for hop in hops] or self._routers
+            found = interfaces_of(hops)
+            if found and found != self.ifaces and not self.config.ifaces:
                 log("info", "the default route moved", before=",".join(self.ifaces), now=",".join(found))
                 self.ifaces = found
                 self._replace_rules()
@@ -2407,7 +2499,7 @@ class Service:
 
     def ready(self) -> bool:
         """Whether errors can come in and go out: group bound, rules in place, every peer source answered."""
-        guarded = any(self.guarded.values()) or self.config.rules == "off"
+        guarded = all(self.guarded.values()) or self.config.rules == "off"
         return self.healthy() and guarded and self.peers.answered()
 
     # -- the loop
@@ -2481,7 +2573,7 @@ class Service:
         copies: dict[str, list[bytes]] = {family.name: [] for family in FAMILIES}
         deliveries: list[tuple[MtuError, bool]] = []
         logged = self._read_nflog()
-        self._backlog = len(logged) >= self.BATCH
+        self._backlog = len(logged) >= self._batch()
         for packet, _, rpf in logged:
             error = parse(packet)
             if isinstance(error, Reason):
@@ -2500,6 +2592,7 @@ class Service:
                 counters.dropped[Reason.DRY_RUN] += 1
                 log("info", f"dry run: would {what.value}", origin=origin.value, error=error)
                 continue
+            counters.reported_mtu.observe(error.mtu)
             replicate = what is Action.REPLICATE and self._has_peers(error.family)
             deliver = origin is Origin.PEER or self.config.rescue
             counters.acted["replicate" if replicate else "deliver" if deliver else "none"] += 1
@@ -2516,11 +2609,16 @@ class Service:
             counters.last_error_received = time.time()
             counters.batch_duration.observe(time.monotonic() - now)
 
+    def _batch(self) -> int:
+        """How many errors this turn may take."""
+        most = max(map(len, self._arrangement.targets.values()), default=0)
+        return max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+
     def _read_nflog(self) -> list[Logged]:
         """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if that fails."""
         before = self._nflog.lost
         try:
-            return self._nflog.read(self.BATCH)
+            return self._nflog.read(self._batch())
         except OSError as problem:
             self._poll.unregister(self._nflog)
             self._nflog.close()
@@ -2559,8 +2657,7 @@ class Service:
         self.counters.rpf_rescued += rpf and result == "owner"
 
     def _note(self, error: MtuError, origin: Origin, now: float) -> None:
-        """Count the MTU; one log line for a (router, destination, MTU) not seen in the last hour."""
-        self.counters.reported_mtu.observe(error.mtu)
+        """One log line for a (router, destination, MTU) not seen in the last hour."""
         if LOGGER.isEnabledFor(logging.DEBUG):
             log("debug", "error", origin=origin.value, error=error)
         key = (error.src, error.quoted_dst, error.mtu)
@@ -2592,7 +2689,7 @@ REPORT_COLUMNS = 79
 STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
 
 # linux/rtnetlink.h, linux/if_link.h, linux/if.h
-RTM_NEWLINK, RTM_GETLINK, RTA_DST, RTA_GATEWAY, IFF_UP = 16, 18, 1, 5, 1
+RTM_NEWLINK, RTM_GETLINK, RTA_DST, IFF_UP = 16, 18, 1, 1
 IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_LINK_NETNSID = 3, 4, 18, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VXLAN_GROUP6, IFLA_VXLAN_LOCAL6 = 1, 2, 16, 17
@@ -2968,7 +3065,7 @@ class Prober(Descriptor):
         with Netlink(NETLINK_ROUTE) as netlink:
             route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
         self.route = attributes(route, RTMSG.size)
-        self.iface = socket.if_indextoname(route_interfaces(self.route)[0])
+        self.iface = socket.if_indextoname(route_hops(self.route)[0].ifindex)
         self.top = min(node.links[self.iface].mtu if self.iface in node.links else 1500, 65535)
         self.own = {own.packed for own in local_addresses()}
         self.started, self.replies, self.timeout = time.monotonic(), 0, 1.0
@@ -3232,7 +3329,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
              "asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; comma-separated, repeatable")
     add("--iface", action="append", metavar="NAME", type=option_type(parse_iface),
         help="where errors come in; repeatable (default: the interface of the default route)")
-    add("--nodename", metavar="NAME", help="this node's name in the log (default: the host name)")
+    add("--nodename", metavar="NAME", type=option_type(parse_nodename),
+        help="this node's name in the log (default: the host name)")
     add("--nflog-group", metavar="N", type=option_type(number_between(0, 65535)), help="NFLOG group (default: 33)")
     add("--metrics-port", metavar="PORT", type=option_type(number_between(0, 65535)),
         help="port of /metrics, /healthz and /readyz; 0: none (default: 30040)")
@@ -3291,6 +3389,8 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
             continue
         variable = "PMTUD_" + action.dest.upper()
         text = environ.get(variable, "").strip()
+        if text.startswith("tcp://"):  # Kubernetes describes a Service called pmtud-metrics in PMTUD_METRICS_PORT
+            continue
         if not text:
             continue
         option = action.option_strings[0]
@@ -3320,7 +3420,9 @@ def config_from(options: Mapping[str, Any]) -> Config:
     values["peers"] = tuple(dict.fromkeys(item for item in items if isinstance(item, PeerAddress)))
     values["peer_sources"] = tuple(dict.fromkeys(item for item in items if isinstance(item, str)))
     values.setdefault("nodename", socket.gethostname())
-    values["metrics_required"] = bool(options.get("metrics_port"))
+    values["metrics_required"] = bool(options.get("metrics_port", "metrics_addr" in options))
+    if len(values["peers"]) > PEERS_MAX:
+        raise UsageError(f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet")
     values["rescue"] = not options.get("no_rescue", False)
     if not values["rescue"] and not items:
         raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
@@ -3355,7 +3457,8 @@ def print_rules(config: Config) -> None:
     ifaces = config.ifaces or default_route_interfaces()
     if not ifaces:
         raise PmtudError("there is no default route; name the interface errors come in on with --iface")
-    rules = [*nflog_rules(config, ifaces), *guard_rules(conntrack=True)]
+    nodes = arrange({"static": config.peers}, local_addresses(), ()).copies_to
+    rules = [*nflog_rules(config, ifaces, nodes), *guard_rules(ifaces, conntrack=True)]
     print("# nftables: save as a file and run `nft -f FILE`, then start pmtud.py with --rules off")
     print(f"table inet pmtud_{config.nflog_group} {{")
     for family in FAMILIES if config.rate else ():
@@ -3373,20 +3476,23 @@ def print_rules(config: Config) -> None:
 
 
 def iptables_rules(config: Config, ifaces: Sequence[str]) -> list[str]:
-    """The same rules as iptables and ip6tables commands; reverse path verdicts by the rpfilter match."""
+    """The same rules as iptables and ip6tables commands, without the limits; RPF verdicts by the rpfilter match."""
     lines = []
-    for command, match in (
+    for command, error in (
         ("iptables", "-p icmp -m icmp --icmp-type 3/4"),
         ("ip6tables", "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big"),
     ):
         for iface in ifaces:
-            rule = f"{command} -t raw -A PREROUTING -i {shlex.quote(iface)} {match}"
+            rule = f"{command} -t raw -A PREROUTING -i {shlex.quote(iface)} {error}"
             target = f"-j NFLOG --nflog-group {config.nflog_group}"
             lines.append(f'{rule} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"')
             lines.append(f"{rule} -m rpfilter {target}")
-        lines.append(f"{command} -t raw -A OUTPUT -m mark --mark {MARK_COPY:#x} -j CT --notrack")
-        lines.append(f"{command} -t mangle -A OUTPUT -m mark --mark {MARK_DELIVER:#x} "
-                     "-m conntrack ! --ctstate RELATED -m addrtype ! --dst-type LOCAL -j DROP")  # fmt: skip
+        lines.append(f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack")
+        guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
+        lines.append(f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate DNAT -j ACCEPT")
+        if len(ifaces) == 1:  # `-o` cannot be given twice
+            lines.append(f"{guard} -m conntrack --ctstate RELATED ! -o {shlex.quote(ifaces[0])} -j ACCEPT")
+        lines.append(f"{guard} -m addrtype ! --dst-type LOCAL -j DROP")
     return lines
 
 
@@ -3418,18 +3524,27 @@ def run(config: Config) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; the exit code. Unexpected exceptions keep their traceback."""
+    code = 0
     try:
         asked = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
-        if asked.command == "check":
-            return check(asked.config, asked.hosts, asked.as_json, asked.color)
-        if asked.command == "rules":
-            print_rules(asked.config)
-        else:
+        if asked.command == "run":
             run(asked.config)
+            return 0
+        try:
+            if asked.command == "check":
+                code = check(asked.config, asked.hosts, asked.as_json, asked.color)
+            else:
+                print_rules(asked.config)
+            sys.stdout.flush()
+        except OSError as problem:  # `pmtud.py rules | head -1`, a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise PmtudError(f"cannot write the output: {problem.strerror}") from problem
     except PmtudError as problem:
         print(f"pmtud: {problem}", file=sys.stderr)
         return problem.exit_code
-    return 0
+    except KeyboardInterrupt:
+        return 130
+    return code
 
 
 if __name__ == "__main__":

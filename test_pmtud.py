@@ -284,9 +284,9 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.number_between(1, 255), "", "'' is not a whole number"),
     (pmtud.number_between(1, 255), "0", "0 is not between 1 and 255"),
     (pmtud.number_between(1, 255), "256", "256 is not between 1 and 255"),
-    (pmtud.number_between(0, 3600, float), "nan", "nan is not between 0 and 3600"),
+    (pmtud.number_between(0, 3600, float), "nan", "'nan' is not a number"),
     (pmtud.number_between(0, 3600, float), "-1", "-1 is not between 0 and 3600"),
-    (pmtud.number_between(0, 3600, float), "inf", "inf is not between 0 and 3600"),
+    (pmtud.number_between(0, 3600, float), "inf", "'inf' is not a number"),
     (pmtud.parse_networks, "10.0.0.1/8", "10.0.0.1/8 has host bits set" + NETWORK_HINT),
     (pmtud.parse_networks, "x", "'x' does not appear to be an IPv4 or IPv6 network" + NETWORK_HINT),
     (pmtud.parse_ports, "0", "'0'" + PORT_HINT),
@@ -323,7 +323,7 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
     (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
     (pmtud.parse_peer_lines, "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
-     "16385 peers are more than 16384; use a subnet broadcast address"),
+     "16385 peers; there must be 1 to 16384, one broadcast address reaches a subnet"),
 ])  # fmt: skip
 def test_parsers_refuse(parse: Callable[[str], object], text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
@@ -626,6 +626,8 @@ def make_policy(net: Plan = V4, **options: Any) -> pmtud.Policy:
         groups=frozenset({packed(net.group)}),
         peers=frozenset({packed(net.peer)}),
         networks=pmtud.Membership([ip_network(net.inside_network)]),
+        neighbours=pmtud.Membership([ip_network("10.77.0.0/16"), ip_network("fd77::/64"), ip_network("fe80::/64")]),
+        routers=frozenset({packed("10.77.0.1"), packed("fd77::1")}),
     )
     unlimited = {"flow_interval": 0.0, "source_rate": 0.0, "rate": 0.0}
     return pmtud.Policy(pmtud.Config(**{**unlimited, **options}), view)
@@ -643,6 +645,9 @@ class WhoCase(NamedTuple):
 
 
 DELIVER, REPLICATE = pmtud.Action.DELIVER, pmtud.Action.REPLICATE
+GATEWAYS = (("10.77.0.1", V4), ("fd77::1", V6), ("fe80::1", V6))  # of the default routes, and a neighbour of the link
+NEIGHBOURS = (("10.77.0.5", V4), ("fd77::5", V6))
+LINK_LOCAL = ("169.254.7.7", "fe80::7", "febf::7")
 SPECIAL = [("127.0.0.1", V4), ("127.9.9.9", V4), ("0.0.0.0", V4), ("224.0.0.5", V4), ("255.255.255.255", V4),
            ("169.254.7.7", V4),
            ("::1", V6), ("::", V6), ("fe80::7", V6), ("febf::7", V6), ("ff02::1", V6), ("::ffff:127.0.0.1", V6),
@@ -666,6 +671,11 @@ WHO_CASES = (
     WhoCase("router", "group", "vip", "router", Reason.MISADDRESSED),
     WhoCase("router", "client", "vip", "router", Reason.MISADDRESSED),
     WhoCase("peer", "client", "vip", "peer", Reason.MISADDRESSED),
+    *(WhoCase(a, "vip", "vip", "peer", Reason.IGNORED_NETWORK, (net,)) for a, net in NEIGHBOURS),
+    *(WhoCase(a, "vip", "vip", "router", REPLICATE, (net,)) for a, net in GATEWAYS),
+    *(WhoCase(a, "node", "vip", "peer", DELIVER, (net,)) for a, net in GATEWAYS + NEIGHBOURS),
+    *(WhoCase(a, "vip", "vip", "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL if a not in LINK_LOCAL),
+    WhoCase("169.254.7.7", "vip", "vip", "router", REPLICATE, (V4,)),
     *(WhoCase("router", a, a, "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", a, a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", "node", a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
@@ -682,13 +692,13 @@ def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
     found = parsed(net, src=src, dst=dst, quoted_src=quoted_src)
     policy = make_policy(net)
     assert pmtud.decide(found, policy, 1.0) == (pmtud.Origin(case.origin), case.decision)
-    expected = case.decision if isinstance(case.decision, Reason) else pmtud.Origin(case.origin)
-    assert pmtud.classify(found, policy.view) is expected
+    expected = case.decision if isinstance(case.decision, Reason) else None
+    assert pmtud.classify(found, policy.view) == (pmtud.Origin(case.origin), expected)
 
 
 @both_families
 def test_without_peers_an_error_is_still_a_routers(net: Plan) -> None:
-    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) is pmtud.Origin.ROUTER
+    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) == (pmtud.Origin.ROUTER, None)
 
 
 class InvalidCase(NamedTuple):
@@ -1497,9 +1507,9 @@ def test_arrange_takes_the_subnet_of_a_broadcast_peer_for_the_cluster(routes: di
     found = pmtud.arrange({"static": addresses("10.0.0.255")}, LOCAL, [])
     assert found.targets == {"ipv4": addresses("10.0.0.255"), "ipv6": ()}
     assert packed("10.0.0.255") in found.view.groups
-    assert [packed(a) in found.view.networks for a in ("10.0.0.200", "10.0.1.1")] == [True, False]
+    assert [packed(a) in found.view.neighbours for a in ("10.0.0.200", "10.0.1.1")] == [True, False]
     routers = pmtud.arrange({"static": addresses("10.0.0.12")}, LOCAL, []).view
-    assert packed("10.0.0.200") not in routers.networks
+    assert packed("10.0.0.200") not in routers.neighbours
     assert packed("10.0.0.255") in routers.groups  # a peer may broadcast while this node does not
 
 
@@ -1509,7 +1519,7 @@ def test_arrange_takes_the_prefixes_of_a_multicast_peers_link_for_the_cluster(ro
     local = [pmtud.LocalAddress(packed(address), 64, index, b"") for address, index in places]
     found = pmtud.arrange({"static": addresses("ff02::114%lo")}, local, [])
     assert found.view.groups == {packed("ff02::114")}
-    assert [packed(a) in found.view.networks for a in ("fd00::99", "fd01::99")] == [True, False]
+    assert [packed(a) in found.view.neighbours for a in ("fd00::99", "fd01::99")] == [True, False]
 
 
 def test_arrange_survives_a_peer_whose_interface_is_gone() -> None:
@@ -2810,14 +2820,14 @@ def test_option_effects(
 
 
 def test_total_rate(cluster: Cluster) -> None:
-    """--rate bounds what is acted on; twice that and more the kernel sheds before we see it."""
+    """--rate bounds what is acted on; most of what is over it the kernel sheds before we see it."""
     node = cluster.nodes[ingress(cluster, 4)]
     with daemons([node], "--peers", PEER_LISTS[4], "--rate", "10", "--source-rate", "0"):
         inject(cluster.router, 4, flow_errors(4, count=100), gap=0)
-        samples = received(node, 11)
-        assert set(drops(samples)) == {"limited_total"}
+        samples = received(node, 10)
+        assert set(drops(samples)) <= {"limited_total"}
         assert 10 <= samples['pmtud_acted_total{action="replicate"}'] <= 12
-        assert 20 <= sum(v for k, v in samples.items() if k.startswith("pmtud_received_total")) <= 30
+        assert sum(v for k, v in samples.items() if k.startswith("pmtud_received_total")) <= 25
 
 
 def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
@@ -2893,6 +2903,81 @@ def test_node_without_ipv6(cluster: Cluster) -> None:
             assert get(four.nodes[0], "/readyz") == ("200", "ok\n")
 
 
+@pytest.mark.parametrize(("family", "peer", "gateway"), [
+    (4, "10.0.0.255", "10.0.0.1"), (6, "ff02::7074%eth0", "fd00::1"),
+])  # fmt: skip
+def test_the_gateway_of_a_group_peers_subnet_is_a_router(
+    cluster: Cluster, family: int, peer: str, gateway: str
+) -> None:
+    """A top-of-rack switch reports from an address of the very subnet that the group peer stands for."""
+    with daemons(cluster.nodes, "--peers", peer):
+        inject(cluster.fabric, family, flow_errors(family, src=gateway))
+
+        def acted() -> list[float]:
+            return sorted(metrics(node)['pmtud_acted_total{action="replicate"}'] for node in cluster.nodes)
+        assert poll(lambda: acted() == [0, 0, ERRORS], 3), acted()
+
+
+def test_broadcast_without_a_configured_broadcast_address() -> None:
+    """`ip addr add` without `brd +`: the kernel receives the subnet's broadcasts all the same, and so do we."""
+    with Cluster() as cluster:
+        for i, node in enumerate(cluster.nodes, 11):
+            node.ip(f"addr del 10.0.0.{i}/24 dev eth0", f"addr add 10.0.0.{i}/24 dev eth0",
+                    "route add default via 10.0.0.1", *(f"route add 10.244.{j}.0/24 via 10.0.0.{10 + j}" 
+                                                        for j in (1, 2, 3) if j != i - 10))  # fmt: skip
+        with daemons(cluster.nodes, "--peers", "10.0.0.255"):
+            for service in Cluster.SERVICES:
+                assert len(cluster.download(service)) == 23
+
+
+def test_guard_leaves_other_traffic_with_its_mark_alone(cluster: Cluster) -> None:
+    """Somebody else's packets may carry the same fwmark: only ICMP errors are ours to drop."""
+    with daemons(cluster.nodes[:1], "--peers", PEER_LISTS[4]):
+        for mark in (pmtud.MARK_DELIVER, pmtud.MARK_COPY):
+            cluster.nodes[0].run("ping", "-c1", "-W2", "-m", str(mark), "10.0.0.12")
+
+
+def test_a_flow_that_is_only_forwarded_is_not_owned(cluster: Cluster) -> None:
+    """A node that tracks a flow because it routes it must not send the error back out to the flow's address."""
+    node = cluster.nodes[0]
+    cluster.fabric.ip("route add 203.0.113.9 via 10.0.0.11")
+    try:
+        with daemons([node], "--peers", PEER_LISTS[4]):
+            cluster.client.run("bash", "-c", "echo hello > /dev/udp/203.0.113.9/80")
+            assert poll(lambda: "203.0.113.9" in node.run("conntrack", "-L", "-p", "udp"), 2)
+            tracked = node.run("conntrack", "-L", "-p", "udp")
+            client, port = re.findall(r"src=(\S+) dst=203.0.113.9 sport=(\d+)", tracked)[0]
+            udp = struct.pack("!HHHH", 80, int(port), 1480, 0)
+            packet = mtu_error(V4, src="10.8.0.1", dst="203.0.113.9", quoted_src="203.0.113.9", quoted_dst=client,
+                               protocol=17, transport=udp)  # fmt: skip
+            with Capture(cluster.fabric) as wire:
+                inject(cluster.router, 4, [packet])
+                samples = received(node, 1)
+                assert not [s for s in node_packets(wire.settle(), 4) if s.packet[16:20] == bytes([203, 0, 113, 9])]
+        assert samples['pmtud_delivered_total{family="ipv4",result="not_owner"}'] == 1
+    finally:
+        cluster.fabric.ip("route del 203.0.113.9 via 10.0.0.11")
+
+
+def test_pod_with_a_routed_address_behind_strict_rpf(cluster: Cluster) -> None:
+    """No NAT: the pod's own address is in the error; strict RPF drops it on the pod's node, and we deliver it."""
+    node, pod = cluster.nodes[0], cluster.pods[0]
+    cluster.strict_rpf()
+    cluster.fabric.ip("route add 10.244.1.0/24 via 10.0.0.11")
+    cluster.router.ip("route add 10.244.1.0/24 via 10.8.0.2 src 172.20.20.2")
+    big = "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.setsockopt(0, 10, 2); " \
+          "s.connect(('10.9.0.5', 9)); s.send(bytes(1450))"  # IP_MTU_DISCOVER, IP_PMTUDISC_DO
+    try:
+        pod.run(sys.executable, "-c", big)
+        assert not poll(lambda: cluster.learned(pod, "10.9.0.5"), 0.5)
+        with daemons([node]):
+            pod.run(sys.executable, "-c", big)
+            assert poll(lambda: cluster.learned(pod, "10.9.0.5"), 2) == 1400
+    finally:
+        cluster.fabric.ip("route del 10.244.1.0/24 via 10.0.0.11")
+        cluster.router.ip("route del 10.244.1.0/24 via 10.8.0.2")
+
+
 # -- rules
 
 
@@ -2914,27 +2999,61 @@ FEEDS = {
 
 @pytest.mark.parametrize("tool", FEEDS)
 def test_rules_off_with_the_operators_own_rule(tool: str) -> None:
-    """The seed's one rule alone: host sockets are served; pods are not, and no packet leaks, because nothing guards."""
+    """The seed's one rule and no other option: every service is served, and our guard is the only thing beside it."""
     with Cluster() as cluster:
         for node in cluster.nodes:
             FEEDS[tool](node)
         with daemons_keeping_rules(cluster, "--peers", PEER_LISTS[4], "--rules", "off") as processes:
-            assert len(cluster.download("host")) == 23
-            assert all("no guard on mark" in process.output() for process in processes)
+            assert "table inet pmtud_33_guard" in processes[0].output()
+            with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
+                for service in Cluster.SERVICES:
+                    assert len(cluster.download(service)) == 23
+                assert not [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
+
+
+NAME_TAKEN = """
+import pmtud, time
+class Empty(pmtud.Firewall):
+    def _requests(self, ifaces):
+        return super()._requests(ifaces)[:3]  # the table without anything in it
+table = Empty(pmtud.Config(rules="off"), ("eth0",))
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_rules_off_where_no_guard_can_be_installed() -> None:
+    """Sockets on nodes are served; pods are not, nothing leaks to a VIP, and the log says what to do."""
+    with Cluster() as cluster:
+        for node in cluster.nodes:
+            feed_by_nft(node)
+            node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for("up")
+        processes = [daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes]
+        assert len(cluster.download("host")) == 23
+        with invalid_dropped(cluster):  # now the operator's firewall guards, but we have not looked again yet
             with Capture(cluster.fabric) as wire:
                 assert len(cluster.download("pod", deadline=1.0)) < 20
                 leaked = [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
-            assert not leaked
+        assert not leaked
+        for process in processes:
+            assert process.stop() == 0
+            assert "cannot install the guard" in process.output()
+            assert "no guard on mark 0x2c: pods behind NAT will not be served" in process.output()
+
+
+def ruleset(node: Host) -> str:
+    """All of nftables without counters and without what traffic put into sets."""
+    return re.sub(r"\s*elements = {[^}]*}", "", node.run("nft", "-s", "list", "ruleset"))
 
 
 @contextlib.contextmanager
 def daemons_keeping_rules(cluster: Cluster, *options: str) -> Iterator[list[Process]]:
     """Daemons that must not touch the ruleset at all."""
-    before = [node.run("nft", "-s", "list", "ruleset") for node in cluster.nodes]
+    before = [ruleset(node) for node in cluster.nodes]
     processes = [daemon(node, *options) for node in cluster.nodes]
     yield processes
     assert [process.stop() for process in processes] == [0] * len(processes)
-    assert [node.run("nft", "-s", "list", "ruleset") for node in cluster.nodes] == before
+    assert [ruleset(node) for node in cluster.nodes] == before
 
 
 @pytest.mark.parametrize("tool", ["nft", "iptables-nft", "iptables-legacy"])
@@ -2997,6 +3116,17 @@ time.sleep(60) if sys.argv[1:] else firewall.close()
 """
 
 
+FLUSHED = """
+import pmtud, subprocess, time
+firewall = pmtud.Firewall(pmtud.Config(), ("eth0",), owned=False)
+for _ in range(3):
+    subprocess.run(["nft", "flush", "ruleset"], check=True)
+    firewall.replace(("eth0",))
+print("back", flush=True)
+time.sleep(60)
+"""
+
+
 def test_table_without_ownership_is_replaced_and_removed(cluster: Cluster) -> None:
     """Kernels before 5.12: what SIGKILL leaves behind is replaced by the next start and removed by its end."""
     node = cluster.nodes[0]
@@ -3012,6 +3142,11 @@ def test_table_without_ownership_is_replaced_and_removed(cluster: Cluster) -> No
     again.stop(signal.SIGKILL)
     with daemons([node]):  # its own, owned table takes the place of the stale one, and daemons() sees it go
         assert "flags owner" in node.run("nft", "list", "table", "inet", "pmtud_33")
+    node.run("nft", "flush", "ruleset")
+    flushed = node.start(sys.executable, "-c", FLUSHED, env=env)
+    flushed.wait_for("back")
+    assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
+    flushed.stop(signal.SIGKILL)
     final = node.start(sys.executable, "-c", OLD_KERNEL, env=env)
     assert poll(lambda: final.returncode() is not None, 5) and final.returncode() == 0
     assert "pmtud" not in node.run("nft", "list", "ruleset")
@@ -3234,11 +3369,11 @@ def test_metrics_port_taken(cluster: Cluster) -> None:
     with daemon_of_group(node, 42, "--metrics-port", "0"):
         pass
     with contextlib.closing(first), contextlib.closing(daemon(node)) as second:
-        assert "metrics port 30040 cannot be bound (Address already in use); running without metrics" in second.output()
+        assert "metrics cannot be served on * port 30040 (Address already in use); running without" in second.output()
         code, output = run_to_end(node, "--nflog-group", "41", "--metrics-port", "30040")
         assert code == 1
-        assert output == ("pmtud: metrics port 30040 cannot be bound (Address already in use); "
-                          "choose another with --metrics-port, 0 for none\n")  # fmt: skip
+        assert output == ("pmtud: metrics cannot be served on * port 30040 (Address already in use); "
+                          "choose others with --metrics-addr and --metrics-port, port 0 for none\n")  # fmt: skip
 
 
 def test_without_prometheus_client(cluster: Cluster) -> None:
