@@ -2923,7 +2923,7 @@ def test_broadcast_without_a_configured_broadcast_address() -> None:
     with Cluster() as cluster:
         for i, node in enumerate(cluster.nodes, 11):
             node.ip(f"addr del 10.0.0.{i}/24 dev eth0", f"addr add 10.0.0.{i}/24 dev eth0",
-                    "route add default via 10.0.0.1", *(f"route add 10.244.{j}.0/24 via 10.0.0.{10 + j}" 
+                    "route add default via 10.0.0.1", *(f"route add 10.244.{j}.0/24 via 10.0.0.{10 + j}"
                                                         for j in (1, 2, 3) if j != i - 10))  # fmt: skip
         with daemons(cluster.nodes, "--peers", "10.0.0.255"):
             for service in Cluster.SERVICES:
@@ -3030,10 +3030,10 @@ def test_rules_off_where_no_guard_can_be_installed() -> None:
             node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for("up")
         processes = [daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes]
         assert len(cluster.download("host")) == 23
-        with invalid_dropped(cluster):  # now the operator's firewall guards, but we have not looked again yet
-            with Capture(cluster.fabric) as wire:
-                assert len(cluster.download("pod", deadline=1.0)) < 20
-                leaked = [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
+        # with this the operator guards, but the daemon has not looked again yet
+        with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
+            assert len(cluster.download("pod", deadline=1.0)) < 20
+            leaked = [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
         assert not leaked
         for process in processes:
             assert process.stop() == 0
