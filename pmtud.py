@@ -54,6 +54,7 @@ import http.server
 import ipaddress
 import json
 import logging
+import math
 import os
 import platform
 import random
@@ -2265,6 +2266,29 @@ class Outlet:
         self._stack.close()
 
 
+class ServiceManager:
+    """What systemd is told, as sd_notify(3) has it: nothing where $NOTIFY_SOCKET is not set. Never blocks or fails."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._period = int(environ.get("WATCHDOG_USEC") or 0) / 2e6 if ours else 0.0  # half of what systemd waits
+        self.watchdog_at = time.monotonic() if self._address and self._period else math.inf
+
+    def tell(self, *lines: str) -> None:
+        """Send these VARIABLE=value lines."""
+        if self._address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+                channel.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
+
+    def turned(self, now: float) -> None:
+        """The packet loop is alive."""
+        if now >= self.watchdog_at:
+            self.watchdog_at = now + self._period
+            self.tell("WATCHDOG=1")
+
+
 class Service:
     """The running daemon: owns every descriptor, turns the loop, acts on each error as decide() says."""
 
@@ -2299,6 +2323,7 @@ class Service:
         self._news_left = self.NEWS_PER_MINUTE
         self._summarized = self.counters.summary()
         self._summary_at = self._turned + self.SUMMARY
+        self._manager = ServiceManager(os.environ)
 
     def wake(self) -> None:
         """Make the loop look at the peers again; callable from any thread or signal handler."""
@@ -2326,6 +2351,7 @@ class Service:
             self._serve_status(stack)
             self._stack = stack.pop_all()
         self._announce()
+        self._manager.tell("READY=1", self._status())
 
     def _open_firewall(self, stack: contextlib.ExitStack) -> None:
         """Install our table; with --rules off it holds the guard only, and it may be missing."""
@@ -2387,8 +2413,13 @@ class Service:
             f"{config.rate:g}/s in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
             + ("; dry run: nothing is sent" if config.dry_run else ""))  # fmt: skip
 
+    def _status(self) -> str:
+        totals, peers = self.counters.summary(), sum(map(len, self._arrangement.targets.values()))
+        return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
+
     def close(self) -> None:
         """Undo everything open() did."""
+        self._manager.tell("STOPPING=1")
         self._stack.close()
         for descriptor in (self._wake_read, self._wake_write):
             with contextlib.suppress(OSError):
@@ -2491,6 +2522,7 @@ class Service:
         changes = {name: count - self._summarized.get(name, 0) for name, count in totals.items()}
         if any(changes.values()):
             log("info", "last minute", **{name: count for name, count in changes.items() if count})
+        self._manager.tell(self._status())
         self._summarized, self._summary_at, self._news_left = totals, now + self.SUMMARY, self.NEWS_PER_MINUTE
 
     def healthy(self) -> bool:
@@ -2510,8 +2542,10 @@ class Service:
             self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            ready = {number for number, _ in self._poll.poll(max(0, int((tick_at - time.monotonic()) * 1000) + 1))}
+            wake_at = min(tick_at, self._manager.watchdog_at)
+            ready = {number for number, _ in self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1))}
             self._turned = now = time.monotonic()
+            self._manager.turned(now)
             if self._wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake_read, 4096)
@@ -2520,7 +2554,9 @@ class Service:
             if self._hangup:
                 self._hangup = False
                 log("info", "SIGHUP: reading the peer sources again")
+                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 self.peers.reload()
+                self._manager.tell("READY=1", self._status())
             if self._nflog.fileno() in ready:
                 self._handle_batch(now)
             if now >= tick_at:
@@ -2561,6 +2597,7 @@ class Service:
             return
         if self._arrangement.targets != before.targets:
             log("info", "peers changed", **{f"peers_{name}": len(p) for name, p in self._arrangement.targets.items()})
+            self._manager.tell(self._status())
 
     # -- the packet's way
 

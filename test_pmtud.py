@@ -3227,6 +3227,229 @@ def test_start_failures_are_one_line(options: list[str], code: int, text: str) -
         assert run_to_end(net.host("bare"), *options) == (code, f"pmtud: {text}\n")
 
 
+class NotifySocket:
+    """Where a service manager listens; what it was told."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+        self._socket.setblocking(False)
+        self._told: list[list[str]] = []
+
+    def told(self) -> list[list[str]]:
+        """The lines of every message so far."""
+        with suppress(BlockingIOError):
+            while True:
+                self._told.append(self._socket.recv(4096).decode().split("\n"))
+        return self._told
+
+    def count(self, line: str) -> int:
+        """How many messages had a line that starts like this."""
+        return sum(any(found.startswith(line) for found in message) for message in self.told())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def test_what_the_service_manager_is_told(cluster: Cluster, tmp_path: Path) -> None:
+    """READY once, STATUS on each change, a reload as systemd wants it, STOPPING; a path and an abstract address."""
+    node, path = cluster.nodes[0], tmp_path / "peers"
+    for address in (str(tmp_path / "notify"), f"@pmtud-test-{os.getpid()}"):
+        path.write_text("10.0.0.12\n10.0.0.13\n")
+        command = (sys.executable, str(PROGRAM), "--peers", f"file:{path}")
+        # abstract addresses belong to a network namespace
+        with contextlib.closing(node.inside(partial(NotifySocket, address))) as manager:
+            process = node.start(*command, env={"NOTIFY_SOCKET": address})
+            process.wait_for("limits:")
+            assert poll(partial(manager.count, "READY=1"), 5) == 1
+            assert manager.told() == [["READY=1", "STATUS=2 peers, 0 errors, 0 copies"]]
+            path.write_text("10.0.0.13\n")
+            assert poll(partial(manager.count, "STATUS=1 peers"), 5) == 1
+            before = time.monotonic_ns() // 1000
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for("SIGHUP")
+            assert poll(lambda: manager.count("READY=1") == 2, 5)
+            (reloading, stamp), ready = manager.told()[-2:]
+            assert (reloading, ready[0]) == ("RELOADING=1", "READY=1")
+            assert before <= int(stamp.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
+            assert process.stop() == 0
+            assert manager.told()[-1] == ["STOPPING=1"]
+            assert manager.count("WATCHDOG=1") == 0
+
+
+def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> None:
+    """WATCHDOG=1 at half the time systemd waits, from the loop itself: none while it hangs, though threads live."""
+    node, address = cluster.nodes[0], str(tmp_path / "notify")
+    hang = "import pmtud, sys, time, os; turn = pmtud.Service._tick\n" \
+           "def tick(self, now):\n    turn(self, now)\n    time.sleep(600 if os.path.exists(sys.argv[1]) else 0)\n" \
+           "pmtud.Service._tick = tick; sys.exit(pmtud.main([]))"
+    command = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n{hang}", str(tmp_path / "hang"))
+    with contextlib.closing(NotifySocket(address)) as manager:
+        process = node.start(*command, env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"})
+        process.wait_for("limits:")
+        assert poll(lambda: manager.count("WATCHDOG=1") >= 3, 5)
+        count, begun = manager.count("WATCHDOG=1"), time.monotonic()
+        assert poll(lambda: manager.count("WATCHDOG=1") >= count + 10, 5)
+        assert 1.8 <= time.monotonic() - begun <= 3.5  # ten half periods of 0.2 s
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        count = manager.count("WATCHDOG=1")
+        time.sleep(0.6)
+        assert manager.count("WATCHDOG=1") == count
+        os.kill(process.pid, signal.SIGCONT)
+        assert poll(lambda: manager.count("WATCHDOG=1") > count, 2)
+        (tmp_path / "hang").touch()
+        time.sleep(1.2)
+        count = manager.count("WATCHDOG=1")
+        time.sleep(0.6)
+        assert manager.count("WATCHDOG=1") == count
+        assert get(node, "/metrics")[0] == "200"  # a thread that answered for the loop would be wrong
+        process.close()
+        other = node.start(*command[:-1], "none", env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000",
+                                                       "WATCHDOG_PID": "1"})  # fmt: skip
+        other.wait_for("limits:")
+        time.sleep(0.5)
+        assert (manager.count("WATCHDOG=1"), other.stop()) == (count, 0)
+
+
+def test_a_service_manager_that_is_gone_is_nobodys_problem(cluster: Cluster, tmp_path: Path) -> None:
+    process = cluster.nodes[0].start(sys.executable, str(PROGRAM), env={"NOTIFY_SOCKET": f"{tmp_path}/none"})
+    process.wait_for("limits:")
+    assert process.stop() == 0
+
+
+UNIT = HERE / "pmtud.service"
+
+
+@pytest.mark.parametrize("verb", [("verify",), ("security", "--offline=true", "--threshold=15")])
+def test_unit_is_clean_and_tight(verb: tuple[str, ...], tmp_path: Path) -> None:
+    """systemd's own judgement: nothing to complain about, exposure 1.5 or lower."""
+    done = subprocess.run(["systemd-analyze", *verb, str(UNIT)], text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-500:] + done.stderr
+
+
+# A container around systemd: an overlay of this machine whose changes go when it does, no unit but ours, and a control
+# group of its own, so that the manager finds no process of this machine in its tree.
+BOOT = r"""
+set -eu
+base=$1 console=$2 group=$3
+mount --make-rprivate /
+mount -t cgroup2 cgroup2 $base
+mkdir $base/$group
+echo $$ >$base/$group/cgroup.procs
+umount $base
+exec unshare --fork --pid --uts --ipc --cgroup --kill-child sh -euc '
+mount -t tmpfs tmpfs $0
+mkdir $0/upper $0/work $0/root
+cp $2 $3 $4 $5 $0
+mount -t overlay overlay -o lowerdir=/,upperdir=$0/upper,workdir=$0/work $0/root
+cd $0/root
+for kind in proc sysfs:sys cgroup2:sys/fs/cgroup tmpfs:run tmpfs:tmp tmpfs:dev; do
+    mount -t ${kind%:*} none ${kind#*:}
+done
+for device in null zero full random urandom tty; do
+    touch dev/$device
+    mount --bind /dev/$device dev/$device
+done
+touch dev/console
+mount --bind $1 dev/console
+mkdir -p dev/pts dev/shm usr/local/bin
+mount -t devpts devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+rm -rf etc/systemd/system usr/lib/systemd/system/*.wants
+mkdir -p etc/systemd/system/pmtud.service.d
+cp $0/pmtud.py usr/local/bin/
+cp $0/pmtud.service etc/systemd/system/
+cp $0/test.conf etc/systemd/system/pmtud.service.d/
+cp $0/pmtud etc/default/pmtud
+printf "[Unit]\nWants=pmtud.service\n" >etc/systemd/system/test.target
+exec env -i container=pmtud PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot . /lib/systemd/systemd --unit=test.target
+' $base $console $4 $5 $6 $7
+"""
+
+
+class Booted:
+    """systemd as process 1 in a host, with pmtud.service and nothing else."""
+
+    def __init__(self, host: Host, folder: Path, options: str) -> None:
+        self._host, self._group = host, f"{host.namespace}-systemd"
+        self._terminal, self._slave = pty.openpty()
+        self._folder = folder / "base"
+        self._folder.mkdir()
+        (folder / "pmtud").write_text(options)
+        # two seconds instead of 20 and 2, and a log that can be read without a journal
+        (folder / "test.conf").write_text("[Service]\nWatchdogSec=2\nRestartSec=0\nStandardError=append:/run/log\n")
+        files = [str(path) for path in (PROGRAM, UNIT, folder / "test.conf", folder / "pmtud")]
+        self.process = host.start("unshare", "--mount", "sh", "-c", BOOT, "boot", str(self._folder),
+                                  os.ttyname(self._slave), self._group, *files)  # fmt: skip
+
+    def manager(self) -> int:
+        """The process id of systemd, 0 before it is there."""
+        pids = self._host.run("sh", "-c", "ip netns pids " + self._host.namespace).split()
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids if Path(f"/proc/{pid}").exists()}
+        return next((int(pid) for pid, name in names.items() if name == "systemd"), 0)
+
+    def systemctl(self, *words: str) -> str:
+        """What systemctl, run in there, prints."""
+        return execute("nsenter", f"--target={self.manager()}", "--mount", "--pid", "--root", "systemctl", *words,
+                       check=False)  # fmt: skip
+
+    def show(self, key: str) -> str:
+        """A property of the service."""
+        return self.systemctl("show", "--value", "--property", key, "pmtud").strip()
+
+    def log(self) -> str:
+        """What the daemon has printed."""
+        return Path(f"/proc/{self.manager()}/root/run/log").read_text()
+
+    def daemon(self) -> int:
+        """The daemon's process id as this machine counts."""
+        pids = self._host.run("sh", "-c", "ip netns pids " + self._host.namespace).split()
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists()}
+        return next((int(pid) for pid, line in words.items() if line.startswith("/usr/bin/python3")), 0)
+
+    def close(self) -> None:
+        """End it and remove its control group."""
+        with suppress(ProcessLookupError):
+            os.kill(self.manager() or self.process.pid, signal.SIGKILL)
+        self.process.close()
+        for descriptor in (self._terminal, self._slave):
+            os.close(descriptor)
+        program = ("mount -t cgroup2 cgroup2 $0; find $0/$1 -depth -type d -exec rmdir {} +")
+        poll(lambda: not execute("unshare", "--mount", "sh", "-c", program + " 2>&1", str(self._folder), self._group,
+                                 check=False), 5)  # fmt: skip
+
+
+def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
+    """The unit as it is, under a real systemd: capabilities, system call filter and all; reload, watchdog, stop."""
+    node = cluster.nodes[0]
+    with contextlib.closing(Booted(node, tmp_path, f"PMTUD_PEERS={ALL_PEERS}\n")) as booted:
+        assert poll(booted.manager, 10), booted.process.output()
+        assert poll(lambda: booted.show("ActiveState") == "active", 15), booted.systemctl("status", "pmtud")
+        assert booted.show("StatusText") == "4 peers, 0 errors, 0 copies"
+        status = Path(f"/proc/{booted.daemon()}/status").read_text()
+        fields = dict(re.findall(r"(\w+):\s+(.+)", status))
+        assert {key: fields[f"Cap{key}"] for key in ("Prm", "Eff", "Bnd")} == dict.fromkeys(
+            ("Prm", "Eff", "Bnd"), "0000000000003000")  # fmt: skip
+        assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+        assert int(fields["Uid"].split()[0]) >= 61184  # a dynamic user
+        with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
+            for family, service in CASES:
+                assert len(cluster.download(service, family)) == 23, booted.log()
+        assert get(node, "/readyz") == ("200", "ok\n")
+        assert "WARNING" not in booted.log().replace("WARNING prometheus-client is not installed", "")
+        booted.systemctl("reload", "pmtud")
+        assert poll(lambda: "SIGHUP: reading the peer sources again" in booted.log(), 5)
+        assert booted.show("ActiveState") == "active"
+        first = booted.daemon()
+        os.kill(first, signal.SIGSTOP)
+        assert poll(lambda: booted.show("NRestarts") == "1", 15)
+        assert poll(lambda: booted.show("ActiveState") == "active" and booted.daemon() not in (0, first), 10)
+        booted.systemctl("stop", "pmtud")
+        assert (booted.show("ActiveState"), booted.show("ExecMainStatus")) == ("inactive", "0")
+        assert "pmtud" not in node.run("nft", "list", "tables")
+
+
 def setpriv(capabilities: str) -> tuple[str, ...]:
     """The start of a command line that leaves root these capabilities and no others."""
     return ("setpriv", f"--bounding-set=-all{capabilities}", f"--inh-caps=-all{capabilities}", "--no-new-privs")
