@@ -35,7 +35,7 @@ the kernel removes it when the process ends, SIGKILL included; no packet ends th
 What it does not do: invent MTU values, clamp MSS, read or change payload, help where routers
 send no errors at all (see tcp_mtu_probing for those).
 
-Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets), nothing else.
+Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets); root drops all others itself.
 Needs Linux 4.17 or later and Python 3.9 or later; prometheus-client only for /metrics.
 """
 # /// script
@@ -232,6 +232,12 @@ PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
 PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {4, 41, 47, 50}  # and IPIP, 6in4, GRE, ESP, plus the family's own ICMP
 IPV4_MIN_MTU, IPV6_MIN_MTU = 68, 1280  # RFC 791, RFC 8200
 IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below it
+
+# linux/capability.h, linux/prctl.h
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
+PR_SET_NO_NEW_PRIVS = 38
+USER_CAPS = struct.Struct("=IiIIIIII")  # struct __user_cap_header_struct, then two of __user_cap_data_struct
 
 MARK_DELIVER = 0x2C  # on errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
 MARK_COPY = 0x2E  # on copies on their way to a peer
@@ -1149,6 +1155,22 @@ class Netlink(Descriptor):
         return self.send(operation, message(kind, wanted, sequence, payload), sequence)
 
 
+def drop_privileges() -> None:
+    """Keep CAP_NET_ADMIN and CAP_NET_RAW, for now and for good; raises OSError.
+
+    For the calling thread and those it starts later. Sockets can still be opened anew and rules replaced; the user
+    stays, so root still reads its own files, though no longer those of others.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.capset.argtypes, libc.capset.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
+    libc.prctl.argtypes, libc.prctl.restype = (ctypes.c_int, *[ctypes.c_ulong] * 4), ctypes.c_int
+    kept = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW  # effective, permitted; not inheritable
+    both = USER_CAPS.pack(_LINUX_CAPABILITY_VERSION_3, 0, kept, kept, 0, 0, 0, 0)
+    if libc.capset(both[:8], both[8:]) or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 class LocalAddress(NamedTuple):
     """An address of this node; packed in network byte order, `broadcast` empty where there is none."""
 
@@ -2004,14 +2026,17 @@ class Peers:
         for source in self._sources:
             self._failures[source.name] = 0
 
-    def start(self) -> None:
-        """Read the files once, raising UsageError if one is bad, and follow all sources from then on."""
+    def read_files(self) -> None:
+        """Read the files once, raising UsageError if one is bad."""
         for source in self._sources:
             if isinstance(source, FileSource):
                 try:
                     self._answers[source.name] = source.load() or ()
                 except PeerSourceError as problem:
                     raise UsageError(f"peers: {problem}") from problem
+
+    def follow(self) -> None:
+        """Follow all sources from now on."""
         for source in self._sources:
             threading.Thread(target=self._follow, args=(source,), name=source.name, daemon=True).start()
 
@@ -2316,6 +2341,7 @@ class Service:
         self._stack = contextlib.ExitStack()
         self._poll = select.poll()
         self._firewall: Optional[Firewall] = None
+        self._server: Optional[StatusServer] = None
         self._stopping = self._hangup = self._stale = False
         self._ticks = 0
         self._turned = time.monotonic()
@@ -2338,7 +2364,7 @@ class Service:
         config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
-            self.peers.start()
+            self.peers.read_files()
             self.ifaces = self._choose_ifaces()
             self._nflog = Nflog(config.nflog_group)
             stack.callback(self._close_nflog)
@@ -2348,7 +2374,9 @@ class Service:
             self._rearrange()
             self._open_firewall(stack)
             self._probe_guard()
-            self._serve_status(stack)
+            self._open_status(stack)
+            self._drop_privileges()  # of this thread, so before any other starts
+            self._start_threads(stack)
             self._stack = stack.pop_all()
         self._announce()
         self._manager.tell("READY=1", self._status())
@@ -2376,13 +2404,13 @@ class Service:
                 raise UsageError(f"--iface: there is no interface {name}; there are {', '.join(existing)}")
         return self.config.ifaces
 
-    def _serve_status(self, stack: contextlib.ExitStack) -> None:
+    def _open_status(self, stack: contextlib.ExitStack) -> None:
         config = self.config
         if not config.metrics_port:
             return
-        render = metrics_renderer(self.counters)
         try:
-            server = open_status_server(config, render, self.healthy, self.ready)
+            self._server = open_status_server(config, metrics_renderer(self.counters), self.healthy, self.ready)
+            stack.callback(self._server.server_close)
         except OSError as problem:
             place = f"{config.metrics_addr or '*'} port {config.metrics_port}"
             text = f"metrics cannot be served on {place} ({problem.strerror})"
@@ -2390,11 +2418,21 @@ class Service:
             if config.metrics_required:
                 raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
             log("warning", f"{text}; running without, {advice}")
-            return
-        stack.callback(server.server_close)
-        stack.callback(server.shutdown)
-        threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-        threading.Thread(target=render, name="import", daemon=True).start()  # 100 ms that no scrape should wait for
+
+    def _drop_privileges(self) -> None:
+        if os.geteuid() == 0:
+            try:
+                drop_privileges()
+            except OSError as problem:
+                log("warning", "cannot drop privileges, going on with all", problem=problem.strerror)
+
+    def _start_threads(self, stack: contextlib.ExitStack) -> None:
+        self.peers.follow()
+        if self._server:
+            stack.callback(self._server.shutdown)
+            threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+            # importing the library takes 100 ms that no scrape should wait for
+            threading.Thread(target=self._server.render, name="import", daemon=True).start()
 
     def _announce(self) -> None:
         config, arrangement = self.config, self._arrangement

@@ -987,7 +987,8 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     config = pmtud.Config(peers=addresses("fd00::12"), peer_sources=(name,))
     peers = pmtud.Peers(config, counters, lambda: changes.append(1))
     assert not peers.answered()
-    peers.start()
+    peers.read_files()
+    peers.follow()
     try:
         good = {"static": addresses("fd00::12"), name: addresses("10.0.0.12")}
         assert (peers.answered(), peers.listed(), counters.refresh_failures) == (True, good, {name: 0})
@@ -1006,7 +1007,7 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
 def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     config = pmtud.Config(peer_sources=(f"file:{tmp_path}/none",))
     with pytest.raises(pmtud.UsageError) as caught:
-        pmtud.Peers(config, pmtud.Counters(), lambda: None).start()
+        pmtud.Peers(config, pmtud.Counters(), lambda: None).read_files()
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
 
 
@@ -1096,7 +1097,7 @@ def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPat
     dns[socket.AF_INET] = ["10.0.0.12"]
     peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
     try:
-        peers.start()
+        peers.follow()
         assert not peers.answered()
         free.set()
         until(peers.answered)
@@ -1451,7 +1452,7 @@ def test_an_hour_without_the_api_changes_nothing(api: FakeApi) -> None:
     counters = pmtud.Counters()
     peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
     try:
-        peers.start()
+        peers.follow()
         until(peers.answered)
         until(lambda: api.watches == 1)
         api.bearer = "unknown to the pod"
@@ -3476,6 +3477,42 @@ def test_with_the_two_capabilities_and_nothing_else(cluster: Cluster) -> None:
     assert re.findall(r"CapEff:\s+(\w+)", status) == ["0000000000003000"]  # bits 12 and 13
     assert [process.stop() for process in processes] == [0, 0, 0]
     assert [node.run("nft", "list", "tables").count("pmtud") for node in cluster.nodes] == [0, 0, 0]
+
+
+def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> None:
+    """In every thread, before the first error is handled; root's own peer file is still read, routes still change."""
+    node, path = cluster.nodes[0], tmp_path / "peers"
+    path.write_text("10.0.0.12\n")
+    path.chmod(0o600)
+    tmp_path.chmod(0o700)
+    with daemons([node], "--peers", f"file:{path},localhost") as [process]:
+        assert get(node, "/metrics")[0] == "200"
+        for status in Path(f"/proc/{process.pid}/task").glob("*/status"):
+            fields = dict(re.findall(r"(\w+):\s+(.+)", status.read_text()))
+            found = [fields[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb", "NoNewPrivs")]
+            assert found == ["0" * 16, "0000000000003000", "0000000000003000", "0" * 16, "1"], status
+        assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) >= 3
+        path.write_text("10.0.0.12\n10.0.0.13\n")  # new peers: every raw socket is opened anew
+        assert poll(lambda: metrics(node)[f'pmtud_peers{{source="file:{path}"}}'] == 2, 5)
+        node.ip("route replace default via 172.20.20.2 dev mgmt")  # another interface: rules replaced
+        try:
+            process.wait_for("the default route moved", 15)
+        finally:
+            node.ip("route replace default via 10.0.0.1")
+        assert 'iifname "mgmt"' in node.run("nft", "list", "ruleset")
+        process.wait_for(" now=eth0", 15)
+        assert "WARNING" not in process.output()
+
+
+def test_privileges_that_cannot_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[tuple[str, object]] = []
+
+    def refuse() -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(pmtud, "drop_privileges", refuse)
+    monkeypatch.setattr(pmtud, "log", lambda level, text, problem: lines.append((text, problem)))
+    pmtud.Service._drop_privileges(pmtud.Service.__new__(pmtud.Service))
+    assert lines == [("cannot drop privileges, going on with all", "Operation not permitted")]
 
 
 def test_default_route_over_several_interfaces(cluster: Cluster) -> None:
