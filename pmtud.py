@@ -49,33 +49,34 @@ import contextlib
 import ctypes
 import enum
 import errno
-import http.client
-import http.server
 import ipaddress
 import json
 import logging
 import math
 import os
 import platform
-import random
 import re
 import select
 import shlex
 import signal
 import socket
-import ssl
 import stat
 import struct
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
+
+# http.client, http.server and ssl cost 8 MB and 30 ms at start: imported where they are needed.
+if TYPE_CHECKING:
+    import http.client
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+else:
+    BaseHTTPRequestHandler = ThreadingHTTPServer = object  # open_status_server() puts the real ones in their place
 
 __version__ = "0.1.0"
 
@@ -1776,6 +1777,11 @@ class Fanout:
 # Section: peers -- where addresses come from, and what they mean on this node
 
 
+def jitter(low: float, high: float) -> float:
+    """A number between the two, different in every process; `random` would load OpenSSL's 4 MB for it."""
+    return low + (high - low) * int.from_bytes(os.urandom(2), "big") / 0xFFFF
+
+
 class PeerSource(Protocol):
     """Something that names peers and may change its mind; polled off the packet's way."""
 
@@ -1808,7 +1814,7 @@ class DnsSource:
     @property
     def interval(self) -> float:
         """About ten seconds, different each time, so that the nodes of a cluster do not ask in step."""
-        return random.uniform(7.5, 12.5)
+        return jitter(7.5, 12.5)
 
     def forget(self) -> None:
         """Nothing to do: every look asks."""
@@ -1896,7 +1902,7 @@ class KubeSource:
     ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
     PAGE_NODES = 20  # parsing holds the interpreter and so the packet loop: 0.7 MB of JSON, 5 ms
     PAGE_BYTES_MAX, EVENT_BYTES_MAX = 64 << 20, 4 << 20  # etcd's objects have at most 1.5 MB
-    TROUBLE = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    TROUBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
     KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
     def __init__(self, selector: str = "") -> None:
@@ -1911,16 +1917,18 @@ class KubeSource:
     @property
     def interval(self) -> float:
         """No pause between two events of a watch; before a request about a second, doubled by each failure up to 30."""
-        return 0.0 if self._events else random.uniform(0.5, 1.0) * min(30.0, 2.0**self._failures)
+        return 0.0 if self._events else jitter(0.5, 1.0) * min(30.0, 2.0**self._failures)
 
     def forget(self) -> None:
         """Nothing to do: a watch is up to date. SIGHUP ends the pause that follows a failure."""
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses after the list, or after the next event of the watch; raises PeerSourceError."""
+        import http.client
+
         try:
             return self._next_event() if self._version else self._list()
-        except self.TROUBLE as problem:
+        except (*self.TROUBLE, http.client.HTTPException) as problem:
             self._hang_up()
             self._failures = min(self._failures + 1, 5)
             raise PeerSourceError(f"{self.name}: {problem or type(problem).__name__}") from problem
@@ -1932,6 +1940,9 @@ class KubeSource:
 
     def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
         """The answer to one GET of the nodes; raises OSError unless it is 200."""
+        import http.client
+        import ssl
+
         host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
         if not host:
             raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
@@ -1948,9 +1959,9 @@ class KubeSource:
         path = "/api/v1/nodes?" + urllib.parse.urlencode({"labelSelector": self._selector, **query})
         self._connection.request("GET", path, headers=headers)
         response = self._connection.getresponse()
-        if response.status == http.HTTPStatus.GONE:
+        if response.status == 410:
             self._version = ""
-        if response.status != http.HTTPStatus.OK:
+        if response.status != 200:
             raise OSError(f"the API server answers {response.status} {response.reason}")
         return response
 
@@ -1975,7 +1986,7 @@ class KubeSource:
     def _next_event(self) -> Optional[tuple[PeerAddress, ...]]:
         """Wait for one event of the watch; the addresses after it, None if it changes nothing."""
         if not self._events:
-            seconds = random.randint(240, 480)
+            seconds = int(jitter(240, 480))
             self._events = self._get(seconds + 30.0, watch=1, resourceVersion=self._version,
                                      allowWatchBookmarks="true", timeoutSeconds=seconds)  # fmt: skip
             return None
@@ -2155,24 +2166,26 @@ def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAd
 # Section: service -- HTTP, and the loop that ties everything together
 
 
-class StatusServer(http.server.ThreadingHTTPServer):
+class StatusServer(ThreadingHTTPServer):
     """/metrics, /healthz and /readyz; at most CONNECTIONS_MAX at a time, five seconds for each."""
 
     daemon_threads = True
     CONNECTIONS_MAX = 16
 
-    def __init__(self, address: str, port: int, render: Callable[[], Optional[bytes]],
+    def __init__(self, address: str, port: int, handler: type, render: Callable[[], Optional[bytes]],
                  healthy: Callable[[], bool], ready: Callable[[], bool]) -> None:  # fmt: skip
         self.render, self.healthy, self.ready = render, healthy, ready
         self._places = threading.BoundedSemaphore(self.CONNECTIONS_MAX)
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        super().__init__((address, port), StatusHandler)
+        super().__init__((address, port), handler)
 
     def server_bind(self) -> None:
         """Bind; `::` takes IPv4 as well."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super(http.server.HTTPServer, self).server_bind()  # not HTTPServer's: it would ask DNS for our name
+        import socketserver
+
+        socketserver.TCPServer.server_bind(self)  # not HTTPServer's: it would ask DNS for our name
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve in a thread, or hang up where all places are taken."""
@@ -2201,7 +2214,7 @@ class StatusServer(http.server.ThreadingHTTPServer):
         """A client that hangs up or stalls is no news."""
 
 
-class StatusHandler(http.server.BaseHTTPRequestHandler):
+class StatusHandler(BaseHTTPRequestHandler):
     """Answers GET on the three paths; one request per connection."""
 
     timeout = 5.0
@@ -2252,14 +2265,18 @@ def metrics_renderer(counters: Counters) -> Callable[[], Optional[bytes]]:
 
 def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServer:
     """The HTTP server on --metrics-addr, by default on all addresses of both families; raises OSError."""
+    import http.server
+
+    handler = type("Handler", (StatusHandler, http.server.BaseHTTPRequestHandler), {})
+    server: Callable[..., StatusServer] = type("Server", (StatusServer, http.server.ThreadingHTTPServer), {})
     if config.metrics_addr:
-        return StatusServer(config.metrics_addr, config.metrics_port, *serve)
+        return server(config.metrics_addr, config.metrics_port, handler, *serve)
     try:
-        return StatusServer("::", config.metrics_port, *serve)
+        return server("::", config.metrics_port, handler, *serve)
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             raise
-        return StatusServer("0.0.0.0", config.metrics_port, *serve)  # IPv6 is switched off here
+        return server("0.0.0.0", config.metrics_port, handler, *serve)  # IPv6 is switched off here
 
 
 class Outlet:
@@ -2647,6 +2664,7 @@ class Service:
         counters = self.counters
         copies: dict[str, list[bytes]] = {family.name: [] for family in FAMILIES}
         deliveries: list[tuple[MtuError, bool]] = []
+        acted: list[tuple[MtuError, Origin]] = []
         logged = self._read_nflog()
         self._backlog = len(logged) >= self._batch()
         for packet, _, rpf in logged:
@@ -2662,7 +2680,7 @@ class Service:
                 counters.dropped[what] += 1
                 self._explain_drop(error, what, now)
                 continue
-            self._note(error, origin, now)
+            acted.append((error, origin))
             if self.config.dry_run:
                 counters.dropped[Reason.DRY_RUN] += 1
                 log("info", f"dry run: would {what.value}", origin=origin.value, error=error)
@@ -2680,6 +2698,8 @@ class Service:
                 self._replicate(name, bodies)
         for error, rpf in deliveries:
             self._deliver(error, rpf)
+        for error, origin in acted:  # last: a log line costs as much as ten copies
+            self._note(error, origin, now)
         if logged:
             counters.last_error_received = time.time()
             counters.batch_duration.observe(time.monotonic() - now)
@@ -2843,6 +2863,8 @@ def list_links() -> Iterator[Link]:
 
 def firewall_rules() -> Iterator[tuple[str, str]]:
     """The place and text of each rule that logs to a group or looks at reverse paths: nft and both iptables."""
+    import subprocess
+
     commands = ["nft list ruleset", "iptables-nft-save -c", "ip6tables-nft-save -c"]
     # The legacy commands would load their modules; these files are there only where they are loaded already.
     loaded = [name for name in ("ip", "ip6") if os.path.exists(f"/proc/net/{name}_tables_names")]
@@ -3303,6 +3325,8 @@ CHECKS = (check_kernel, check_rules, check_interfaces, check_settings, check_pee
 
 def render(finding: Finding, color: bool) -> str:
     """The lines of one finding: the verdict first, under it the commands that repair it."""
+    import textwrap
+
     status = f"{finding.status:5}"
     words = f"{status}{finding.check}: {finding.found}"
     lines = textwrap.wrap(words, REPORT_COLUMNS, subsequent_indent=" " * 7, break_on_hyphens=False)
@@ -3573,9 +3597,11 @@ def iptables_rules(config: Config, ifaces: Sequence[str]) -> list[str]:
 
 def check_metrics_library(config: Config) -> None:
     """Without prometheus-client: exit 2 if metrics were asked for, a warning if not."""
+    if not config.metrics_port:
+        return
     import importlib.util
 
-    if not config.metrics_port or importlib.util.find_spec("prometheus_client"):
+    if importlib.util.find_spec("prometheus_client"):
         return
     if config.metrics_required:
         raise UsageError("--metrics-port needs prometheus-client: pip install prometheus-client, or --metrics-port 0")
