@@ -1520,12 +1520,13 @@ def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
 
     A node owns what it translates (the pod behind NAT), what it tracks and does not send back out where errors come
     in (a pod with a routed address), and its own addresses; a flow that it only forwards passes none of these.
-    A `ct` expression makes the kernel track connections: without conntrack in use it is left out.
+    A `ct` expression makes the kernel track connections: without conntrack in use it is left out. `notrack` does
+    not, and stays: the first copy may be the first packet that conntrack sees, and be dropped as INVALID.
     """
     rules = []
     for mark, chain, action, then in ((MARK_COPY, "copies", "notrack", expression("notrack")),
                                       (MARK_DELIVER, "guard", "goto owned", verdict(NFT_GOTO, "owned"))):  # fmt: skip
-        for family in FAMILIES if conntrack or chain == "guard" else ():
+        for family in FAMILIES:
             matches = match("meta", NFT_META_MARK, value=host32(mark)) + match_error(family)
             rules.append(Rule(chain, f"meta mark {mark:#x} {ERROR_WORDS[family]} {action}", matches + then))
     accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
