@@ -18,7 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "pmtud.py"
 VENV = HERE / ".venv"
-REQUIREMENTS = ("pytest>=8,<10", "hypothesis>=6,<7", "scapy>=2.5,<3", "prometheus-client>=0.16,<1")
+REQUIREMENTS = ("pytest>=8,<10", "hypothesis>=6,<7", "scapy>=2.5,<3", "prometheus-client>=0.16,<1",
+                "kubernetes-validate==1.37.0", "PyYAML>=6,<7")  # fmt: skip
 
 
 def prepare() -> None:
@@ -74,7 +75,9 @@ import http.server
 import urllib.parse
 
 import hypothesis.strategies as st
+import kubernetes_validate
 import pytest
+import yaml
 from hypothesis import given, settings
 from prometheus_client.parser import text_string_to_metric_families
 from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -3456,6 +3459,159 @@ def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
         booted.systemctl("stop", "pmtud")
         assert (booted.show("ActiveState"), booted.show("ExecMainStatus")) == ("inactive", "0")
         assert "pmtud" not in node.run("nft", "list", "tables")
+
+
+# -- the DaemonSet
+
+MANIFEST = (HERE / "daemonset.yaml").read_text()
+
+
+def uncommented(document: str) -> str:
+    """The manifest that a document made of comments holds."""
+    return "\n".join(re.findall(r"^# ?((?: |-|\w+:).*)$", document.partition(":\n#\n")[2] or document, re.MULTILINE))
+
+
+ACTIVE = {item["kind"]: item for item in yaml.safe_load_all(MANIFEST) if item}
+OPTIONAL = {item["kind"]: item for item in (yaml.safe_load(uncommented(text)) for text in MANIFEST.split("---\n")[1:]
+                                            if not yaml.safe_load(text))}  # fmt: skip
+POD: dict[str, Any] = ACTIVE["DaemonSet"]["spec"]["template"]["spec"]
+
+
+def test_manifests_are_valid() -> None:
+    """Against the Kubernetes schemas, strictly: no field that does not exist. PodMonitor is the operator's own."""
+    assert set(ACTIVE) == {"Service", "ServiceAccount", "ConfigMap", "DaemonSet"}
+    assert set(OPTIONAL) == {"PodMonitor", "ClusterRole", "ClusterRoleBinding"}
+    for kind, manifest in {**ACTIVE, **OPTIONAL}.items():
+        if kind != "PodMonitor":
+            kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    broken = json.loads(json.dumps(ACTIVE["DaemonSet"]).replace("terminationGracePeriodSeconds", "gracePeriod"))
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_manifest_keeps_its_promises() -> None:
+    labels = ACTIVE["DaemonSet"]["spec"]["template"]["metadata"]["labels"]
+    selector = {"app.kubernetes.io/name": "pmtud"}
+    assert labels == ACTIVE["DaemonSet"]["metadata"]["labels"] == ACTIVE["Service"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/version"] == pmtud.__version__
+    assert ACTIVE["DaemonSet"]["spec"]["selector"]["matchLabels"] == selector == ACTIVE["Service"]["spec"]["selector"]
+    assert OPTIONAL["PodMonitor"]["spec"]["selector"]["matchLabels"] == selector
+    assert ACTIVE["Service"]["spec"]["clusterIP"] == "None"
+    assert ACTIVE["Service"]["spec"]["publishNotReadyAddresses"] is True
+    assert POD["automountServiceAccountToken"] is ACTIVE["ServiceAccount"]["automountServiceAccountToken"] is False
+    assert (POD["hostNetwork"], POD["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert (POD["priorityClassName"], POD["tolerations"]) == ("system-node-critical", [{"operator": "Exists"}])
+    assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "10%"}
+    assert POD["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+    for container in POD["containers"] + POD["initContainers"]:
+        assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", container["image"])
+        security = container["securityContext"]
+        assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (True, False)
+        assert security["capabilities"]["drop"] == ["ALL"]
+        assert {"memory"} == set(container["resources"]["limits"])
+    assert POD["containers"][0]["securityContext"]["capabilities"]["add"] == ["NET_ADMIN", "NET_RAW"]
+    assert OPTIONAL["ClusterRole"]["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch"]}]
+
+
+def test_manifest_arguments_are_the_programs() -> None:
+    args = [text.replace("$(NODE_NAME)", "worker-1") for text in POD["containers"][0]["args"]]
+    config = parse_options(args)
+    assert (config.peer_sources, config.nodename) == (("dns:" + ACTIVE["Service"]["metadata"]["name"],), "worker-1")
+    assert config.metrics_port == POD["containers"][0]["ports"][0]["containerPort"]
+    (other,) = re.findall(r"# - (--peers=.*)", MANIFEST)
+    assert parse_options([other]).peer_sources == ("kube:nodes",)
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        asked = POD["containers"][0][probe]["httpGet"]
+        assert (asked["path"] in ("/healthz", "/readyz"), asked["port"]) == (True, "metrics")
+
+
+def config_map(folder: Path, files: dict[str, str]) -> Path:
+    """A ConfigMap as a kubelet lays it out: names that are links through ..data, so that all change at once."""
+    version = folder / "..2026_11_22_04_05_06.1234567890"
+    version.mkdir(parents=True)
+    (folder / "..data").symlink_to(version.name)
+    for name, text in files.items():
+        (version / name).write_text(text)
+        (folder / name).symlink_to(f"..data/{name}")
+    return folder
+
+
+def in_container(container: dict[str, Any], root: Path, volumes: dict[str, Path], python: str) -> list[str]:
+    """The command line that runs a container of the manifest: a read-only root, its mounts, user and capabilities.
+
+    For an image it takes this machine's own directories; `python` is the interpreter the image's name stands for.
+    """
+    security = container["securityContext"]
+    places = [Path(place) for place in ("/usr", "/etc", "/lib", "/lib64", "/bin", "/sbin") if Path(place).exists()]
+    mounts = [(place, place, True) for place in (*places, Path(sys.base_prefix), VENV)]
+    mounts += [(volumes[item["name"]], Path(item["mountPath"]), item.get("readOnly", False))
+               for item in container["volumeMounts"]]  # fmt: skip
+    etc = next((mount for mount in mounts if str(mount[1]).startswith("/etc/")), None)
+    lines = [f"mount -t tmpfs tmpfs {root}", f"cd {root}", "mkdir -p proc dev image"]
+    if etc:  # its directory is not in this machine's /etc
+        lines += [f"mkdir -p etc && cp -r /etc/. etc && mkdir -p .{etc[1]}"]
+        mounts.remove((Path("/etc"), Path("/etc"), True))
+    for source, target, read_only in mounts:
+        lines += [f"mkdir -p .{target}", f"mount --rbind {source} .{target}"]
+        lines += [f"mount -o remount,bind,ro .{target}"] if read_only else []
+    lines += [f"ln -s {python} image/python", "mount --bind /proc proc", "touch dev/null dev/urandom",
+              "mount --bind /dev/null dev/null", "mount --bind /dev/urandom dev/urandom",
+              f"mount -o remount,ro {root}"]  # fmt: skip
+    added = "".join(f",+{name.lower()}" for name in security["capabilities"].get("add", ()))
+    user = [f"--reuid={security['runAsUser']}", f"--regid={security.get('runAsGroup', 0)}", "--clear-groups"]
+    env = {item["name"]: item.get("value", "worker-1") for item in container["env"]}
+    lines += [shlex.join(["exec", "env", "-i", "PATH=/image:/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8",
+                          *(f"{name}={value}" for name, value in env.items()), "chroot", str(root), *setpriv(added),
+                          *user]) + ' "$@"']  # fmt: skip
+    words = container["command"] + container["args"]
+    command = [text.replace("$(NODE_NAME)", env.get("NODE_NAME", "")) for text in words]
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-euc", "\n".join(lines), "sh", *command]
+
+
+def test_containers_of_the_daemonset(cluster: Cluster, tmp_path: Path) -> None:
+    """The init container fetches the library by its hash; the daemon runs from the ConfigMap, finds peers, rescues."""
+    volumes = {"script": config_map(tmp_path / "script", {"pmtud.py": PROGRAM.read_text()}), "libs": tmp_path / "libs",
+               "requirements": config_map(tmp_path / "requirements", ACTIVE["ConfigMap"]["data"])}  # fmt: skip
+    tmp_path.chmod(0o755)
+    volumes["libs"].mkdir()
+    volumes["libs"].chmod(0o777)
+    (tmp_path / "root").mkdir()
+    fetch = in_container(POD["initContainers"][0], tmp_path / "root", volumes, str(VENV / "bin" / "python"))
+    execute(*fetch, timeout=120)
+    assert sorted(path.name for path in volumes["libs"].iterdir()) == [
+        "prometheus_client", "prometheus_client-0.26.0.dist-info"]  # fmt: skip
+    python = os.path.realpath(VENV / "bin" / "python")
+    run = in_container(POD["containers"][0], tmp_path / "root", volumes, python)
+    assert run[-2:] == ["--nodename=worker-1", "--metrics-port=30040"]
+    with NameServer(cluster, "10.0.0.1") as names:
+        names.serve(*(Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)))
+        process = cluster.nodes[0].start(*run)
+        process.wait_for("on worker-1: errors come in on eth0")
+        with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
+            assert poll(lambda: get(cluster.nodes[0], "/readyz")[0] == "200", 10), process.output()
+            assert metrics(cluster.nodes[0])['pmtud_peers{source="dns:pmtud"}'] == 4
+            for family in (4, 6):
+                assert len(cluster.download("pod", family)) == 23
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        fields = dict(re.findall(r"(\w+):\s+(.+)", status))
+        assert (fields["CapPrm"], fields["CapBnd"], fields["NoNewPrivs"]) == ("0000000000003000",) * 2 + ("1",)
+        assert process.stop() == 0
+    assert "WARNING" not in process.output()
+
+
+def test_a_wheel_in_a_config_map_is_enough(cluster: Cluster, tmp_path: Path) -> None:
+    """The air-gapped way of the manifest: PYTHONPATH names the wheel itself."""
+    execute(str(VENV / "bin" / "python"), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path),
+            ACTIVE["ConfigMap"]["data"]["requirements.txt"].split()[0], timeout=120)
+    (name,) = re.findall(r"PYTHONPATH=/libs/(\S+\.whl)", MANIFEST)
+    process = cluster.nodes[0].start(os.path.realpath(VENV / "bin" / "python"), "-I", "-c",
+                                     f"import sys; sys.path[:0] = [{str(tmp_path / name)!r}, {str(HERE)!r}]\n"
+                                     "import pmtud, prometheus_client; print(prometheus_client.__file__, flush=True)\n"
+                                     "sys.exit(pmtud.main(['--metrics-port', '30040']))")  # fmt: skip
+    process.wait_for("limits:")
+    assert str(tmp_path / name) in process.output()
+    assert get(cluster.nodes[0], "/metrics")[0] == "200"
+    assert process.stop() == 0
 
 
 def setpriv(capabilities: str) -> tuple[str, ...]:
