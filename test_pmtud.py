@@ -4690,6 +4690,63 @@ def test_go_pmtud_options_exist_with_their_defaults() -> None:
     assert {"peers", "iface", "nodename", "nflog-group", "metrics-port", "ttl", "ignore-networks"} <= known
 
 
+def code_blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_alerts_and_queries(tmp_path: Path) -> None:
+    """promtool takes them, and every metric and label value in them exists."""
+    (rules,), queries = code_blocks("yaml"), [line for text in code_blocks("promql") for line in text.splitlines()]
+    assert (rules.count("- alert:"), len(queries)) == (6, 5)
+    recorded = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
+    (tmp_path / "queries").write_text(json.dumps({"groups": [{"name": "queries", "rules": recorded}]}))
+    (tmp_path / "alerts").write_text(rules)
+    for name in ("alerts", "queries"):
+        assert "SUCCESS" in execute("promtool", "check", "rules", str(tmp_path / name))
+    used = set(re.findall(r"\bpmtud_\w+", "\n".join([rules, *queries])))
+    assert used <= {*METRIC_LABELS}
+    assert set(re.findall(r'(?:origin|result)="(\w+)"', "\n".join(queries))) == {"router", "peer", "owner"}
+
+
+def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
+    """Names, units, help texts: no complaint, with every metric on the page."""
+    node = cluster.nodes[0]
+    with daemons([node], "--peers", PEER_LISTS[4]):
+        inject(cluster.router, 4, flow_errors(4, count=3))
+        page = node.run("curl", "-sS", "http://127.0.0.1:30040/metrics")
+    done = subprocess.run(["promtool", "check", "metrics"], input=page, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_log_tells_routers_and_mtus(cluster: Cluster) -> None:
+    """The README's sed, on a daemon's log."""
+    (expression,) = re.findall(r"sed -n '(.*)' \| sort", README)
+    node = cluster.nodes[ingress(cluster, 4)]
+    with daemons([node]) as [process]:
+        inject(cluster.router, 4, flow_errors(4, count=2) + flow_errors(4, count=1, src="172.20.20.2", mtu=1300))
+        received(node, 3)
+        process.wait_for("mtu=1300")
+        found = execute("sed", "-n", expression, input=process.output())
+    assert sorted(found.splitlines()) == ["10.8.0.1 1400", "10.8.0.1 1400", "172.20.20.2 1300"]
+
+
+def test_what_was_learned_outlives_the_daemon(cluster: Cluster) -> None:
+    """The kernel keeps it; and transfers that start while one node after the other is replaced all finish."""
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+        assert len(cluster.download("host")) == 23
+    assert_learned(cluster, "host", 4)
+    cluster.flush()
+    processes = [daemon(node, "--peers", PEER_LISTS[4]) for node in cluster.nodes]
+    with ThreadPoolExecutor(1) as pool:
+        transfers = pool.submit(cluster.download, "host", 4, 23, 8.0)
+        for number, node in enumerate(cluster.nodes):
+            assert processes[number].stop() == 0
+            processes[number] = daemon(node, "--peers", PEER_LISTS[4])
+        assert len(transfers.result()) == 23
+    assert [process.stop() for process in processes] == [0, 0, 0]
+
+
 def test_links_and_files() -> None:
     """Everything the README points to is there."""
     for target in re.findall(r"\]\(([^)#h][^)]*)\)", README):
