@@ -1059,14 +1059,21 @@ def log(level: str, text: str, **fields: object) -> None:
     LOGGER.log(getattr(logging, level.upper()), text, extra={"fields": fields})
 
 
-class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Standard error, if it takes a line now; a pipe that nobody reads must not stop the packet loop."""
+class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]  # subscriptable from Python 3.11 on
+    """Writes a line only where that cannot block: a log that nobody reads must not stop the errors' way."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line or leave it."""
-        with contextlib.suppress(OSError, ValueError):
-            if select.select((), (self.stream,), (), 0)[1]:
+        """Write the record's line, or lose it; a pipe that is ready takes PIPE_BUF bytes at once."""
+        with contextlib.suppress(OSError, ValueError, TypeError):  # closed, or not there at all
+            poll = select.poll()
+            poll.register(self.stream, select.POLLOUT)
+            if [events for _, events in poll.poll(0)] == [select.POLLOUT]:
                 super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, cut to what a pipe takes."""
+        line = super().format(record).encode()
+        return line[: select.PIPE_BUF - 1].decode(errors="ignore")
 
 
 def set_up_logging(level: str, form: str) -> None:
@@ -2176,7 +2183,8 @@ class StatusServer(ThreadingHTTPServer):
     def __init__(self, address: str, port: int, handler: type, render: Callable[[], Optional[bytes]],
                  healthy: Callable[[], bool], ready: Callable[[], bool]) -> None:  # fmt: skip
         self.render, self.healthy, self.ready = render, healthy, ready
-        self._places = threading.BoundedSemaphore(self.CONNECTIONS_MAX)
+        self._started: dict[Any, float] = {}  # open connections, by socket
+        self._lock = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         super().__init__((address, port), handler)
 
@@ -2188,28 +2196,38 @@ class StatusServer(ThreadingHTTPServer):
 
         socketserver.TCPServer.server_bind(self)  # not HTTPServer's: it would ask DNS for our name
 
+    def get_request(self) -> Any:
+        """Accept; without a free file descriptor wait a little, where serve_forever() would spin."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.1)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve in a thread, or hang up where all places are taken."""
-        if self._places.acquire(blocking=False):
+        with self._lock:
+            free = len(self._started) < self.CONNECTIONS_MAX
+            if free:
+                self._started[request] = time.monotonic()
+        if free:
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection, for five seconds at most whatever the client does, and give its place back."""
-        limit = threading.Timer(StatusHandler.timeout, self._hang_up, (request,))
-        limit.daemon = True
-        limit.start()
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            limit.cancel()
-            self._places.release()
+    def shutdown_request(self, request: Any) -> None:
+        """Hang up and give the place back, also where no thread could be started."""
+        with self._lock:
+            self._started.pop(request, None)
+            super().shutdown_request(request)
 
-    @staticmethod
-    def _hang_up(request: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_RDWR)
+    def service_actions(self) -> None:
+        """Twice a second: end connections whose time is over, however busy they are."""
+        overdue = time.monotonic() - StatusHandler.timeout
+        with self._lock:
+            for request in [request for request, started in self._started.items() if started < overdue]:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up or stalls is no news."""
@@ -2361,6 +2379,7 @@ class Service:
         self._firewall: Optional[Firewall] = None
         self._server: Optional[StatusServer] = None
         self._stopping = self._hangup = self._stale = False
+        self._complaints: dict[str, str] = {}  # what is not in force now and why; tried again each second
         self._ticks = 0
         self._turned = time.monotonic()
         self._known = Recent(3600.0, capacity=1024)
@@ -2500,24 +2519,31 @@ class Service:
         self.counters.peers = arrangement.per_source
         zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
         if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
+            self._close_outlets()
             self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
         if self._firewall and self._firewall.nodes != arrangement.copies_to:
             self._firewall.nodes = arrangement.copies_to
             self._replace_rules()
 
     def _open_outlets(self) -> None:
-        """New sockets for the peers of now, in place of the old ones."""
-        outlets: dict[str, Outlet] = {}
+        """Sockets for the peers of now, for each family that has none; tried again each second where it fails."""
         for family in FAMILIES:
+            if family.name in self._outlets:
+                continue
             try:
                 before = self.counters.copies.get(family.name)
-                outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
-                self.counters.copies[family.name] = outlets[family.name].counts
-            except OSError as problem:  # this family is switched off in the kernel, or the source just vanished
+                self._outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
+                self.counters.copies[family.name] = self._outlets[family.name].counts
+                self._complaints.pop(family.name, None)
+            except OSError as problem:  # switched off in the kernel, or duplicate detection on the source address
                 if self._arrangement.targets[family.name]:
-                    log("warning", f"no {family.name} sockets, trying again", problem=problem.strerror)
-        self._close_outlets()
-        self._outlets = outlets
+                    self._complain(family.name, f"no {family.name} sockets", problem.strerror)
+
+    def _complain(self, about: str, text: str, problem: object) -> None:
+        """A warning, once for as long as the problem is the same."""
+        if self._complaints.get(about) != str(problem):
+            self._complaints[about] = str(problem)
+            log("warning", text, problem=problem)
 
     def _probe_guard(self) -> None:
         """Learn whether the guard is in force; without it only errors for local addresses are delivered."""
@@ -2554,11 +2580,11 @@ class Service:
     def _tick(self, now: float) -> None:
         """Housekeeping, once a second."""
         self._ticks += 1
+        self._open_outlets()
+        self._stale = self._stale or "peers" in self._complaints
         if self._ticks % self.SLOW_TICKS == 0:
             self._follow_default_route()
             self._probe_guard()
-            if any(targets and name not in self._outlets for name, targets in self._arrangement.targets.items()):
-                self._open_outlets()
         if now >= self._summary_at:
             self._summarize(now)
 
@@ -2649,8 +2675,9 @@ class Service:
         try:
             self._rearrange()
         except (PmtudError, OSError) as problem:
-            log("warning", "cannot put the new peers in force, the old ones stay", problem=str(problem))
+            self._complain("peers", "cannot put the new peers in force, the old ones stay", problem)
             return
+        self._complaints.pop("peers", None)
         if self._arrangement.targets != before.targets:
             log("info", "peers changed", **{f"peers_{name}": len(p) for name, p in self._arrangement.targets.items()})
             self._manager.tell(self._status())

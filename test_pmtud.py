@@ -51,6 +51,7 @@ import importlib.util
 import json
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -4629,6 +4630,670 @@ def test_check_command_line() -> None:
         assert answer["summary"] == {"OK": 14, "WARN": 0, "FAIL": 0}
         host.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
         assert run_to_end(host, "check")[0] == 2
+
+
+# -----------------------------------------------------------------------------
+# Section: trust -- hostile input, faults, long runs
+
+QUICK = """
+import pmtud, sys
+pmtud.Service.TICK, pmtud.Service.SLOW_TICKS = 0.2, 2
+sys.exit(pmtud.main(sys.argv[1:]))
+"""
+UNLIMITED = ("--flow-interval", "0", "--source-rate", "0", "--rate", "0")
+
+
+def is_ready(host: Host) -> bool:
+    """Whether the host's daemon says so."""
+    return get(host, "/readyz")[0] == "200"
+
+
+@contextlib.contextmanager
+def quick_daemons(hosts: Sequence[Host], *options: str, script: str = QUICK,
+                  start: Sequence[str] = ()) -> Iterator[list[Process]]:  # fmt: skip
+    """Daemons whose housekeeping comes every 0.2 s; `start` stands before the command, like ulimit in a shell."""
+    argv = [*start, sys.executable, "-W", "error", "-c", script, *options]
+    processes = [host.start(*argv, env={"PYTHONPATH": str(HERE)}) for host in hosts]
+    try:
+        for host in hosts:
+            assert poll(partial(is_ready, host), 10), "not ready"
+        yield processes
+    except BaseException:
+        for process in processes:
+            print(process.output()[-4000:])
+        raise
+    finally:
+        codes = [process.stop() for process in processes]
+    assert codes == [0] * len(processes), processes[0].output()
+    assert not [process for process in processes if "Traceback" in process.output()]
+
+
+def assert_served(cluster: Cluster, cases: Sequence[tuple[int, str]] = ((4, "pod"), (6, "host"))) -> None:
+    """Whatever happened before: every transfer finishes."""
+    for family, service in cases:
+        cluster.flush()
+        assert len(cluster.download(service, family)) == 23, f"{service} over IPv{family}"
+
+
+def configure_uplink(cluster: Cluster, i: int, address: str = "") -> None:
+    """What a node's network scripts do once eth0 is there."""
+    others = [j for j in range(1, cluster.size + 1) if j != i]
+    cluster.nodes[i - 1].ip(
+        "link set eth0 up", f"addr replace {address or Cluster.node_address(i)}/24 brd + dev eth0",
+        f"addr replace {Cluster.node_address(i, 6)}/64 dev eth0",
+        "route replace default via 10.0.0.1", "route replace ::/0 via fd00::1",
+        *(f"route replace 10.244.{j}.0/24 via {Cluster.node_address(j)}" for j in others),
+        *(f"route replace fd44:{j}::/64 via {Cluster.node_address(j, 6)}" for j in others))  # fmt: skip
+
+
+# -- faults: what the network does
+
+
+GROUP_PEERS = "10.0.0.255,ff02::7074%eth0"
+
+
+@pytest.mark.parametrize("peers", [ALL_PEERS, GROUP_PEERS])
+def test_interface_down_and_up(peers: str) -> None:
+    """IPv6 addresses and all routes go with it; once the node's network is back, so are we."""
+    with Cluster() as net, daemons(net.nodes, "--peers", peers):
+        for node in net.nodes:
+            node.ip("link set eth0 down")
+        for i in (1, 2, 3):
+            configure_uplink(net, i)
+        assert_served(net)
+
+
+def no_tentative_address(net: Net) -> bool:
+    """Whether duplicate address detection is over everywhere."""
+    return not any(execute("ip", "-6", "-n", host.namespace, "addr", "show", "tentative") for host in net.hosts)
+
+
+@pytest.mark.parametrize("peers", [ALL_PEERS, GROUP_PEERS])
+def test_interface_deleted_and_created_again(peers: str) -> None:
+    """A new interface of the same name, its IPv6 address unusable until duplicate address detection is over."""
+    with Cluster() as net, daemons(net.nodes, "--peers", peers):
+        for node in net.nodes:
+            node.ip("link del eth0")
+            node.sysctl("net.ipv6.conf.default.accept_dad", 1)
+        for i, node in enumerate(net.nodes, 1):
+            net.link(net.fabric, node, names=("", "eth0"))
+            net.fabric.ip(f"link set to-{node.name} master nodes", "neigh flush dev nodes")
+            configure_uplink(net, i)
+        assert poll(lambda: no_tentative_address(net), 10)
+        assert_served(net)
+
+
+def test_address_changed(tmp_path: Path) -> None:
+    """A node gets another address, the peer files say so: copies leave from it, nobody calls them misaddressed."""
+    path = tmp_path / "peers"
+    path.write_text(ALL_PEERS.replace(",", "\n"))
+    with Cluster() as net, daemons(net.nodes, "--peers", f"file:{path}"):
+        net.nodes[0].ip("addr del 10.0.0.11/24 dev eth0")
+        configure_uplink(net, 1, "10.0.0.21")
+        for node in net.nodes[1:]:
+            node.ip("route replace 10.244.1.0/24 via 10.0.0.21")
+        net.fabric.ip("route replace 10.96.0.0/24 nexthop via 10.0.0.21 nexthop via 10.0.0.12 nexthop via 10.0.0.13")
+        path.write_text(ALL_PEERS.replace("10.0.0.11", "10.0.0.21").replace(",", "\n"))
+        name = 'pmtud_copies_sent_total{peer="10.0.0.21"}'
+        assert poll(lambda: all(name in metrics(node) for node in net.nodes[1:]), 5)
+        assert_served(net)
+        assert [drops(metrics(node)).get("misaddressed", 0) for node in net.nodes] == [0, 0, 0]
+
+
+def test_default_route_gone_and_moved(cluster: Cluster) -> None:
+    """Gone: errors still come in where they did. Moved: the rules follow. Back: as before."""
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+        for node in cluster.nodes:
+            node.ip("route del default", "route del ::/0")
+        time.sleep(0.6)  # for the housekeeping to see it
+        assert [process.output().count("the default route moved") for process in processes] == [0, 0, 0]
+        for node in cluster.nodes:
+            node.ip("route add default via 172.20.20.2", "route add ::/0 via fd20::2")
+        for process in processes:
+            process.wait_for("the default route moved before=eth0 now=mgmt")
+        for i in (1, 2, 3):
+            configure_uplink(cluster, i)
+        for process in processes:
+            process.wait_for("the default route moved before=mgmt now=eth0")
+        assert_served(cluster)
+
+
+def test_peers_that_cannot_be_reached(cluster: Cluster) -> None:
+    """Nobody answers ARP, no route, prohibited, EINVAL: each is counted by peer, the good peers get theirs."""
+    bad = {"203.0.113.7": "unreachable", "203.0.113.8": "prohibit", "203.0.113.9": "blackhole", "203.0.113.10": "throw"}
+    # `throw` ends the lookup in its table; the default route is in the same one, so ENETUNREACH is what remains
+    with contextlib.ExitStack() as stack:
+        for node in cluster.nodes:
+            for address, kind in bad.items():
+                node.ip(f"route add {kind} {address}")
+                stack.callback(node.ip, f"route del {kind} {address}")
+        peers = ",".join([*bad, "10.0.0.99", "fd00::99", ALL_PEERS])
+        stack.enter_context(daemons(cluster.nodes, "--peers", peers))
+        assert_served(cluster)
+        samples = [metrics(node) for node in cluster.nodes]
+    for address in bad:
+        refused = sum(s[f'pmtud_copy_errors_total{{peer="{address}"}}'] for s in samples)
+        assert refused == sum(s['pmtud_copies_sent_total{peer="10.0.0.99"}'] for s in samples) > 0
+        assert sum(s[f'pmtud_copies_sent_total{{peer="{address}"}}'] for s in samples) == 0
+
+
+def test_a_firewall_that_refuses_copies(cluster: Cluster) -> None:
+    """EPERM for one peer is counted at that peer; the others get theirs; once allowed, transfers finish."""
+    first = ingress(cluster, 4)
+    node, (one, other) = cluster.nodes[first], [i for i in (0, 1, 2) if i != first]
+    refuse = f"""table inet refuse {{ chain output {{ type filter hook output priority filter;
+                 ip daddr {Cluster.node_address(one + 1)} icmp type destination-unreachable drop; }}; }}"""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        node.run("nft", "-f", "-", input=refuse)
+        try:
+            inject(cluster.router, 4, flow_errors(4))
+            received(cluster.nodes[other], ERRORS)
+            assert metrics(node)[f'pmtud_copy_errors_total{{peer="{Cluster.node_address(one + 1)}"}}'] == ERRORS
+            assert metrics(node)[f'pmtud_copies_sent_total{{peer="{Cluster.node_address(other + 1)}"}}'] == ERRORS
+        finally:
+            node.run("nft", "delete", "table", "inet", "refuse")
+        assert_served(cluster)
+
+
+def test_copies_larger_than_the_path_to_a_peer(cluster: Cluster) -> None:
+    """A 1,428-byte error over a path of 1,300: the kernel sends the copy in fragments, never EMSGSIZE."""
+    first = ingress(cluster, 4)
+    peer = cluster.nodes[(first + 1) % 3]
+    address = Cluster.node_address((first + 1) % 3 + 1)
+    vip = Cluster.vip("pod")
+    long_error = [mtu_error(V4, src="10.8.0.1", dst=vip, quoted_src=vip, quoted_dst=Cluster.client_address(1),
+                            transport=tcp_start(80, 40000) + bytes(1360))]
+    cluster.nodes[first].ip(f"route add {address}/32 dev eth0 mtu 1300")
+    try:
+        with daemons(cluster.nodes, "--peers", ALL_PEERS):
+            inject(cluster.router, 4, long_error)
+            samples = received(peer, 1)
+            assert not sum(n for k, n in metrics(cluster.nodes[first]).items() if "copy_errors" in k)
+            assert drops(samples) == {}  # conntrack put them together again
+            assert_served(cluster)
+    finally:
+        cluster.nodes[first].ip(f"route del {address}/32 dev eth0")
+
+
+def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
+    """ENOBUFS: dead neighbours whose queues swallow the send buffer. Refused at once and counted; it recovers."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    jam: dict[str, object] = {"net.ipv4.neigh.eth0.unres_qlen_bytes": 1 << 30, "net.ipv4.neigh.eth0.mcast_solicit": 20}
+    node.sysctls(jam)
+    peers = f"{ALL_PEERS},10.0.0.96,10.0.0.97,10.0.0.98,10.0.0.99"
+
+    def copies() -> int:
+        samples = metrics(node)
+        return total(samples, "pmtud_copy_errors_total") + total(samples, "pmtud_copies_sent_total")
+
+    with daemons(cluster.nodes, "--peers", peers, *UNLIMITED):
+        begun = time.monotonic()
+        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=6000))
+        received(node, 6000)
+        assert time.monotonic() - begun < 5
+        assert poll(lambda: copies() == 6 * 6000, 2)
+        assert total(metrics(node), "pmtud_copy_errors_total") > 0
+        assert get(node, "/healthz") == ("200", "ok\n")
+        node.sysctls({"net.ipv4.neigh.eth0.unres_qlen_bytes": 212992, "net.ipv4.neigh.eth0.mcast_solicit": 3})
+        execute("ip", "-n", node.namespace, "neigh", "flush", "dev", "eth0")
+        assert_served(cluster)
+
+
+# -- faults: what the kernel's tables do
+
+
+class Frames:
+    """Raw packets put on a link as Ethernet frames by sendmmsg(), hundreds of thousands a second."""
+
+    def __init__(self, host: Host, interface: str, target: Host, target_interface: str) -> None:
+        mac = target.read(f"/sys/class/net/{target_interface}/address")
+        self._destination = bytes.fromhex(mac.strip().replace(":", "")) + b"\x02\0\0\0\0\x01"
+        self._socket = host.inside(partial(self._open, interface))
+        self._send = ctypes.CDLL(None, use_errno=True).sendmmsg
+        self._send.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+
+    @staticmethod
+    def _open(interface: str) -> socket.socket:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        sock.bind((interface, 0))
+        return sock
+
+    def __enter__(self) -> Frames:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def send(self, packets: Sequence[bytes]) -> None:
+        """Put every packet on the link, in order."""
+        for start in range(0, len(packets), pmtud.UIO_MAXIOV):
+            bodies = packets[start : start + pmtud.UIO_MAXIOV]
+            vectors, entries = (pmtud.iovec * len(bodies))(), (pmtud.mmsghdr * len(bodies))()
+            for vector, entry, body in zip(vectors, entries, bodies):
+                kind = b"\x86\xdd" if body[:1] and body[0] >> 4 == 6 else b"\x08\x00"
+                frame = self._destination + kind + body
+                vector.iov_base, vector.iov_len = frame, len(frame)
+                entry.msg_hdr.msg_iov, entry.msg_hdr.msg_iovlen = ctypes.pointer(vector), 1
+            done = 0
+            while done < len(bodies):
+                address = ctypes.addressof(entries) + done * ctypes.sizeof(pmtud.mmsghdr)
+                sent = self._send(self._socket.fileno(), address, len(bodies) - done, 0)
+                if sent <= 0:
+                    raise OSError(ctypes.get_errno(), "sendmmsg")
+                done += sent
+
+
+def blast(host: Host, interface: str, target: Host, target_interface: str, packets: Sequence[bytes]) -> None:
+    """As fast as it goes."""
+    with Frames(host, interface, target, target_interface) as frames:
+        frames.send(packets)
+
+
+def total(samples: dict[str, float], name: str) -> int:
+    """The sum of a metric over its labels."""
+    return int(sum(n for k, n in samples.items() if k.partition("{")[0] == name))
+
+
+def settled(host: Host) -> int:
+    """How many errors the daemon has received, once it has nothing left to read."""
+    counts = [-1]
+
+    def quiet() -> bool:
+        counts.append(total(metrics(host), "pmtud_received_total"))
+        time.sleep(0.2)
+        return counts[-1] == counts[-2]
+    assert poll(quiet, 30), counts
+    return counts[-1]
+
+
+def test_nflog_overrun_is_counted_exactly(cluster: Cluster) -> None:
+    """More errors than the receive buffer holds: received + lost = sent, and the loop goes on."""
+    node, sent = cluster.nodes[ingress(cluster, 4)], 20_000
+    with daemons(cluster.nodes, "--peers", ALL_PEERS, *UNLIMITED) as processes:
+        process = processes[cluster.nodes.index(node)]
+        os.kill(process.pid, signal.SIGSTOP)
+        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=sent))
+        os.kill(process.pid, signal.SIGCONT)
+        assert settled(node) > 1000
+        inject(cluster.router, 4, flow_errors(4, count=1))
+
+        def counted() -> int:
+            samples = metrics(node)
+            return total(samples, "pmtud_received_total") + total(samples, "pmtud_nflog_lost_total")
+        assert poll(lambda: counted() == sent + 1, 5), counted()
+        assert 1000 < total(metrics(node), "pmtud_nflog_lost_total") < sent
+        assert_served(cluster)
+
+
+STEAL = """
+import pmtud, sys
+for command in (2, 4):  # NFULNL_CFG_CMD_UNBIND, NFULNL_CFG_CMD_PF_UNBIND
+    with pmtud.Netlink(pmtud.NETLINK_NETFILTER) as thief:
+        payload = bytes(pmtud.nfgenmsg(2, 0, 33)) + pmtud.attribute(pmtud.NFULA_CFG_CMD, bytes([command]))
+        kind = pmtud.NFNL_SUBSYS_ULOG << 8 | pmtud.NFULNL_MSG_CONFIG
+        try:
+            thief.request("unbind", kind, 0, payload)
+            print("taken")
+        except pmtud.NetlinkError as problem:
+            print(problem)
+"""
+
+
+def test_another_process_wants_the_group(cluster: Cluster) -> None:
+    """It cannot bind our group, nor unbind it; its own failure names us, and we notice nothing."""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        for node in cluster.nodes:
+            code, output = run_to_end(node, "--metrics-port", "0")
+            assert code == 1 and "NFLOG group 33 is taken" in output
+            env = {"PYTHONPATH": str(HERE)}
+            thief = node.start(sys.executable, "-c", STEAL, env=env)
+            assert poll(partial(lambda thief: thief.returncode() is not None, thief), 5)
+            assert "unbind: Operation not permitted" in thief.output()
+        assert_served(cluster)
+
+
+UNOWNED = QUICK.replace("\nsys.exit", """
+opened = pmtud.Firewall.__init__
+pmtud.Firewall.__init__ = lambda self, config, ifaces: opened(self, config, ifaces, owned=False)
+sys.exit""")  # fmt: skip
+
+
+def test_flush_ruleset_where_tables_cannot_be_owned() -> None:
+    """Kernels before 5.12: what `nft flush ruleset` removed is noticed at the next look and installed again."""
+    with Cluster(conntrack=False) as plain, quick_daemons(
+        plain.nodes, "--peers", ALL_PEERS, script=UNOWNED
+    ) as processes:
+        for node in plain.nodes:
+            node.run("nft", "flush", "ruleset")
+        for process in processes:
+            process.wait_for("our rules are gone, someone flushed them: installing them again")
+        for node in plain.nodes:
+            assert poll(partial(lambda node: "log group 33" in node.run("nft", "list", "ruleset"), node), 3)
+        assert_served(plain, ((4, "host"), (6, "host")))
+        assert not [process for process in processes if "cannot replace our rules" in process.output()]
+
+
+def conntrack_entry(number: int) -> bytes:
+    """IPCTNL_MSG_CT_NEW of an established, assured TCP connection that no packet belongs to."""
+    def part(kind: int, *ports: int) -> bytes:
+        addresses = (number.to_bytes(4, "big"), bytes([198, 18, 0, 1]))[:: 1 if kind == 1 else -1]
+        ip = pmtud.nested(1, *(pmtud.attribute(1 + n, a) for n, a in enumerate(addresses)))
+        proto = pmtud.attribute(1, b"\x06") + b"".join(pmtud.be16(2 + n, port) for n, port in enumerate(ports))
+        return pmtud.nested(kind, ip, pmtud.nested(2, proto))
+    state = pmtud.nested(4, pmtud.nested(1, pmtud.attribute(1, b"\x03")))  # TCP, ESTABLISHED
+    body = bytes(pmtud.nfgenmsg(socket.AF_INET, 0, 0)) + part(1, 1, 2) + part(2, 2, 1)
+    body += pmtud.be32(3, 0b1110) + pmtud.be32(7, 600) + state  # IPS_SEEN_REPLY, ASSURED, CONFIRMED; ten minutes
+    return pmtud.message(NFNL_SUBSYS_CTNETLINK << 8, 0x400, 1, body)  # NLM_F_CREATE
+
+
+def fill_conntrack(entries: int) -> None:
+    """Connections until there is no room for another one, in the namespace of the calling thread."""
+    model, base = conntrack_entry(0x0BADCAFE), 0x0C000000
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+        for start in range(base, base + entries, 256):
+            addresses = (number.to_bytes(4, "big") for number in range(start, start + 256))
+            netlink.send(b"".join(model.replace(b"\x0b\xad\xca\xfe", address) for address in addresses))
+            with suppress(OSError):  # what the kernel refuses when the table is full
+                while netlink.recv(1 << 16, socket.MSG_DONTWAIT):
+                    pass
+
+
+def test_conntrack_table_full(cluster: Cluster) -> None:
+    """Errors need no entry and copies are not tracked: all are acted on; transfers finish once there is room."""
+    first = ingress(cluster, 4)
+    node, peer = cluster.nodes[first], cluster.nodes[(first + 1) % 3]
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        room = int(node.read("/proc/sys/net/netfilter/nf_conntrack_max"))
+        node.inside(partial(fill_conntrack, room + 1024))
+        assert int(node.read(pmtud.CONNTRACK_COUNT)) >= room
+        with Capture(cluster.fabric) as wire:
+            blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4))
+            assert poll(lambda: len(node_packets(wire.packets(), 4)) == 2 * ERRORS, 3)
+        node.inside(flush_conntrack)  # no new connection until then, a scrape's neither
+        assert drops(received(node, ERRORS)) == drops(received(peer, ERRORS)) == {}
+        assert metrics(node)['pmtud_delivered_total{family="ipv4",result="owner"}'] == ERRORS
+        assert_served(cluster)
+
+
+# -- faults: what happens to the process
+
+
+def test_file_source_failing_in_each_way(cluster: Cluster, tmp_path: Path) -> None:
+    """Gone, unreadable, a directory, a FIFO, too big, not UTF-8, not addresses: the last good peers stay in force."""
+    path = tmp_path / "peers"
+    path.write_text(ALL_PEERS)
+    node, name = cluster.nodes[0], f'pmtud_peers{{source="file:{path}"}}'
+    with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
+        for make, problem in FILE_PROBLEMS.values():
+            path.unlink() if path.is_file() or path.is_fifo() or path.is_symlink() else path.rmdir()
+            make(path)
+            os.kill(processes[0].pid, signal.SIGHUP)
+            processes[0].wait_for(problem.replace('"', "'"))
+            assert metrics(node)[name] == 4
+            if not path.exists():
+                path.touch()
+        assert metrics(node)[f'pmtud_peer_refresh_failures_total{{source="file:{path}"}}'] >= len(FILE_PROBLEMS)
+        assert_served(cluster)
+
+
+def test_metrics_port_of_another_program(cluster: Cluster) -> None:
+    """Taken by somebody else: a warning, no metrics, and every error is handled."""
+    with contextlib.ExitStack() as stack:
+        def occupy() -> socket.socket:
+            return socket.create_server(("::", 30040), family=socket.AF_INET6, dualstack_ipv6=True)
+        for node in cluster.nodes:
+            stack.enter_context(node.inside(occupy))
+        processes = stack.enter_context(daemons(cluster.nodes, "--peers", ALL_PEERS))
+        assert_served(cluster)
+        assert all("Address already in use); running without metrics" in process.output() for process in processes)
+
+
+def connect(host: Host, count: int, data: bytes = b"", patience: float = 0.02) -> list[socket.socket]:
+    """Connections to the host's metrics port that say this much and no more."""
+    def dial() -> list[socket.socket]:
+        clients = [socket.socket() for _ in range(count)]
+        for client in clients:
+            client.settimeout(patience)  # the backlog is short: some will never be accepted
+            with suppress(OSError):
+                client.connect(("127.0.0.1", 30040))
+                client.sendall(data)  # or hung up already: all places are taken
+        return clients
+    return host.inside(dial)
+
+
+HTTP_ATTACKS: dict[str, tuple[int, bytes]] = {
+    "silent": (16, b""),
+    "many": (100, b"GET /metrics HTTP/1.1\r\n"),
+    "huge header": (8, b"GET / HTTP/1.1\r\nA: " + b"a" * (1 << 20)),
+    "endless headers": (8, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000),
+    "huge request line": (8, b"GET /" + b"a" * (1 << 20)),
+    "binary": (8, bytes(range(256)) * 64),
+}
+
+
+@pytest.mark.parametrize("attack", HTTP_ATTACKS)
+def test_http_clients_that_mean_no_good(cluster: Cluster, attack: str) -> None:
+    """Errors are handled all the while, memory and threads are bounded, and the port answers again within seconds."""
+    count, data = HTTP_ATTACKS[attack]
+    with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+        clients = [client for node in cluster.nodes for client in connect(node, count, data)]
+        assert_served(cluster, [(4, "pod")])
+        assert all(usage(process)["Threads"] <= 16 + 4 for process in processes)
+        for node in cluster.nodes:
+            assert poll(partial(is_ready, node), 8)
+        assert all(usage(process)["VmRSS"] < 100_000 for process in processes)
+        for client in clients:
+            client.close()
+
+
+def drip(clients: Sequence[socket.socket], stop: threading.Event) -> None:
+    """Slowloris: one byte of a header every half second on each connection."""
+    while not stop.wait(0.5):
+        for client in clients:
+            with suppress(OSError):
+                client.send(b"a")
+
+
+def test_slowloris(cluster: Cluster) -> None:
+    """Clients that never stop talking lose their places after five seconds all the same."""
+    node = cluster.nodes[0]
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        clients = connect(node, 16, b"GET /metrics HTTP/1.1\r\nA: ", patience=2.0)
+        stop = threading.Event()
+        dripping = threading.Thread(target=drip, args=(clients, stop))
+        dripping.start()
+        assert get(node, "/readyz")[0] == "000"
+        assert_served(cluster, [(4, "pod")])
+        answers = poll(partial(is_ready, node), 8)
+        stop.set()
+        dripping.join()
+        for client in clients:
+            client.close()
+        assert answers
+
+
+def usage(process: Process) -> dict[str, int]:
+    """RSS in kB, threads, descriptors, and CPU time used in ticks."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = {name: int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads")}
+    times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return {**found, "fds": len(os.listdir(f"/proc/{process.pid}/fd")), "cpu": int(times[11]) + int(times[12])}
+
+
+def test_standard_streams_closed(cluster: Cluster) -> None:
+    """No standard input, output or error: nothing to log to, everything else works."""
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-')):
+        assert_served(cluster)
+
+
+def test_standard_error_is_a_full_pipe(cluster: Cluster, tmp_path: Path) -> None:
+    """Whoever reads our log has stopped: lines are lost, errors are not; when reading goes on, so does the log."""
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    start = ("sh", "-c", f'exec "$0" "$@" 2>{shlex.quote(str(fifo))}')
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start) as processes:
+        assert_served(cluster)
+        while b"SIGHUP" not in os.read(reader, 1 << 20):
+            os.kill(processes[0].pid, signal.SIGHUP)
+            time.sleep(0.1)
+    os.close(writer)
+    os.close(reader)
+
+
+def test_standard_error_without_a_reader(cluster: Cluster, tmp_path: Path) -> None:
+    """A broken pipe is no reason to stop, nor to end with an error."""
+    with contextlib.ExitStack() as stack:
+        fifo = tmp_path / "log"
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        start = ("sh", "-c", f'exec "$0" "$@" 2>{shlex.quote(str(fifo))}')
+        processes = stack.enter_context(quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start))
+        os.close(reader)
+        for process in processes:
+            os.kill(process.pid, signal.SIGHUP)
+        assert_served(cluster)
+
+
+def limit_descriptors(process: Process, number: int) -> None:
+    """What `ulimit -n` would do, to a running process."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (number, hard))
+
+
+def test_file_descriptors_exhausted(cluster: Cluster, tmp_path: Path) -> None:
+    """None left: errors are handled, no CPU is burnt; a peer change waits until there are some again."""
+    path = tmp_path / "peers"
+    path.write_text("10.0.0.77\n")
+    with quick_daemons(cluster.nodes, "--peers", f"file:{path},{ALL_PEERS}") as processes:
+        assert_served(cluster)
+        for process in processes:
+            limit_descriptors(process, usage(process)["fds"])
+        clients = [client for node in cluster.nodes for client in connect(node, 3, b"GET /metrics HTTP/1.1\r\n\r\n")]
+        before = [usage(process)["cpu"] for process in processes]
+        for node in cluster.nodes:  # an address change whose meaning cannot be worked out
+            node.ip("addr add 10.0.0.77/32 dev lo")
+        time.sleep(1.0)
+        assert_served(cluster)
+        assert [usage(p)["cpu"] - n < 100 for p, n in zip(processes, before)] == [True] * 3
+        for process in processes:
+            limit_descriptors(process, 1024)
+        for client in clients:
+            client.close()
+        name = f'pmtud_peers{{source="file:{path}"}}'
+        try:
+            assert poll(lambda: all(metrics(node)[name] == 0 for node in cluster.nodes), 5)
+        finally:
+            for node in cluster.nodes:
+                node.ip("addr del 10.0.0.77/32 dev lo")
+        assert_served(cluster)
+
+
+def test_sighup_storm(cluster: Cluster, tmp_path: Path) -> None:
+    """Thousands of SIGHUPs, while the peer file is rewritten and errors come in."""
+    path = tmp_path / "peers"
+    path.write_text(ALL_PEERS)
+    with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
+        for number in range(3000):
+            os.kill(processes[number % 3].pid, signal.SIGHUP)
+            if number % 100 == 0:
+                path.write_text(ALL_PEERS + ",10.0.0.77" * (number % 200 == 0))
+        path.write_text(ALL_PEERS)
+        name = f'pmtud_peers{{source="file:{path}"}}'
+        assert poll(lambda: all(metrics(node)[name] == 4 for node in cluster.nodes), 5)
+        assert_served(cluster)
+        assert all(len(process.output()) < 200_000 for process in processes)
+
+
+def test_stopped_and_continued(cluster: Cluster) -> None:
+    """SIGSTOP: what came meanwhile waits in the kernel and is acted on at SIGCONT; the flows it is about recover."""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        assert len(cluster.download("pod", deadline=1.0)) < 23
+        for process in processes:
+            threading.Timer(2.0, os.kill, (process.pid, signal.SIGCONT)).start()
+        cluster.flush()
+        assert len(cluster.download("pod", deadline=8.0)) == 23  # begun while we were stopped
+        assert all(get(node, "/healthz")[0] == "200" for node in cluster.nodes)
+        assert_served(cluster)
+
+
+def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
+    """`ulimit -v` leaves 512 MB: a spoofed flood, scrapes and everything else stay within it."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    start = ("sh", "-c", 'ulimit -v 524288; exec "$0" "$@"')
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, *UNLIMITED, start=start) as processes:
+        process = processes[cluster.nodes.index(node)]
+        flood = [mtu_error(V4, src=f"198.{18 + n % 2}.{n // 256 % 256}.{n % 256}", dst="10.96.0.1",
+                           quoted_src="10.96.0.1", quoted_dst="10.9.0.1", transport=tcp_start(80, n % 65536))
+                 for n in range(20_000)]  # fmt: skip
+        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flood)
+        assert get(node, "/metrics")[0] == "200"
+        assert poll(lambda: total(metrics(node), "pmtud_received_total") > 1000, 5)
+        assert usage(process)["VmRSS"] < 200_000
+        assert_served(cluster)
+
+
+STEPPED_CLOCK = """
+import itertools, pmtud, sys, time
+steps, real = itertools.cycle((0, 1e8, -1e8, -2e9)), time.time
+time.time = lambda: real() + next(steps)
+sys.exit(pmtud.main(sys.argv[1:]))
+"""
+
+
+def test_wall_clock_stepped(cluster: Cluster) -> None:
+    """Years forth and back at every look: limits, health and timers go by the monotonic clock."""
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, script=STEPPED_CLOCK):
+        assert_served(cluster)
+        assert all(get(node, "/healthz")[0] == "200" for node in cluster.nodes)
+
+
+# -- when things go wrong: the README's table, row by row
+
+FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
+    "The interface goes down and comes up": (test_interface_down_and_up,),
+    "The interface is deleted and created again": (test_interface_deleted_and_created_again,),
+    "A node's address changes": (test_address_changed, test_an_address_that_moves_here_is_removed_from_the_peers),
+    "No default route at the start": (test_start_failures_are_one_line,),
+    "The default route goes, or moves": (test_default_route_gone_and_moved,),
+    "A peer cannot be reached": (test_peers_that_cannot_be_reached, test_one_bad_peer_does_not_starve_the_others),
+    "A firewall refuses our copies": (test_a_firewall_that_refuses_copies,),
+    "A copy is larger than the path to a peer": (test_copies_larger_than_the_path_to_a_peer,),
+    "The send buffer is full": (test_queues_full_of_copies_nobody_takes,),
+    "Errors come faster than we read": (test_nflog_overrun_is_counted_exactly,),
+    "The NFLOG socket breaks": (test_a_broken_nflog_socket_is_opened_again,),
+    "Another process wants our NFLOG group": (
+        test_another_process_wants_the_group, test_second_daemon_names_the_holder),
+    "`nft flush ruleset`, a firewall reload": (
+        test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
+    "Conntrack comes into use after us": (test_conntrack_that_comes_later_is_noticed,),
+    "The conntrack table is full": (test_conntrack_table_full,),
+    "A peer file is missing or bad": (test_file_source_failing_in_each_way, test_start_failures_are_one_line),
+    "The metrics port is taken": (test_metrics_port_of_another_program, test_metrics_port_taken),
+    "Slow, huge or many HTTP clients": (test_http_clients_that_mean_no_good, test_slowloris),
+    "Standard error is closed, or nobody reads it": (
+        test_standard_streams_closed, test_standard_error_is_a_full_pipe, test_standard_error_without_a_reader),
+    "No file descriptors left": (test_file_descriptors_exhausted,),
+    "A storm of SIGHUPs": (test_sighup_storm,),
+    "SIGSTOP, or no CPU for a while": (test_stopped_and_continued,),
+    "A memory limit, and a flood": (test_memory_limit_under_a_flood,),
+    "The wall clock is stepped": (test_wall_clock_stepped,),
+    "SIGKILL, a crash": (test_sigkill_leaves_nothing,),
+}  # fmt: skip
+
+
+def test_every_row_of_when_things_go_wrong_is_proven() -> None:
+    """The README's table and the tests above name the same faults, in the same order."""
+    chapter = (HERE / "README.md").read_text().split("\n## When things go wrong\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split(" | ") for line in chapter.splitlines() if line.startswith("| ")][1:]
+    assert [row[0][2:] for row in rows] == list(FAULT_TESTS)
+    assert all(len(row) == 3 and all(row) for row in rows)
 
 
 # -----------------------------------------------------------------------------
