@@ -2812,7 +2812,7 @@ OPTION_EFFECTS = [
     (["--service-networks", "10.96.0.0/16"], {}, {}),
     (["--ignore-networks", "10.8.0.0/24"], {}, {"ignored_network": 23}),
     (["--source-rate", "1"], {}, {"limited_source": 22}),
-    ([], {"dport_step": 0}, {"limited_flow": 22}),
+    (["--flow-interval", "3"], {"dport_step": 0}, {"limited_flow": 22}),
     (["--flow-interval", "0"], {"dport_step": 0}, {}),
 ]
 
