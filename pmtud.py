@@ -35,7 +35,7 @@ the kernel removes it when the process ends, SIGKILL included; no packet ends th
 What it does not do: invent MTU values, clamp MSS, read or change payload, help where routers
 send no errors at all (see tcp_mtu_probing for those).
 
-Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets), nothing else.
+Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets); root drops all others itself.
 Needs Linux 4.17 or later and Python 3.9 or later; prometheus-client only for /metrics.
 """
 # /// script
@@ -49,10 +49,10 @@ import contextlib
 import ctypes
 import enum
 import errno
-import http.server
 import ipaddress
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -65,10 +65,18 @@ import struct
 import sys
 import threading
 import time
+import urllib.parse
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
+
+# http.client, http.server and ssl cost 8 MB and 30 ms at start: imported where they are needed.
+if TYPE_CHECKING:
+    import http.client
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+else:
+    BaseHTTPRequestHandler = ThreadingHTTPServer = object  # open_status_server() puts the real ones in their place
 
 __version__ = "0.1.0"
 
@@ -81,10 +89,25 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE, NLM_F_APPEND = 0x001, 0x004,
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 NLMSG_ALIGNTO = 4
-NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
-NLATTR = struct.Struct("=HH")  # struct nlattr: length, type
+NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr, to read in place: length, type, flags, sequence, port id
+NLATTR = struct.Struct("=HH")  # struct nlattr, to read in place: length, type
 NLMSG_HDRLEN, NLA_HDRLEN = NLMSGHDR.size, NLATTR.size
 NETLINK_BUFFER_BYTES = 1 << 16
+
+
+class nlmsghdr(ctypes.Structure):
+    """struct nlmsghdr of linux/netlink.h, host byte order."""
+
+    _fields_ = [
+        ("nlmsg_len", ctypes.c_uint32), ("nlmsg_type", ctypes.c_uint16), ("nlmsg_flags", ctypes.c_uint16),
+        ("nlmsg_seq", ctypes.c_uint32), ("nlmsg_pid", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class nlattr(ctypes.Structure):
+    """struct nlattr of linux/netlink.h, host byte order."""
+
+    _fields_ = [("nla_len", ctypes.c_uint16), ("nla_type", ctypes.c_uint16)]
 
 
 class nfgenmsg(ctypes.BigEndianStructure):
@@ -149,7 +172,14 @@ NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
 NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
 NF_IP_PRI_RAW, NF_IP_PRI_MANGLE = -300, -150  # conntrack sits between them, at -200
-NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE, NFT_MSG_DELRULE = 0, 2, 3, 6, 8
+NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 2, 3, 6
+NFT_MSG_NEWSET = 9
+NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN = 1, 2, 3, 4, 5
+NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_TIMEOUT, NFTA_SET_DESC_SIZE = 9, 10, 11, 1
+NFT_SET_TIMEOUT, NFT_SET_EVAL = 0x10, 0x20
+NFTA_DYNSET_SET_NAME, NFTA_DYNSET_OP, NFTA_DYNSET_SREG_KEY, NFTA_DYNSET_FLAGS, NFTA_DYNSET_EXPRESSIONS = 1, 3, 4, 9, 10
+NFT_DYNSET_OP_UPDATE, NFT_DYNSET_F_EXPR = 1, 2
+NFT_LIMIT_F_INV = 1
 NFT_TABLE_F_OWNER = 0x2
 NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_TYPE = 1, 3, 4, 7
@@ -158,11 +188,11 @@ NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS = 1, 2, 4
 NFTA_LIST_ELEM, NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 1, 2
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
 NFT_REG_VERDICT, NFT_REG_1 = 0, 1
-NFT_META_MARK, NFT_META_IIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = 3, 6, 15, 16
-NFT_PAYLOAD_TRANSPORT_HEADER = 2
+NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = 3, 6, 7, 15, 16
+NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
 NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
 NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF = 1, 2, 8
-NFT_CT_STATE, NF_CT_STATE_RELATED_BIT = 0, 1 << 2
+NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_DST_NAT = 0, 2, 1 << 2, 1 << 5
 NFT_CMP_EQ, NFT_CMP_NEQ = 0, 1
 RTN_UNICAST, RTN_LOCAL = 1, 2
 IFNAMSIZ = 16
@@ -171,7 +201,7 @@ IFNAMSIZ = 16
 RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
 RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
 RT_TABLE_MAIN = 254
-RTA_OIF, RTA_PRIORITY, RTA_MULTIPATH = 4, 6, 9
+RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA = 4, 5, 6, 9, 18
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
 IFADDRMSG = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
 RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
@@ -203,6 +233,12 @@ PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
 PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {4, 41, 47, 50}  # and IPIP, 6in4, GRE, ESP, plus the family's own ICMP
 IPV4_MIN_MTU, IPV6_MIN_MTU = 68, 1280  # RFC 791, RFC 8200
 IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below it
+
+# linux/capability.h, linux/prctl.h
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
+PR_SET_NO_NEW_PRIVS = 38
+USER_CAPS = struct.Struct("=IiIIIIII")  # struct __user_cap_header_struct, then two of __user_cap_data_struct
 
 MARK_DELIVER = 0x2C  # on errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
 MARK_COPY = 0x2E  # on copies on their way to a peer
@@ -266,6 +302,9 @@ class Reason(str, enum.Enum):
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 PEERS_MAX = 16384  # a bound for every list of peers; beyond it use a subnet broadcast address
+PEER_KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
+HOST_LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"  # RFC 1123 section 2.1; an all-numeric last label would be an address
+HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?\Z)(?:{HOST_LABEL}\.)*(?![0-9]+\.?\Z){HOST_LABEL}\.?")
 
 
 class PeerAddress(NamedTuple):
@@ -289,7 +328,7 @@ class Config:
     """Everything the options say. Rates are per second, intervals in seconds, MTUs in bytes."""
 
     peers: tuple[PeerAddress, ...] = ()
-    peer_sources: tuple[str, ...] = ()  # like file:/etc/pmtud/peers
+    peer_sources: tuple[str, ...] = ()  # like file:/etc/pmtud/peers, dns:node-1
     ifaces: tuple[str, ...] = ()
     nodename: str = ""
     nflog_group: int = 33
@@ -320,11 +359,10 @@ def number_between(low: float, high: float, convert: Callable[[str], float] = in
     """A parser of numbers in [low, high]; raises ValueError with the range."""
 
     def parse_number(text: str) -> float:
-        try:
-            value = convert(text)
-        except ValueError:
-            kind = "whole number" if convert is int else "number"
-            raise ValueError(f"{text!r} is not a {kind}") from None
+        # int() and float() also take 1_0 and the digits of other scripts
+        if not re.fullmatch(r"-?[0-9]+" if convert is int else r"-?[0-9]*\.?[0-9]+", text):
+            raise ValueError(f"{text!r} is not a {'whole number' if convert is int else 'number'}")
+        value = convert(text)
         if not low <= value <= high:
             raise ValueError(f"{text} is not between {low} and {high}")
         return value
@@ -335,7 +373,7 @@ def number_between(low: float, high: float, convert: Callable[[str], float] = in
 def parse_networks(text: str) -> tuple[Network, ...]:
     """Networks in CIDR form, comma-separated; a bare address is a network of one; host bits are an error."""
     try:
-        return tuple(ipaddress.ip_network(item) for item in split_list(text))
+        return tuple(ipaddress.ip_network(item) for item in split_list(text) or [text])
     except ValueError as problem:
         raise ValueError(f"{problem}; networks are written like 10.0.0.0/8 or fd00::/64") from None
 
@@ -360,6 +398,13 @@ def parse_min_mtu(text: str) -> tuple[int, int]:
     ipv4: int = number_between(IPV4_MIN_MTU, 65535)(items[0])
     ipv6: int = number_between(IPV6_MIN_MTU, 65535)(items[1]) if len(items) == 2 else IPV6_MIN_MTU
     return ipv4, ipv6
+
+
+def parse_nodename(text: str) -> str:
+    """A name for the log: printable and without spaces."""
+    if not re.fullmatch("[!-~]+", text):
+        raise ValueError(f"{text!r} is not a node name")
+    return text
 
 
 def parse_iface(text: str) -> tuple[str, ...]:
@@ -398,9 +443,9 @@ def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
                 found.append(parse_peer(item))
             except ValueError as problem:
                 raise ValueError(f"line {number}: {problem}") from None
-    if len(found) > PEERS_MAX:
-        raise ValueError(f"{len(found)} peers are more than {PEERS_MAX}; use a subnet broadcast address")
-    return tuple(found)
+    if not 0 < len(found) <= PEERS_MAX:
+        raise ValueError(f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet")
+    return tuple(dict.fromkeys(found))
 
 
 # -----------------------------------------------------------------------------
@@ -459,17 +504,21 @@ class Family(NamedTuple):
     pseudo_header: bool  # the ICMP checksum covers the addresses
     nfproto: int
     probe_address: str  # where guard_holds() sends: it never leaves the node
+    address_len: int
+    src_offset: int  # of the source address in the header; the destination follows
+    nft: str  # its name in nft
+    nft_type: int  # of its addresses in nft sets
 
 
 IPV4 = Family(
     "ipv4", 4, socket.AF_INET, ipv4_header, socket.IPPROTO_ICMP, ICMPV4_FRAG_NEEDED,
     (ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP}, False,
-    NFPROTO_IPV4, "192.0.2.1",
+    NFPROTO_IPV4, "192.0.2.1", 4, 12, "ip", 7,
 )  # fmt: skip
 IPV6 = Family(
     "ipv6", 6, socket.AF_INET6, ipv6_header, socket.IPPROTO_ICMPV6, ICMPV6_TOO_BIG,
     (ICMPV6_PKT_TOOBIG, 0), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6}, True,
-    NFPROTO_IPV6, "ff01::1",
+    NFPROTO_IPV6, "ff01::1", 16, 8, "ip6", 8,
 )  # fmt: skip
 FAMILIES = (IPV4, IPV6)
 
@@ -553,7 +602,7 @@ def parse(packet: bytes) -> Union[MtuError, Reason]:
 
 def attribute(kind: int, data: bytes) -> bytes:
     """One netlink attribute, padded to four bytes."""
-    return NLATTR.pack(NLA_HDRLEN + len(data), kind) + data + bytes(-len(data) % NLMSG_ALIGNTO)
+    return bytes(nlattr(NLA_HDRLEN + len(data), kind)) + data + bytes(-len(data) % NLMSG_ALIGNTO)
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
@@ -583,8 +632,8 @@ def string(kind: int, text: str) -> bytes:
 
 def message(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
     """One netlink request."""
-    header = NLMSGHDR.pack(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
-    return header + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
+    header = nlmsghdr(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
+    return bytes(header) + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -683,7 +732,9 @@ class View:
     node: frozenset[bytes] = frozenset()  # those of them by which peers know it: never shared
     groups: frozenset[bytes] = frozenset()  # broadcast and multicast addresses that reach it
     peers: frozenset[bytes] = frozenset()
-    networks: Membership = field(default_factory=Membership)  # --ignore-networks and the subnets of broadcast peers
+    networks: Membership = field(default_factory=Membership)  # --ignore-networks
+    neighbours: Membership = field(default_factory=Membership)  # the networks that broadcast and multicast peers reach
+    routers: frozenset[bytes] = frozenset()  # gateways of the default routes, neighbours that are no nodes
 
 
 class Recent:
@@ -772,48 +823,52 @@ class Policy:
         return None
 
 
-def is_unicast(packed: bytes) -> bool:
-    """Whether a packet of a routed flow can have this source; loopback, link-local and group addresses cannot.
-
-    Without this, a forged error could reach flows on 127.0.0.1 that the kernel shields as martians.
-    """
+def is_martian(packed: bytes) -> bool:
+    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC 1122, RFC 4291)."""
     if len(packed) == 4:
-        return packed[0] not in (0, 127) and packed[0] < 224 and packed[:2] != b"\xa9\xfe"
-    link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-    return packed[0] != 0xFF and not link_local and packed[:10] != bytes(10)
+        return packed[0] in (0, 127) or packed[0] >= 224
+    return packed[0] == 0xFF or packed[:10] == bytes(10)
 
 
-def classify(error: MtuError, view: View) -> Union[Origin, Reason]:
-    """Who sent this error, by its addresses alone.
+def is_link_local(packed: bytes) -> bool:
+    """169.254.0.0/16 and fe80::/10: a router may report from there, but no routed flow has such an end."""
+    return packed[:2] == b"\xa9\xfe" if len(packed) == 4 else packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+
+
+def classify(error: MtuError, view: View) -> tuple[Origin, Optional[Reason]]:
+    """Who sent this error, by its addresses alone, and why it is dropped if it is.
 
     Only an error whose outer destination equals its quoted source and that comes from outside the
     cluster is ever replicated; a copy never has that shape, so no option can make a loop.
     """
-    if error.src in view.own:
-        return Reason.OWN
-    from_cluster = error.src in view.peers or error.src in view.networks
-    if error.dst == error.quoted_src and is_unicast(error.dst):
-        # A link-local source is a neighbour: with a multicast peer its copies are believed, but an error of this
-        # shape is a first-hop router's own; nodes send theirs from routed addresses.
-        return Reason.IGNORED_NETWORK if from_cluster and is_unicast(error.src) else Origin.ROUTER
-    if from_cluster and (error.dst in view.own or error.dst in view.groups) and is_unicast(error.quoted_src):
-        return Origin.PEER
-    return Reason.MISADDRESSED
+    src, quoted_src = error.src, error.quoted_src
+    node = src in view.peers or src in view.networks
+    neighbour = src in view.neighbours
+    origin = Origin.PEER if node or neighbour else Origin.ROUTER
+    if src in view.own:
+        return Origin.PEER, Reason.OWN
+    # A forged error must not reach flows on 127.0.0.1, which the kernel shields as martians.
+    if is_martian(src) or is_martian(quoted_src) or is_link_local(quoted_src):
+        return origin, Reason.MISADDRESSED
+    if error.dst == quoted_src:
+        # Neighbours of a broadcast or multicast peer are nodes, but not all of them: the gateway is not, and nodes
+        # send errors of their own from routed addresses, so that a link-local source is a first-hop router.
+        if node or (neighbour and src not in view.routers and not is_link_local(src)):
+            return Origin.PEER, Reason.IGNORED_NETWORK
+        return Origin.ROUTER, None
+    if (node or neighbour) and (error.dst in view.own or error.dst in view.groups):
+        return Origin.PEER, None
+    return origin, Reason.MISADDRESSED
 
 
 def decide(error: MtuError, policy: Policy, now: float) -> tuple[Origin, Union[Action, Reason]]:
     """Who sent the error, and what to do with it or why to drop it; `now` in seconds of a monotonic clock."""
-    view = policy.view
-    origin = classify(error, view)
-    if isinstance(origin, Reason):
-        inside = error.src in view.own or error.src in view.peers or error.src in view.networks
-        return (Origin.PEER if inside else Origin.ROUTER), origin
-    reason = policy.invalid(error) or policy.limited(error, origin, now)
+    origin, reason = classify(error, policy.view)
+    reason = reason or policy.invalid(error) or policy.limited(error, origin, now)
     if reason is not None:
         return origin, reason
-    if origin is Origin.PEER or error.quoted_src in view.node:
-        return origin, Action.DELIVER
-    return origin, Action.REPLICATE
+    alone = origin is Origin.PEER or error.quoted_src in policy.view.node  # a node's own address has one owner
+    return origin, Action.DELIVER if alone else Action.REPLICATE
 
 
 # -----------------------------------------------------------------------------
@@ -1004,10 +1059,27 @@ def log(level: str, text: str, **fields: object) -> None:
     LOGGER.log(getattr(logging, level.upper()), text, extra={"fields": fields})
 
 
+class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]  # subscriptable from Python 3.11 on
+    """Writes a line only where that cannot block: a log that nobody reads must not stop the errors' way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record's line, or lose it; a pipe that is ready takes PIPE_BUF bytes at once."""
+        with contextlib.suppress(OSError, ValueError, TypeError):  # closed, or not there at all
+            poll = select.poll()
+            poll.register(self.stream, select.POLLOUT)
+            if [events for _, events in poll.poll(0)] == [select.POLLOUT]:
+                super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, cut to what a pipe takes."""
+        line = super().format(record).encode()
+        return line[: select.PIPE_BUF - 1].decode(errors="ignore")
+
+
 def set_up_logging(level: str, form: str) -> None:
     """Send the program's log to standard error; a closed or full standard error is nobody's problem."""
     logging.raiseExceptions = False
-    handler = logging.StreamHandler()
+    handler = PatientHandler()
     handler.setFormatter(Formatter(form == "json"))
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False
@@ -1068,17 +1140,20 @@ class Netlink(Descriptor):
         Raises NetlinkError with the first error the kernel reports.
         """
         self.socket.send(data)
+        first = NLMSGHDR.unpack_from(data)[3]
         found: list[tuple[int, bytes]] = []
         try:
             while True:
                 for kind, sequence, payload in messages(self.socket.recv(NETLINK_BUFFER_BYTES)):
+                    if 0 < sequence < first:  # more errors of a batch that failed before
+                        continue
                     if kind == NLMSG_ERROR and error_number(payload):
                         raise NetlinkError(operation, error_number(payload))
                     if sequence == last and kind in (NLMSG_ERROR, NLMSG_DONE):
                         return found
                     if sequence:
                         found.append((kind, payload))
-        except TimeoutError:
+        except socket.timeout:  # no TimeoutError before Python 3.10
             raise NetlinkError(operation, errno.ETIMEDOUT) from None
 
     def request(self, operation: str, kind: int, flags: int, payload: bytes) -> list[tuple[int, bytes]]:
@@ -1086,6 +1161,22 @@ class Netlink(Descriptor):
         sequence = self.next_sequence()
         wanted = flags if flags & NLM_F_DUMP else flags | NLM_F_ACK
         return self.send(operation, message(kind, wanted, sequence, payload), sequence)
+
+
+def drop_privileges() -> None:
+    """Keep CAP_NET_ADMIN and CAP_NET_RAW, for now and for good; raises OSError.
+
+    For the calling thread and those it starts later. Sockets can still be opened anew and rules replaced; the user
+    stays, so root still reads its own files, though no longer those of others.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.capset.argtypes, libc.capset.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
+    libc.prctl.argtypes, libc.prctl.restype = (ctypes.c_int, *[ctypes.c_ulong] * 4), ctypes.c_int
+    kept = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW  # effective, permitted; not inheritable
+    both = USER_CAPS.pack(_LINUX_CAPABILITY_VERSION_3, 0, kept, kept, 0, 0, 0, 0)
+    if libc.capset(both[:8], both[8:]) or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 class LocalAddress(NamedTuple):
@@ -1117,45 +1208,69 @@ def local_addresses() -> list[LocalAddress]:
         packed = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS, b""))
         if len(packed) in (4, 16):
             found.append(LocalAddress(packed, prefix_length, ifindex, attrs.get(IFA_BROADCAST, b"")))
+            if len(packed) == 4 and prefix_length < 31 and IFA_BROADCAST not in attrs:  # `ip addr add` without `brd +`
+                network = ipaddress.ip_interface((packed, prefix_length)).network
+                found[-1] = found[-1]._replace(broadcast=network.broadcast_address.packed)
     return found
 
 
-def route_interfaces(attrs: dict[int, bytes]) -> list[int]:
-    """The interface indexes of a route, several for a multipath route."""
+class Hop(NamedTuple):
+    """One way out of a route: an interface index, and the packed gateway, empty if there is none."""
+
+    ifindex: int
+    gateway: bytes
+
+
+def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
+    """The next hops of a route, several for a multipath route."""
+    gateway = attrs.get(RTA_GATEWAY, attrs.get(RTA_VIA, bytes(2))[2:])
     if RTA_OIF in attrs:
-        return [int.from_bytes(attrs[RTA_OIF], sys.byteorder)]
-    hops, at, found = attrs.get(RTA_MULTIPATH, b""), 0, []
-    while len(hops) - at >= RTNEXTHOP.size:
-        length, _, _, ifindex = RTNEXTHOP.unpack_from(hops, at)
+        return [Hop(int.from_bytes(attrs[RTA_OIF], sys.byteorder), gateway)]
+    data, at, found = attrs.get(RTA_MULTIPATH, b""), 0, []
+    while len(data) - at >= RTNEXTHOP.size:
+        length, _, _, ifindex = RTNEXTHOP.unpack_from(data, at)
         if length < RTNEXTHOP.size:
             break
-        found.append(ifindex)
+        own = attributes(data[: at + length], at + RTNEXTHOP.size)
+        found.append(Hop(ifindex, own.get(RTA_GATEWAY, own.get(RTA_VIA, bytes(2))[2:])))
         at += length + -length % NLMSG_ALIGNTO
     return found
 
 
-def default_route_interfaces() -> tuple[str, ...]:
-    """The interfaces of the default routes with the lowest metric, IPv4 and IPv6, in order, each once."""
-    names: dict[str, None] = {}
+def default_hops() -> list[Hop]:
+    """The next hops of the default routes with the lowest metric, IPv4 and IPv6."""
+    hops: list[Hop] = []
     for family in FAMILIES:
-        routes: list[tuple[int, list[int]]] = []
+        routes: list[tuple[int, list[Hop]]] = []
         for payload in dump("list routes", RTM_GETROUTE, RTM_NEWROUTE, RTMSG.pack(family.af, *bytes(8))):
             af, dst_len, _, _, table, _, _, kind, _ = RTMSG.unpack_from(payload)
             if (af, dst_len, table, kind) == (family.af, 0, RT_TABLE_MAIN, RTN_UNICAST):
                 attrs = attributes(payload, RTMSG.size)
-                routes.append((int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder), route_interfaces(attrs)))
+                routes.append((int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder), route_hops(attrs)))
         lowest = min((metric for metric, _ in routes), default=0)
-        for ifindex in (number for metric, found in routes if metric == lowest for number in found):
-            with contextlib.suppress(OSError):
-                names[socket.if_indextoname(ifindex)] = None
+        hops += (hop for metric, found in routes if metric == lowest for hop in found)
+    return hops
+
+
+def interfaces_of(hops: Iterable[Hop]) -> tuple[str, ...]:
+    """The names of their interfaces, in order, each once."""
+    names: dict[str, None] = {}
+    for hop in hops:
+        with contextlib.suppress(OSError):
+            names[socket.if_indextoname(hop.ifindex)] = None
     return tuple(names)
+
+
+def default_route_interfaces() -> tuple[str, ...]:
+    """The interfaces of the default routes."""
+    return interfaces_of(default_hops())
 
 
 def describe_process(pid: int) -> str:
     """`pid 4711 (python3 pmtud.py)`, or what is known of it."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
-            words = stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").strip()
+            words = " ".join(stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").split())
     except OSError:
         return "a process not visible from here"
     return f"pid {pid} ({words[:80]})"
@@ -1169,8 +1284,8 @@ def netlink_holder(port: int) -> str:
         inodes = {f"socket:[{row[-1]}]" for row in rows if row[1] == str(NETLINK_NETFILTER) and int(row[2]) == port}
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                for descriptor in os.scandir(f"/proc/{pid}/fd"):
-                    if os.readlink(descriptor.path) in inodes:
+                for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                    if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
                         return describe_process(int(pid))
     return "a process not visible from here"
 
@@ -1268,8 +1383,11 @@ class Chain(NamedTuple):
 
 CHAINS = (
     Chain("mtu_errors", ""),
+    Chain("copies_in", ""),
+    Chain("shed", ""),
     Chain("prerouting", "type filter hook prerouting priority raw; policy accept;", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW),
     Chain("copies", "type filter hook output priority raw; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_RAW),
+    Chain("owned", ""),
     Chain("guard", "type filter hook output priority mangle; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE),
 )
 
@@ -1284,13 +1402,24 @@ def compare(operator: int, value: bytes) -> bytes:
     return expression("cmp", be32(1, NFT_REG_1), be32(2, operator), nested(3, attribute(NFTA_DATA_VALUE, value)))
 
 
-def match(name: str, *operands: int, value: bytes) -> bytes:
-    """Load `meta KEY`, `payload BASE OFFSET LENGTH` or `fib RESULT FLAGS` into register 1; it must equal value.
+def load(name: str, *operands: int) -> bytes:
+    """Load `meta KEY`, `payload BASE OFFSET LENGTH`, `fib RESULT FLAGS` or `ct KEY` into register 1.
 
-    The attributes of these three are numbered alike: 1 is the register, the operands follow.
+    The attributes of these four are numbered alike: 1 is the register, the operands follow.
     """
-    load = [be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1)]
-    return expression(name, *load) + compare(NFT_CMP_EQ, value)
+    return expression(name, *(be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1)))
+
+
+def match(name: str, *operands: int, value: bytes) -> bytes:
+    """What load() loads must equal value."""
+    return load(name, *operands) + compare(NFT_CMP_EQ, value)
+
+
+def mask(value: bytes) -> bytes:
+    """register 1 & value."""
+    bits, flips = (attribute(NFTA_DATA_VALUE, data) for data in (value, bytes(len(value))))
+    registers = (be32(1, NFT_REG_1), be32(2, NFT_REG_1))
+    return expression("bitwise", *registers, be32(3, len(value)), nested(4, bits), nested(5, flips))
 
 
 def host32(number: int) -> bytes:
@@ -1298,13 +1427,25 @@ def host32(number: int) -> bytes:
     return struct.pack("=I", number)
 
 
-def match_related() -> bytes:
-    """ct state related."""
-    mask, zero = (nested(number, attribute(NFTA_DATA_VALUE, host32(bits)))
-                  for number, bits in ((4, NF_CT_STATE_RELATED_BIT), (5, 0)))  # fmt: skip
-    state = expression("ct", be32(1, NFT_REG_1), be32(2, NFT_CT_STATE))
-    masked = expression("bitwise", be32(1, NFT_REG_1), be32(2, NFT_REG_1), be32(3, 4), mask, zero)
-    return state + masked + compare(NFT_CMP_NEQ, bytes(4))
+def match_ct(key: int, bit: int) -> bytes:
+    """ct state BIT or ct status BIT."""
+    return load("ct", key) + mask(host32(bit)) + compare(NFT_CMP_NEQ, bytes(4))
+
+
+ERROR_WORDS = {IPV4: "icmp type destination-unreachable icmp code frag-needed",
+               IPV6: "icmpv6 type packet-too-big icmpv6 code 0"}  # fmt: skip
+
+
+def match_error(family: Family) -> bytes:
+    """What ERROR_WORDS says."""
+    matches = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
+    matches += match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
+    return matches + match("payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error))
+
+
+def interface_name(name: str) -> bytes:
+    """An interface name as nftables registers hold it."""
+    return name.encode().ljust(IFNAMSIZ, b"\0")
 
 
 def verdict(code: int, chain: str = "") -> bytes:
@@ -1319,13 +1460,51 @@ def log_to(group: int, prefix: str = "") -> bytes:
     return expression("log", be16(1, group), string(2, prefix) if prefix else b"")
 
 
-def limit_rate(per_second: int) -> bytes:
-    """limit rate PER_SECOND/second burst PER_SECOND packets."""
-    return expression("limit", be64(1, per_second), be64(2, 1), be32(3, per_second))
+def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
+    """limit rate [over] NUMBER/second burst BURST packets, with `seconds` 60 NUMBER/minute."""
+    return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
 
 
-def nflog_rules(config: Config, ifaces: Sequence[str]) -> list[Rule]:
-    """The rules that feed the NFLOG group."""
+BUCKETS = 1 << 14  # routers are told apart by the last bits of their addresses: memory is bounded, no set is ever full
+
+
+def burst_rule(family: Family, per_second: int) -> Rule:
+    """What lets a genuine router through a flood that has used up everybody's budget: its errors come in bursts.
+
+    An error passes if it is the fourth or later of a burst, and one of ten a minute of its bucket. Of 150,000 errors a
+    second from random sources next to none has that shape; one loud source, or 1,000, soon use up their own buckets.
+    """
+    last_bits = (BUCKETS - 1).to_bytes(family.address_len, "big")
+    burst = limit_rate(100, 1, 3, NFT_LIMIT_F_INV) + limit_rate(10, 60, 10)
+    update = expression("dynset", string(NFTA_DYNSET_SET_NAME, f"routers_{family.name}"),
+                        be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE), be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
+                        be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR), nested(NFTA_DYNSET_EXPRESSIONS, burst))  # fmt: skip
+    text = (f"update @routers_{family.name} {{ {family.nft} saddr & {ipaddress.ip_address(last_bits)} "
+            "limit rate over 100/second burst 3 packets limit rate 10/minute burst 10 packets } "
+            f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors")  # fmt: skip
+    source = load("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
+    return Rule("shed", text, match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto])) + source + mask(last_bits)
+                + update + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
+
+
+def shed_rules(rate: int, nodes: Iterable[bytes], bursts: bool) -> list[Rule]:
+    """The kernel sheds a flood for next to nothing; copies, which are sent to `nodes`, have a budget of their own."""
+    rules = []
+    for address in sorted(nodes, key=lambda packed: (len(packed), packed)):
+        family = family_of(address)
+        is_copy = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
+        is_copy += match("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset + len(address), len(address),
+                         value=address)  # fmt: skip
+        text = f"{family.nft} daddr {ipaddress.ip_address(address)} goto copies_in"
+        rules.append(Rule("shed", text, is_copy + verdict(NFT_GOTO, "copies_in")))
+    for chain in ("copies_in", "shed"):
+        text = f"limit rate {rate}/second burst {rate} packets goto mtu_errors"
+        rules.append(Rule(chain, text, limit_rate(rate, 1, rate) + verdict(NFT_GOTO, "mtu_errors")))
+    return rules + [burst_rule(family, max(1, rate // 4)) for family in FAMILIES if bursts]
+
+
+def nflog_rules(config: Config, ifaces: Sequence[str], nodes: Iterable[bytes] = (), bursts: bool = True) -> list[Rule]:
+    """The rules that feed the NFLOG group; `nodes` are the addresses copies are sent to, `bursts` needs Linux 5.11."""
     group = config.nflog_group
     rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
     text = f'fib saddr . iif oif 0 log prefix "{RPF_PREFIX}" group {group} return'
@@ -1333,39 +1512,41 @@ def nflog_rules(config: Config, ifaces: Sequence[str]) -> list[Rule]:
         Rule("mtu_errors", text, rpf + log_to(group, RPF_PREFIX) + verdict(NFT_RETURN)),
         Rule("mtu_errors", f"log group {group}", log_to(group)),
     ]
-    # Twice the daemon's own limit: the kernel sheds a flood for next to nothing before it costs a wake-up.
-    shed = 2 * max(1, int(config.rate)) if config.rate else 0
-    limit_text = f" limit rate {shed}/second burst {shed} packets" if shed else ""
-    words = {IPV4: "icmp type destination-unreachable icmp code frag-needed",
-             IPV6: "icmpv6 type packet-too-big icmpv6 code 0"}  # fmt: skip
+    rules += shed_rules(max(1, int(config.rate)), nodes, bursts) if config.rate else []
+    target = "shed" if config.rate else "mtu_errors"
     for iface in ifaces:
         for family in FAMILIES:
-            matches = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
-            matches += match("meta", NFT_META_IIFNAME, value=iface.encode().ljust(IFNAMSIZ, b"\0"))
-            matches += match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
-            matches += match("payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error))
-            matches += limit_rate(shed) if shed else b""
-            text = f'iifname "{iface}" {words[family]}{limit_text} goto mtu_errors'
-            rules.append(Rule("prerouting", text, matches + verdict(NFT_GOTO, "mtu_errors")))
+            matches = match("meta", NFT_META_IIFNAME, value=interface_name(iface)) + match_error(family)
+            text = f'iifname "{iface}" {ERROR_WORDS[family]} goto {target}'
+            rules.append(Rule("prerouting", text, matches + verdict(NFT_GOTO, target)))
     return rules
 
 
-def guard_rules(conntrack: bool) -> list[Rule]:
-    """The rules that keep our packets out of conntrack's way, and inside a node that does not own the flow.
+def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
+    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does not own the flow.
 
-    A `ct` expression makes the kernel track connections: without conntrack in use it is left out.
+    A node owns what it translates (the pod behind NAT), what it tracks and does not send back out where errors come
+    in (a pod with a routed address), and its own addresses; a flow that it only forwards passes none of these.
+    A `ct` expression makes the kernel track connections: without conntrack in use it is left out. `notrack` does
+    not, and stays: the first copy may be the first packet that conntrack sees, and be dropped as INVALID.
     """
-    copy = match("meta", NFT_META_MARK, value=host32(MARK_COPY))
-    delivery = match("meta", NFT_META_MARK, value=host32(MARK_DELIVER))
+    rules = []
+    for mark, chain, action, then in ((MARK_COPY, "copies", "notrack", expression("notrack")),
+                                      (MARK_DELIVER, "guard", "goto owned", verdict(NFT_GOTO, "owned"))):  # fmt: skip
+        for family in FAMILIES:
+            matches = match("meta", NFT_META_MARK, value=host32(mark)) + match_error(family)
+            rules.append(Rule(chain, f"meta mark {mark:#x} {ERROR_WORDS[family]} {action}", matches + then))
+    accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
+    if conntrack:
+        dnat = match_ct(NFT_CT_STATUS, IPS_DST_NAT)
+        rules.append(Rule("owned", "ct state related ct status dnat accept", related + dnat + accept))
+    if conntrack and ifaces:
+        inward = b"".join(load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i)) for i in ifaces)
+        words = " ".join(f'oifname != "{iface}"' for iface in ifaces)
+        rules.append(Rule("owned", f"ct state related {words} accept", related + inward + accept))
     local = match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
-    mark = f"meta mark {MARK_DELIVER:#x}"
-    related = Rule("guard", f"{mark} ct state related accept", delivery + match_related() + verdict(NF_ACCEPT))
-    return [
-        Rule("copies", f"meta mark {MARK_COPY:#x} notrack", copy + expression("notrack")),
-        *([related] if conntrack else []),
-        Rule("guard", f"{mark} fib daddr type local accept", delivery + local + verdict(NF_ACCEPT)),
-        Rule("guard", f"{mark} drop", delivery + verdict(NF_DROP)),
-    ]
+    rules.append(Rule("owned", "fib daddr type local accept", local + accept))
+    return [*rules, Rule("owned", "drop", verdict(NF_DROP))]
 
 
 def conntrack_in_use() -> bool:
@@ -1379,24 +1560,19 @@ class Firewall(Descriptor):
     """Our nftables table, owned by this socket: the kernel deletes it when the socket is closed or the process dies.
 
     Kernels before 5.12 refuse ownership; there the table is replaced at start and deleted by close().
+    With --rules off it holds the guard only, under a name of its own.
     """
 
-    def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True) -> None:
-        self.table = f"pmtud_{config.nflog_group}"
-        self.conntrack = conntrack_in_use()
+    def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True, nodes: Iterable[bytes] = ()) -> None:
+        self.nodes = frozenset(nodes)  # where copies are sent to
+        self.table = f"pmtud_{config.nflog_group}" + ("" if config.rules == "auto" else "_guard")
+        self.conntrack = False
+        self.owned = owned
         self._config = config
         self._netlink = Netlink(NETLINK_NETFILTER)
         self.socket = self._netlink.socket
-        self.owned = owned
         try:
-            self._delete_stale()
-            try:
-                self._create(ifaces)
-            except NetlinkError as problem:
-                if not self.owned or problem.number not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                self.owned = False
-                self._create(ifaces)
+            self.replace(ifaces)
         except NetlinkError as problem:
             self.socket.close()
             raise self._explain(problem) from problem
@@ -1407,68 +1583,67 @@ class Firewall(Descriptor):
             advice = f"{PRIVILEGES}; or the table inet {self.table} belongs to another process"
         return PmtudError(f"nftables refused our table: {problem}; {advice}")
 
-    def _message(self, kind: int, flags: int, payload: bytes) -> bytes:
-        header = bytes(nfgenmsg(NFPROTO_INET, 0, 0))
-        number = NFNL_SUBSYS_NFTABLES << 8 | kind
-        return message(number, flags, self._netlink.next_sequence(), header + payload)
+    def replace(self, ifaces: Sequence[str]) -> None:
+        """Put the table in place of what is there, in one transaction, with conntrack as it is used now."""
+        self.conntrack = self.conntrack or conntrack_in_use()
+        try:
+            self._commit("replace table", self._requests(ifaces))
+        except NetlinkError as problem:
+            if not self.owned or problem.number not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self.owned = False
+            self._commit("replace table", self._requests(ifaces))
 
-    def _commit(self, operation: str, requests: Sequence[bytes]) -> None:
+    def _requests(self, ifaces: Sequence[str]) -> list[tuple[int, bytes]]:
+        """The (type, payload) of every message: make, so that deleting never fails, delete, make anew with contents."""
+        config, name = self._config, string(NFTA_TABLE_NAME, self.table)
+        rules = nflog_rules(config, ifaces, self.nodes, self.owned) if config.rules == "auto" else []
+        rules += guard_rules(ifaces, self.conntrack)
+        used = {rule.chain for rule in rules}
+        flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
+        return [
+            (NFT_MSG_NEWTABLE, name), (NFT_MSG_DELTABLE, name), (NFT_MSG_NEWTABLE, name + flags),
+            *((NFT_MSG_NEWSET, self._set(family)) for family in FAMILIES if "shed" in used and self.owned),
+            *((NFT_MSG_NEWCHAIN, self._chain(chain)) for chain in CHAINS if chain.name in used),
+            *((NFT_MSG_NEWRULE, self._rule(rule)) for rule in rules),
+        ]  # fmt: skip
+
+    def _commit(self, operation: str, requests: Sequence[tuple[int, bytes]]) -> None:
         """Send requests as one transaction: all take effect or none."""
         header = bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
-        begin = message(NFNL_MSG_BATCH_BEGIN, 0, self._netlink.next_sequence(), header)
-        final = self._message(NFT_MSG_NEWTABLE, NLM_F_ACK, self._table_attributes())
-        if operation == "delete table":
-            final, requests = requests[0], ()
-        last = NLMSGHDR.unpack_from(final)[3]
-        end = message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header)
-        self._netlink.send(operation, b"".join((begin, *requests, final, end)), last)
+        batch = [message(NFNL_MSG_BATCH_BEGIN, 0, self._netlink.next_sequence(), header)]
+        for number, (kind, payload) in enumerate(requests, 1):
+            flags = NLM_F_CREATE | NLM_F_APPEND if kind != NFT_MSG_DELTABLE else 0
+            flags |= NLM_F_ACK if number == len(requests) else 0
+            last, body = self._netlink.next_sequence(), bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + payload
+            batch.append(message(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, last, body))
+        batch.append(message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header))
+        self._netlink.send(operation, b"".join(batch), last)
 
-    def _table_attributes(self) -> bytes:
-        return string(NFTA_TABLE_NAME, self.table) + be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
+    def _set(self, family: Family) -> bytes:
+        return b"".join((
+            string(NFTA_SET_TABLE, self.table), string(NFTA_SET_NAME, f"routers_{family.name}"),
+            be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
+            be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
+            nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS)), be64(NFTA_SET_TIMEOUT, 60_000),
+        ))  # fmt: skip
 
-    def _delete_stale(self) -> None:
-        """Remove what a previous run on an old kernel, ended by SIGKILL, may have left."""
-        request = self._message(NFT_MSG_DELTABLE, NLM_F_ACK, string(NFTA_TABLE_NAME, self.table))
-        try:
-            self._commit("delete table", [request])
-        except NetlinkError as problem:
-            if problem.number != errno.ENOENT:
-                raise
-
-    def _chain_message(self, chain: Chain) -> bytes:
+    def _chain(self, chain: Chain) -> bytes:
         payload = string(NFTA_CHAIN_TABLE, self.table) + string(NFTA_CHAIN_NAME, chain.name)
         if chain.hook >= 0:
             hook = be32(NFTA_HOOK_HOOKNUM, chain.hook) + be32(NFTA_HOOK_PRIORITY, chain.priority)
             payload += nested(NFTA_CHAIN_HOOK, hook) + string(NFTA_CHAIN_TYPE, "filter")
-        return self._message(NFT_MSG_NEWCHAIN, NLM_F_CREATE, payload)
+        return payload
 
-    def _rule_message(self, rule: Rule) -> bytes:
+    def _rule(self, rule: Rule) -> bytes:
         payload = string(NFTA_RULE_TABLE, self.table) + string(NFTA_RULE_CHAIN, rule.chain)
-        payload += nested(NFTA_RULE_EXPRESSIONS, rule.expressions)
-        return self._message(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, payload)
-
-    def _flush_message(self, chain: str) -> bytes:
-        payload = string(NFTA_RULE_TABLE, self.table) + string(NFTA_RULE_CHAIN, chain)
-        return self._message(NFT_MSG_DELRULE, 0, payload)
-
-    def _create(self, ifaces: Sequence[str]) -> None:
-        requests = [self._message(NFT_MSG_NEWTABLE, NLM_F_CREATE, self._table_attributes())]
-        requests += map(self._chain_message, CHAINS)
-        requests += map(self._rule_message, [*nflog_rules(self._config, ifaces), *guard_rules(self.conntrack)])
-        self._commit("create table", requests)
-
-    def replace(self, ifaces: Sequence[str]) -> None:
-        """Put new rules in place of the old ones at once, with conntrack as it is used now."""
-        self.conntrack = self.conntrack or conntrack_in_use()
-        requests = [self._flush_message(chain.name) for chain in CHAINS]
-        requests += map(self._rule_message, [*nflog_rules(self._config, ifaces), *guard_rules(self.conntrack)])
-        self._commit("replace rules", requests)
+        return payload + nested(NFTA_RULE_EXPRESSIONS, rule.expressions)
 
     def close(self) -> None:
         """Remove the table; the kernel does it by itself where it is owned."""
         if not self.owned:
             with contextlib.suppress(PmtudError, OSError):
-                self._delete_stale()
+                self._commit("delete table", [(NFT_MSG_DELTABLE, string(NFTA_TABLE_NAME, self.table))])
         super().close()
 
 
@@ -1479,24 +1654,32 @@ class IcmpSocket(Descriptor):
     """
 
     SEND_BUFFER_BYTES = 4 << 20
-    SEND_TIMEOUT = struct.pack("@ll", 0, 50_000)  # struct timeval: a device that takes nothing costs 50 ms, then EAGAIN
+    # By family: options of every socket, and those that carry --ttl on sockets for copies.
+    OPTIONS: tuple[dict[str, tuple[tuple[int, int, Any], ...]], ...] = (
+        {
+            "ipv4": ((SOL_RAW, ICMP_FILTER, b"\xff" * 4), (socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DONT)),
+            "ipv6": ((socket.IPPROTO_ICMPV6, ICMP6_FILTER, b"\xff" * 32),
+                     (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DONT),
+                     (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)),
+        },
+        {
+            "ipv4": ((socket.IPPROTO_IP, socket.IP_TTL, None), (socket.SOL_SOCKET, socket.SO_BROADCAST, 1)),
+            "ipv6": ((socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, None),
+                     (socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, None)),
+        },
+    )  # fmt: skip
 
     def __init__(self, family: Family, mark: int, ttl: int = 0, source: bytes = b"") -> None:
         self.family = family
         self.socket = open_socket(family.af, socket.SOCK_RAW, family.icmp_protocol)
         option = self.socket.setsockopt
         try:
-            self._receive_nothing()
             option(socket.SOL_SOCKET, SO_MARK, mark)
             option(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.SEND_BUFFER_BYTES)
-            option(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self.SEND_TIMEOUT)
-            if family is IPV4:
-                option(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DONT)
-            else:
-                option(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DONT)
-                option(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
-            if ttl:
-                self._set_ttl(ttl)
+            option(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # with the filters: nothing the node receives queues up here
+            for options in self.OPTIONS if ttl else self.OPTIONS[:1]:
+                for level, name, value in options[family.name]:
+                    option(level, name, ttl if value is None else value)
             if source:
                 self.socket.bind((socket.inet_ntop(family.af, source), 0))
         except PermissionError as problem:
@@ -1505,22 +1688,6 @@ class IcmpSocket(Descriptor):
         except OSError:
             self.close()
             raise
-
-    def _receive_nothing(self) -> None:
-        """Keep the kernel from queueing the node's incoming ICMP here."""
-        if self.family is IPV4:
-            self.socket.setsockopt(SOL_RAW, ICMP_FILTER, b"\xff" * 4)
-        else:
-            self.socket.setsockopt(socket.IPPROTO_ICMPV6, ICMP6_FILTER, b"\xff" * 32)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
-
-    def _set_ttl(self, ttl: int) -> None:
-        if self.family is IPV4:
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        else:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
 
     def join(self, peer: PeerAddress) -> None:
         """Receive packets sent to this IPv6 multicast group on its interface."""
@@ -1552,14 +1719,12 @@ def guard_holds(family: Family, iface: str) -> Optional[bool]:
     return None
 
 
-def sockaddr(peer: PeerAddress) -> tuple[sockaddr_storage, int]:
-    """struct sockaddr_in or sockaddr_in6 of a peer, and its length; raises OSError if its zone is gone."""
+def sockaddr(peer: PeerAddress) -> bytes:
+    """struct sockaddr_in or sockaddr_in6 of a peer; raises OSError if its zone is gone."""
     if len(peer.packed) == 4:
-        raw = struct.pack("=H", socket.AF_INET) + bytes(2) + peer.packed + bytes(8)
-    else:
-        zone = socket.if_nametoindex(peer.zone) if peer.zone else 0
-        raw = struct.pack("=HHI", socket.AF_INET6, 0, 0) + peer.packed + struct.pack("=I", zone)
-    return sockaddr_storage.from_buffer_copy(raw.ljust(ctypes.sizeof(sockaddr_storage), b"\0")), len(raw)
+        return struct.pack("=H", socket.AF_INET) + bytes(2) + peer.packed + bytes(8)
+    zone = socket.if_nametoindex(peer.zone) if peer.zone else 0
+    return struct.pack("=HHI", socket.AF_INET6, 0, 0) + peer.packed + struct.pack("=I", zone)
 
 
 class Fanout:
@@ -1575,11 +1740,13 @@ class Fanout:
         self.counts = counts
         self._slots = max(1, min(64, UIO_MAXIOV // max(1, len(self.peers))))  # errors in one call
         self._bodies = (iovec * self._slots)()
-        self._addresses = [sockaddr(peer) for peer in self.peers]
+        self._addresses = (sockaddr_storage * len(self.peers))()  # in one piece: 1,000 objects cost 0.1 us a copy more
         self._messages = (mmsghdr * (self._slots * len(self.peers)))()
+        for address, peer in zip(self._addresses, self.peers):
+            ctypes.memmove(ctypes.addressof(address), raw := sockaddr(peer), len(raw))
         for number, entry in enumerate(self._messages):
-            address, length = self._addresses[number % len(self.peers)]
-            entry.msg_hdr.msg_name, entry.msg_hdr.msg_namelen = ctypes.pointer(address), length
+            entry.msg_hdr.msg_name = ctypes.pointer(self._addresses[number % len(self.peers)])
+            entry.msg_hdr.msg_namelen = len(raw)
             entry.msg_hdr.msg_iov = ctypes.pointer(self._bodies[number // len(self.peers)])
             entry.msg_hdr.msg_iovlen = 1
         self._sendmmsg = ctypes.CDLL(None, use_errno=True).sendmmsg
@@ -1618,17 +1785,75 @@ class Fanout:
 # Section: peers -- where addresses come from, and what they mean on this node
 
 
+def jitter(low: float, high: float) -> float:
+    """A number between the two, different in every process; `random` would load OpenSSL's 4 MB for it."""
+    return low + (high - low) * int.from_bytes(os.urandom(2), "big") / 0xFFFF
+
+
 class PeerSource(Protocol):
     """Something that names peers and may change its mind; polled off the packet's way."""
 
     name: str  # the `source` label
-    interval: float  # seconds between two looks
+
+    @property
+    def interval(self) -> float:
+        """Seconds until the next look."""
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses now, None if unchanged; raises PeerSourceError."""
 
     def forget(self) -> None:
         """Make the next load() look afresh, whatever it remembers."""
+
+
+class DnsSource:
+    """`dns:NAME` or a bare host name: all A and AAAA answers, asked for again every ten seconds or so.
+
+    Loopback answers are this node itself (Debian's /etc/hosts) and no peers. While one family cannot be asked,
+    its last answers stand beside the new ones of the other.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.name = f"dns:{host}"
+        self._host = host
+        self._answers: dict[str, set[str]] = {}  # by family name
+        self._peers: tuple[PeerAddress, ...] = ()
+
+    @property
+    def interval(self) -> float:
+        """About ten seconds, different each time, so that the nodes of a cluster do not ask in step."""
+        return jitter(7.5, 12.5)
+
+    def forget(self) -> None:
+        """Nothing to do: every look asks."""
+
+    def _ask(self, family: Family) -> set[str]:
+        """The addresses of one family, empty if the name has none; raises OSError."""
+        try:
+            found = socket.getaddrinfo(self._host, None, family.af, socket.SOCK_DGRAM)
+        except socket.gaierror as problem:
+            if problem.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+                return set()
+            raise
+        return {str(place[0]) for *_, place in found}
+
+    def load(self) -> Optional[tuple[PeerAddress, ...]]:
+        """The addresses the name has now; raises PeerSourceError, also where there are none any more."""
+        answers, failed = dict(self._answers), []
+        for family in FAMILIES:  # not both in one call: that hides the failure of one behind the answer of the other
+            try:
+                answers[family.name] = self._ask(family)
+            except OSError as problem:
+                failed.append(problem.strerror or str(problem))
+        texts = set().union(*answers.values())
+        try:
+            peers = tuple(sorted(parse_peer(text) for text in texts if not ipaddress.ip_address(text).is_loopback))
+        except ValueError as problem:
+            raise PeerSourceError(f"{self.name}: {problem}") from problem
+        if len(failed) == len(FAMILIES) or (not peers and (self._peers or not texts)):
+            raise PeerSourceError(f"{self.name}: {failed[0] if failed else 'no usable address'}")
+        self._answers, self._peers = answers, peers
+        return peers
 
 
 class FileSource:
@@ -1647,22 +1872,151 @@ class FileSource:
         self._signature = None
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses in the file, None if it has not changed; raises PeerSourceError."""
+        """The addresses in the file, None if it has not changed; raises PeerSourceError as long as it is bad."""
         try:
             status = os.stat(self._path)
             signature = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
             if signature == self._signature:
                 return None
-            self._signature = signature
             if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
                 raise PeerSourceError(f"{self.name}: not a regular file of at most {self.SIZE_MAX} bytes")
             with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-                return parse_peer_lines(stream.read(self.SIZE_MAX).decode())
+                peers = parse_peer_lines(stream.read(self.SIZE_MAX).decode())
         except OSError as problem:
-            self._signature = None
             raise PeerSourceError(f"{self.name}: {problem.strerror}") from problem
         except ValueError as problem:
             raise PeerSourceError(f"{self.name}: {problem}") from problem
+        self._signature = signature
+        return peers
+
+
+def internal_addresses(node: Mapping[str, Any]) -> tuple[PeerAddress, ...]:
+    """The InternalIPs of a Kubernetes Node object; none before its kubelet has told them."""
+    found = []
+    for address in node.get("status", {}).get("addresses") or ():
+        if address["type"] == "InternalIP":
+            with contextlib.suppress(ValueError):
+                found.append(parse_peer(address["address"]))
+    return tuple(found)
+
+
+class KubeSource:
+    """`kube:nodes[?SELECTOR]`: the InternalIPs of the cluster's nodes, listed once and then watched.
+
+    Finds the API server as every pod does: KUBERNETES_SERVICE_HOST and _PORT, and the service account's files.
+    The protocol is of https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes.
+    """
+
+    ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+    PAGE_NODES = 20  # parsing holds the interpreter and so the packet loop: 1.2 ms for 0.34 MB of JSON
+    PAGE_BYTES_MAX, EVENT_BYTES_MAX = 64 << 20, 4 << 20  # etcd's objects have at most 1.5 MB
+    TROUBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+    def __init__(self, selector: str = "") -> None:
+        self.name = "kube:nodes" + (f"?{selector}" if selector else "")
+        self._selector = urllib.parse.unquote(selector)
+        self._nodes: dict[str, tuple[PeerAddress, ...]] = {}
+        self._version = ""  # the resourceVersion of what is known; empty: list first
+        self._connection: Optional[http.client.HTTPSConnection] = None
+        self._events: Optional[http.client.HTTPResponse] = None  # a watch that is open
+        self._failures = 0  # in a row
+
+    @property
+    def interval(self) -> float:
+        """No pause between two events of a watch; before a request about a second, doubled by each failure up to 30."""
+        return 0.0 if self._events else jitter(0.5, 1.0) * min(30.0, 2.0**self._failures)
+
+    def forget(self) -> None:
+        """Nothing to do: a watch is up to date. SIGHUP ends the pause that follows a failure."""
+
+    def load(self) -> Optional[tuple[PeerAddress, ...]]:
+        """The addresses after the list, or after the next event of the watch; raises PeerSourceError."""
+        import http.client
+
+        try:
+            return self._next_event() if self._version else self._list()
+        except (*self.TROUBLE, http.client.HTTPException) as problem:
+            self._hang_up()
+            self._failures = min(self._failures + 1, 5)
+            raise PeerSourceError(f"{self.name}: {problem or type(problem).__name__}") from problem
+
+    def _hang_up(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection = self._events = None
+
+    def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
+        """The answer to one GET of the nodes; raises OSError unless it is 200."""
+        import http.client
+        import ssl
+
+        host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
+        if not host:
+            raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
+        with open(f"{self.ACCOUNT}/token") as stream:  # a kubelet renews it about every hour
+            headers = {"Authorization": f"Bearer {stream.read().strip()}", "Accept": "application/json"}
+        if not (self._connection and self._connection.sock):
+            context = ssl.create_default_context(cafile=f"{self.ACCOUNT}/ca.crt")
+            self._connection = http.client.HTTPSConnection(host, int(port or 443), timeout=10.0, context=context)
+            self._connection.connect()
+            self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in self.KEEPALIVE:
+                self._connection.sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._connection.sock.settimeout(timeout)
+        path = "/api/v1/nodes?" + urllib.parse.urlencode({"labelSelector": self._selector, **query})
+        self._connection.request("GET", path, headers=headers)
+        response = self._connection.getresponse()
+        if response.status == 410:
+            self._version = ""
+        if response.status != 200:
+            raise OSError(f"the API server answers {response.status} {response.reason}")
+        return response
+
+    def _list(self) -> tuple[PeerAddress, ...]:
+        """All nodes, page by page."""
+        nodes: dict[str, tuple[PeerAddress, ...]] = {}
+        more = ""
+        for _ in range(PEERS_MAX // self.PAGE_NODES):
+            answer = self._get(10.0, limit=self.PAGE_NODES, **{"continue": more})
+            page = json.loads(answer.read(self.PAGE_BYTES_MAX))
+            nodes.update((node["metadata"]["name"], internal_addresses(node)) for node in page["items"] or ())
+            more = page["metadata"].get("continue")
+            if not more:
+                self._nodes, self._version = nodes, str(page["metadata"]["resourceVersion"])
+                self._failures = 0
+                return self._peers()
+        raise ValueError(f"more than {PEERS_MAX} nodes")
+
+    def _peers(self) -> tuple[PeerAddress, ...]:
+        return tuple(sorted({peer for peers in self._nodes.values() for peer in peers}))
+
+    def _next_event(self) -> Optional[tuple[PeerAddress, ...]]:
+        """Wait for one event of the watch; the addresses after it, None if it changes nothing."""
+        if not self._events:
+            seconds = int(jitter(240, 480))
+            self._events = self._get(seconds + 30.0, watch=1, resourceVersion=self._version,
+                                     allowWatchBookmarks="true", timeoutSeconds=seconds)  # fmt: skip
+            return None
+        line = self._events.readline(self.EVENT_BYTES_MAX)
+        if not line:  # the end of timeoutSeconds, or of the connection: go on from the version we have
+            self._hang_up()
+            return None
+        if not line.endswith(b"\n"):
+            raise ValueError(f"an event is cut off, or larger than {self.EVENT_BYTES_MAX} bytes")
+        event = json.loads(line)
+        kind, node = event["type"], event["object"]
+        self._failures = 0
+        if kind == "ERROR":
+            self._version = ""  # above all 410 Gone: what is known is too old to go on from
+            raise ValueError(f"the watch ended with {node['code']} {node['message']}")
+        name, self._version = node["metadata"].get("name"), str(node["metadata"]["resourceVersion"])
+        before = self._nodes.get(name, ())
+        if kind in ("ADDED", "MODIFIED"):
+            self._nodes[name] = internal_addresses(node)
+        elif kind == "DELETED":
+            self._nodes.pop(name, None)
+        return None if self._nodes.get(name, ()) == before else self._peers()
 
 
 def open_source(text: str) -> PeerSource:
@@ -1670,7 +2024,11 @@ def open_source(text: str) -> PeerSource:
     kind, _, rest = text.partition(":")
     if kind == "file" and rest:
         return FileSource(rest)
-    raise ValueError(f"{text!r} is not an IP address and not file:PATH")
+    if kind == "dns" and HOST_NAME.fullmatch(rest):
+        return DnsSource(rest)
+    if text == "kube:nodes" or text.startswith("kube:nodes?"):
+        return KubeSource(text.partition("?")[2])
+    raise ValueError(f"{text!r} is not {PEER_KINDS}")
 
 
 class Peers:
@@ -1687,14 +2045,17 @@ class Peers:
         for source in self._sources:
             self._failures[source.name] = 0
 
-    def start(self) -> None:
-        """Read the files once, raising UsageError if one is bad, and follow all sources from then on."""
+    def read_files(self) -> None:
+        """Read the files once, raising UsageError if one is bad."""
         for source in self._sources:
             if isinstance(source, FileSource):
                 try:
                     self._answers[source.name] = source.load() or ()
                 except PeerSourceError as problem:
                     raise UsageError(f"peers: {problem}") from problem
+
+    def follow(self) -> None:
+        """Follow all sources from now on."""
         for source in self._sources:
             threading.Thread(target=self._follow, args=(source,), name=source.name, daemon=True).start()
 
@@ -1709,6 +2070,7 @@ class Peers:
     def reload(self) -> None:
         """Look at every source now, even if it seems unchanged."""
         for source in self._sources:
+            self._complaints.pop(source.name, None)
             source.forget()
             self._kick[source.name].set()
 
@@ -1721,9 +2083,9 @@ class Peers:
     def _follow(self, source: PeerSource) -> None:
         kick = self._kick[source.name]
         while not self._closed:
+            self._refresh(source)
             kick.wait(source.interval)
             kick.clear()
-            self._refresh(source)
 
     def _refresh(self, source: PeerSource) -> None:
         try:
@@ -1735,10 +2097,9 @@ class Peers:
                 kept = len(self._answers.get(source.name, ()))
                 log("warning", "peer source failed, its last good peers stay", problem=str(problem), kept=kept)
             return
-        if answer is None:
-            return
-        self._complaints.pop(source.name, None)
-        if answer != self._answers.get(source.name):
+        if self._complaints.pop(source.name, ""):
+            log("info", "peer source answers again", source=source.name)
+        if answer is not None and answer != self._answers.get(source.name):
             self._answers[source.name] = answer
             self._changed()
 
@@ -1751,6 +2112,11 @@ class Arrangement(NamedTuple):
     sources: dict[str, bytes]  # by family name: source address of what we send; missing: the kernel chooses
     per_source: dict[str, int]  # peers in force by source
     view: View
+
+    @property
+    def copies_to(self) -> frozenset[bytes]:
+        """The addresses of this node that peers send copies to; none while it has no peers."""
+        return self.view.node | self.view.groups if any(self.targets.values()) else frozenset()
 
 
 def kernel_source(peer: PeerAddress) -> bytes:
@@ -1776,12 +2142,11 @@ def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> list[Networ
     ]
 
 
-def arrange(
-    listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAddress], ignored: Iterable[Network]
-) -> Arrangement:
+def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAddress],
+            ignored: Iterable[Network], routers: Iterable[bytes] = ()) -> Arrangement:  # fmt: skip
     """Remove this node from the peers, and work out who is who."""
     own = {address.packed for address in local}
-    broadcasts = {address.broadcast for address in local if address.broadcast}
+    broadcasts = {address.broadcast for address in local if address.broadcast and not is_martian(address.packed)}
     everyone = dict.fromkeys(peer for peers in listed.values() for peer in peers)
     removed = tuple(peer for peer in everyone if peer.packed in own)
     targets = [peer for peer in everyone if peer.packed not in own]
@@ -1792,13 +2157,14 @@ def arrange(
         sources.setdefault(family_of(peer.packed).name, peer.packed)
     node = {peer.packed for peer in removed}
     node |= {kernel_source(p) for name, peers in by_family.items() if name not in sources for p in peers} - {b""}
-    networks = [*ignored, *(network for group in groups for network in networks_of(group, local))]
     view = View(
         own=frozenset(own),
         node=frozenset(node),
         groups=frozenset(broadcasts | {group.packed for group in groups}),
         peers=frozenset(peer.packed for peer in targets),
-        networks=Membership(networks),
+        networks=Membership(ignored),
+        neighbours=Membership(network for group in groups for network in networks_of(group, local)),
+        routers=frozenset(routers),
     )
     per_source = {name: sum(peer.packed not in own for peer in peers) for name, peers in listed.items()}
     return Arrangement(by_family, removed, sources, per_source, view)
@@ -1808,44 +2174,66 @@ def arrange(
 # Section: service -- HTTP, and the loop that ties everything together
 
 
-class StatusServer(http.server.ThreadingHTTPServer):
+class StatusServer(ThreadingHTTPServer):
     """/metrics, /healthz and /readyz; at most CONNECTIONS_MAX at a time, five seconds for each."""
 
     daemon_threads = True
     CONNECTIONS_MAX = 16
 
-    def __init__(self, address: str, port: int, render: Callable[[], Optional[bytes]],
+    def __init__(self, address: str, port: int, handler: type, render: Callable[[], Optional[bytes]],
                  healthy: Callable[[], bool], ready: Callable[[], bool]) -> None:  # fmt: skip
         self.render, self.healthy, self.ready = render, healthy, ready
-        self._places = threading.BoundedSemaphore(self.CONNECTIONS_MAX)
+        self._started: dict[Any, float] = {}  # open connections, by socket
+        self._lock = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        super().__init__((address, port), StatusHandler)
+        super().__init__((address, port), handler)
 
     def server_bind(self) -> None:
         """Bind; `::` takes IPv4 as well."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super(http.server.HTTPServer, self).server_bind()  # not HTTPServer's: it would ask DNS for our name
+        import socketserver
+
+        socketserver.TCPServer.server_bind(self)  # not HTTPServer's: it would ask DNS for our name
+
+    def get_request(self) -> Any:
+        """Accept; without a free file descriptor wait a little, where serve_forever() would spin."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.1)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve in a thread, or hang up where all places are taken."""
-        if self._places.acquire(blocking=False):
+        with self._lock:
+            free = len(self._started) < self.CONNECTIONS_MAX
+            if free:
+                self._started[request] = time.monotonic()
+        if free:
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection and give its place back."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
+    def shutdown_request(self, request: Any) -> None:
+        """Hang up and give the place back, also where no thread could be started."""
+        with self._lock:
+            self._started.pop(request, None)
+            super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: end connections whose time is over, however busy they are."""
+        overdue = time.monotonic() - StatusHandler.timeout
+        with self._lock:
+            for request in [request for request, started in self._started.items() if started < overdue]:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up or stalls is no news."""
 
 
-class StatusHandler(http.server.BaseHTTPRequestHandler):
+class StatusHandler(BaseHTTPRequestHandler):
     """Answers GET on the three paths; one request per connection."""
 
     timeout = 5.0
@@ -1855,14 +2243,15 @@ class StatusHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Serve /metrics, /healthz or /readyz."""
-        if self.path == "/metrics":
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
             body = self.server.render()
             if body is None:
                 self._answer(503, b"prometheus-client is not installed: pip install prometheus-client\n")
             else:
                 self._answer(200, body, "text/plain; version=0.0.4; charset=utf-8")
-        elif self.path in ("/healthz", "/readyz"):
-            good = self.server.healthy() if self.path == "/healthz" else self.server.ready()
+        elif path in ("/healthz", "/readyz"):
+            good = self.server.healthy() if path == "/healthz" else self.server.ready()
             self._answer(200 if good else 503, b"ok\n" if good else b"not ok\n")
         else:
             self._answer(404, b"/metrics /healthz /readyz\n")
@@ -1895,51 +2284,80 @@ def metrics_renderer(counters: Counters) -> Callable[[], Optional[bytes]]:
 
 def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServer:
     """The HTTP server on --metrics-addr, by default on all addresses of both families; raises OSError."""
+    import http.server
+
+    handler = type("Handler", (StatusHandler, http.server.BaseHTTPRequestHandler), {})
+    server: Callable[..., StatusServer] = type("Server", (StatusServer, http.server.ThreadingHTTPServer), {})
     if config.metrics_addr:
-        return StatusServer(config.metrics_addr, config.metrics_port, *serve)
+        return server(config.metrics_addr, config.metrics_port, handler, *serve)
     try:
-        return StatusServer("::", config.metrics_port, *serve)
+        return server("::", config.metrics_port, handler, *serve)
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             raise
-        return StatusServer("0.0.0.0", config.metrics_port, *serve)  # IPv6 is switched off here
+        return server("0.0.0.0", config.metrics_port, handler, *serve)  # IPv6 is switched off here
 
 
 class Outlet:
     """The two ways out for one family: delivery to this node's own stack, and copies to its peers."""
 
-    def __init__(self, family: Family, config: Config, arrangement: Arrangement, counts: CopyCounts) -> None:
-        self.family = family
-        peers = arrangement.targets[family.name]
+    def __init__(self, family: Family, config: Config, arrangement: Arrangement, before: Optional[CopyCounts]) -> None:
         source = arrangement.sources.get(family.name, b"")
         with contextlib.ExitStack() as stack:
             self.delivery: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_DELIVER, 0, source))
             self.copies: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_COPY, config.ttl, source))
-            self.fanout: Optional[Fanout] = None
-            reachable = []
-            for peer in peers:
-                try:
-                    sockaddr(peer)
-                    if peer.is_multicast:
-                        self.copies.join(peer)
-                    reachable.append(peer)
-                except OSError as problem:
-                    log("warning", "peer left out", peer=peer, problem=problem.strerror)
-            if reachable:
-                self.fanout = Fanout(self.copies, reachable, counts)
+            peers = [peer for peer in arrangement.targets[family.name] if self._reachable(peer)]
+            self.counts = CopyCounts([str(peer) for peer in peers], before)
+            self.fanout = Fanout(self.copies, peers, self.counts) if peers else None
             self._stack = stack.pop_all()
+
+    def _reachable(self, peer: PeerAddress) -> bool:
+        """Whether the peer's interface exists; a multicast group is joined there."""
+        try:
+            sockaddr(peer)
+            if peer.is_multicast:
+                self.copies.join(peer)
+        except OSError as problem:
+            log("warning", f"peer {peer} left out until its interface is there", problem=problem.strerror or problem)
+            return False
+        return True
 
     def close(self) -> None:
         """Close both sockets."""
         self._stack.close()
 
 
+class ServiceManager:
+    """What systemd is told, as sd_notify(3) has it: nothing where $NOTIFY_SOCKET is not set. Never blocks or fails."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._period = int(environ.get("WATCHDOG_USEC") or 0) / 2e6 if ours else 0.0  # half of what systemd waits
+        self.watchdog_at = time.monotonic() if self._address and self._period else math.inf
+
+    def tell(self, *lines: str) -> None:
+        """Send these VARIABLE=value lines."""
+        if self._address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+                channel.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
+
+    def turned(self, now: float) -> None:
+        """The packet loop is alive."""
+        if now >= self.watchdog_at:
+            self.watchdog_at = now + self._period
+            self.tell("WATCHDOG=1")
+
+
 class Service:
     """The running daemon: owns every descriptor, turns the loop, acts on each error as decide() says."""
 
-    BATCH = 64  # datagrams per turn, so that signals and timers are never starved by a flood
+    BATCH, BATCH_COPIES = 64, 6400  # errors and copies per turn: signals and timers are never starved by a flood
+    TURNS, PAUSE = 20, 0.05  # turns per second taken at once; beyond that errors gather for this many seconds
     TICK = 1.0  # seconds between housekeeping
     SLOW_TICKS = 10  # every tenth: default route, guard
+    SUMMARY = 60.0  # seconds between summaries in the log
     NEWS_PER_MINUTE = 20  # lines about routers and destinations not seen before
 
     def __init__(self, config: Config) -> None:
@@ -1949,19 +2367,26 @@ class Service:
         self.ifaces: tuple[str, ...] = ()
         self.guarded: dict[str, bool] = {}  # by family name, as last probed
         self._outlets: dict[str, Outlet] = {}
+        self._arrangement = Arrangement({}, (), {}, {}, View())
+        self._routers: list[bytes] = []  # gateways of the default routes
+        self._turns, self._backlog = TokenBuckets(self.TURNS), False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self.peers = Peers(config, self.counters, self.wake)
         self._stack = contextlib.ExitStack()
+        self._poll = select.poll()
         self._firewall: Optional[Firewall] = None
+        self._server: Optional[StatusServer] = None
         self._stopping = self._hangup = self._stale = False
+        self._complaints: dict[str, str] = {}  # what is not in force now and why; tried again each second
         self._ticks = 0
         self._turned = time.monotonic()
         self._known = Recent(3600.0, capacity=1024)
         self._news_left = self.NEWS_PER_MINUTE
         self._summarized = self.counters.summary()
-        self._summary_at = self._turned + 60.0
+        self._summary_at = self._turned + self.SUMMARY
+        self._manager = ServiceManager(os.environ)
 
     def wake(self) -> None:
         """Make the loop look at the peers again; callable from any thread or signal handler."""
@@ -1976,21 +2401,35 @@ class Service:
         config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
-            self.peers.start()
+            self.peers.read_files()
             self.ifaces = self._choose_ifaces()
-            self._nflog = stack.enter_context(Nflog(config.nflog_group))
-            if config.rules == "auto":
-                self._firewall = stack.enter_context(Firewall(config, self.ifaces))
+            self._nflog = Nflog(config.nflog_group)
+            stack.callback(self._close_nflog)
             self._monitor = stack.enter_context(Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
             self._monitor.socket.setblocking(False)
             stack.callback(self._close_outlets)
             self._rearrange()
+            self._open_firewall(stack)
             self._probe_guard()
-            self._serve_status(stack)
+            self._open_status(stack)
+            self._drop_privileges()  # of this thread, so before any other starts
+            self._start_threads(stack)
             self._stack = stack.pop_all()
         self._announce()
+        self._manager.tell("READY=1", self._status())
+
+    def _open_firewall(self, stack: contextlib.ExitStack) -> None:
+        """Install our table; with --rules off it holds the guard only, and it may be missing."""
+        try:
+            self._firewall = Firewall(self.config, self.ifaces, nodes=self._arrangement.copies_to)
+            stack.enter_context(self._firewall)
+        except PmtudError as problem:
+            if self.config.rules == "auto":
+                raise
+            log("warning", "cannot install the guard", problem=str(problem))
 
     def _choose_ifaces(self) -> tuple[str, ...]:
+        self._routers = [hop.gateway for hop in default_hops()]
         if not self.config.ifaces:
             found = default_route_interfaces()
             if not found and self.config.rules == "auto":
@@ -2002,46 +2441,67 @@ class Service:
                 raise UsageError(f"--iface: there is no interface {name}; there are {', '.join(existing)}")
         return self.config.ifaces
 
-    def _serve_status(self, stack: contextlib.ExitStack) -> None:
+    def _open_status(self, stack: contextlib.ExitStack) -> None:
         config = self.config
         if not config.metrics_port:
             return
-        render = metrics_renderer(self.counters)
         try:
-            server = open_status_server(config, render, self.healthy, self.ready)
+            self._server = open_status_server(config, metrics_renderer(self.counters), self.healthy, self.ready)
+            stack.callback(self._server.server_close)
         except OSError as problem:
-            text = f"metrics port {config.metrics_port} cannot be bound ({problem.strerror})"
+            place = f"{config.metrics_addr or '*'} port {config.metrics_port}"
+            text = f"metrics cannot be served on {place} ({problem.strerror})"
+            advice = "choose others with --metrics-addr and --metrics-port"
             if config.metrics_required:
-                raise PmtudError(f"{text}; choose another with --metrics-port, 0 for none") from problem
-            log("warning", f"{text}; running without metrics, choose another with --metrics-port")
-            return
-        stack.callback(server.server_close)
-        stack.callback(server.shutdown)
-        threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-        threading.Thread(target=render, name="import", daemon=True).start()  # 100 ms that no scrape should wait for
+                raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
+            log("warning", f"{text}; running without, {advice}")
+
+    def _drop_privileges(self) -> None:
+        if os.geteuid() == 0:
+            try:
+                drop_privileges()
+            except OSError as problem:
+                log("warning", "cannot drop privileges, going on with all", problem=problem.strerror)
+
+    def _start_threads(self, stack: contextlib.ExitStack) -> None:
+        self.peers.follow()
+        if self._server:
+            stack.callback(self._server.shutdown)
+            threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+            # importing the library takes 100 ms that no scrape should wait for
+            threading.Thread(target=self._server.render, name="import", daemon=True).start()
 
     def _announce(self) -> None:
         config, arrangement = self.config, self._arrangement
         peers = [str(peer) for peers in arrangement.targets.values() for peer in peers]
         shown = ", ".join(peers[:8]) + (f" and {len(peers) - 8} more" if len(peers) > 8 else "")
-        table = "the operator's NFLOG rule"
-        if self._firewall:
-            table = f"table inet {self._firewall.table}" + ("" if self._firewall.owned else " (not owned: old kernel)")
+        table = "" if config.rules == "auto" else "your own NFLOG rule, "
+        table += f"table inet {self._firewall.table}" if self._firewall else "no guard"
+        table += " (not owned: old kernel)" if self._firewall and not self._firewall.owned else ""
         log("info", f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
             f"NFLOG group {config.nflog_group}, rules: {table}")  # fmt: skip
-        log("info", f"peers: {len(peers)} ({shown})" if peers else "peers: none, standalone: local rescue only")
+        nobody = "none, standalone: local rescue only" if self.peers.answered() else "none yet, asking for them"
+        log("info", f"peers: {len(peers)} ({shown})" if peers else f"peers: {nobody}")
         if arrangement.removed:
             log("info", f"own address removed from peers: {', '.join(map(str, arrangement.removed))}")
         log("info", f"limits: one per flow each {config.flow_interval:g} s, {config.source_rate:g}/s per router, "
             f"{config.rate:g}/s in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
             + ("; dry run: nothing is sent" if config.dry_run else ""))  # fmt: skip
 
+    def _status(self) -> str:
+        totals, peers = self.counters.summary(), sum(map(len, self._arrangement.targets.values()))
+        return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
+
     def close(self) -> None:
         """Undo everything open() did."""
+        self._manager.tell("STOPPING=1")
         self._stack.close()
         for descriptor in (self._wake_read, self._wake_write):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+    def _close_nflog(self) -> None:
+        self._nflog.close()
 
     def _close_outlets(self) -> None:
         for outlet in self._outlets.values():
@@ -2052,38 +2512,54 @@ class Service:
 
     def _rearrange(self) -> None:
         """Work out peers and addresses anew and put them in force."""
-        arrangement = arrange(self.peers.listed(), local_addresses(), self.config.ignore_networks)
-        outlets: dict[str, Outlet] = {}
-        for family in FAMILIES:
-            labels = [str(peer) for peer in arrangement.targets[family.name]]
-            counts = CopyCounts(labels, self.counters.copies.get(family.name))
-            try:
-                outlets[family.name] = Outlet(family, self.config, arrangement, counts)
-                self.counters.copies[family.name] = counts
-            except OSError as problem:  # this family is switched off in the kernel, or the source just vanished
-                if labels:
-                    log("warning", f"no {family.name} sockets", problem=problem.strerror)
-        old, self._outlets, self._arrangement = self._outlets, outlets, arrangement
+        config = self.config
+        arrangement = arrange(self.peers.listed(), local_addresses(), config.ignore_networks, self._routers)
+        before, self._arrangement = self._arrangement, arrangement
         self.policy.view = arrangement.view
         self.counters.peers = arrangement.per_source
-        for outlet in old.values():
-            outlet.close()
+        zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
+        if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
+            self._close_outlets()
+            self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
+        if self._firewall and self._firewall.nodes != arrangement.copies_to:
+            self._firewall.nodes = arrangement.copies_to
+            self._replace_rules()
+
+    def _open_outlets(self) -> None:
+        """Sockets for the peers of now, for each family that has none; tried again each second where it fails."""
+        for family in FAMILIES:
+            if family.name in self._outlets:
+                continue
+            try:
+                before = self.counters.copies.get(family.name)
+                self._outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
+                self.counters.copies[family.name] = self._outlets[family.name].counts
+                self._complaints.pop(family.name, None)
+            except OSError as problem:  # switched off in the kernel, or duplicate detection on the source address
+                if self._arrangement.targets[family.name]:
+                    self._complain(family.name, f"no {family.name} sockets", problem.strerror)
+
+    def _complain(self, about: str, text: str, problem: object) -> None:
+        """A warning, once for as long as the problem is the same."""
+        if self._complaints.get(about) != str(problem):
+            self._complaints[about] = str(problem)
+            log("warning", text, problem=problem)
 
     def _probe_guard(self) -> None:
         """Learn whether the guard is in force; without it only errors for local addresses are delivered."""
+        iface = next(iter(self.ifaces), "lo")
         for family in FAMILIES:
-            if family.name not in self._outlets or not self.ifaces:
-                continue
-            before, holds = self.guarded.get(family.name), guard_holds(family, self.ifaces[0])
+            before, holds = self.guarded.get(family.name), guard_holds(family, iface)
             if holds is False and self._firewall:
                 log("warning", "our rules are gone, someone flushed them: installing them again", family=family.name)
                 self._replace_rules()
-                holds = guard_holds(family, self.ifaces[0])
-            if holds is False and before is not False:
+                holds = guard_holds(family, iface)
+            if holds is None:  # the probe has no way out: believe the table, if we have one
+                holds = self._firewall is not None
+            if not holds and before is not False:
                 log("warning", f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
                     "install the output rules that `pmtud.py rules` prints", family=family.name)  # fmt: skip
-            if holds is not None:
-                self.guarded[family.name] = holds
+            self.guarded[family.name] = holds
 
     def _replace_rules(self) -> None:
         if not self._firewall:
@@ -2104,18 +2580,21 @@ class Service:
     def _tick(self, now: float) -> None:
         """Housekeeping, once a second."""
         self._ticks += 1
+        self._open_outlets()
+        self._stale = self._stale or "peers" in self._complaints
         if self._ticks % self.SLOW_TICKS == 0:
-            self._probe_guard()
             self._follow_default_route()
+            self._probe_guard()
         if now >= self._summary_at:
             self._summarize(now)
 
     def _follow_default_route(self) -> None:
-        if self.config.ifaces:
-            return
         with contextlib.suppress(PmtudError, OSError):
-            found = default_route_interfaces()
-            if found and found != self.ifaces:
+            hops = default_hops()
+            self._stale |= bool(hops) and [hop.gateway for hop in hops] != self._routers
+            self._routers = [hop.gateway for hop in hops] or self._routers
+            found = interfaces_of(hops)
+            if found and found != self.ifaces and not self.config.ifaces:
                 log("info", "the default route moved", before=",".join(self.ifaces), now=",".join(found))
                 self.ifaces = found
                 self._replace_rules()
@@ -2125,7 +2604,8 @@ class Service:
         changes = {name: count - self._summarized.get(name, 0) for name, count in totals.items()}
         if any(changes.values()):
             log("info", "last minute", **{name: count for name, count in changes.items() if count})
-        self._summarized, self._summary_at, self._news_left = totals, now + 60.0, self.NEWS_PER_MINUTE
+        self._manager.tell(self._status())
+        self._summarized, self._summary_at, self._news_left = totals, now + self.SUMMARY, self.NEWS_PER_MINUTE
 
     def healthy(self) -> bool:
         """Whether the loop turned within the last ten seconds."""
@@ -2133,20 +2613,21 @@ class Service:
 
     def ready(self) -> bool:
         """Whether errors can come in and go out: group bound, rules in place, every peer source answered."""
-        guarded = any(self.guarded.values()) or self.config.rules == "off"
+        guarded = all(self.guarded.values()) or self.config.rules == "off"
         return self.healthy() and guarded and self.peers.answered()
 
     # -- the loop
 
     def run(self) -> None:
         """Turn until SIGTERM or SIGINT."""
-        poll = select.poll()
         for descriptor in (self._nflog, self._monitor, self._wake_read):
-            poll.register(descriptor, select.POLLIN)
+            self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            ready = {number for number, _ in poll.poll(max(0, int((tick_at - time.monotonic()) * 1000) + 1))}
+            wake_at = min(tick_at, self._manager.watchdog_at)
+            ready = {number for number, _ in self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1))}
             self._turned = now = time.monotonic()
+            self._manager.turned(now)
             if self._wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake_read, 4096)
@@ -2155,7 +2636,9 @@ class Service:
             if self._hangup:
                 self._hangup = False
                 log("info", "SIGHUP: reading the peer sources again")
+                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 self.peers.reload()
+                self._manager.tell("READY=1", self._status())
             if self._nflog.fileno() in ready:
                 self._handle_batch(now)
             if now >= tick_at:
@@ -2192,19 +2675,26 @@ class Service:
         try:
             self._rearrange()
         except (PmtudError, OSError) as problem:
-            log("warning", "cannot put the new peers in force, the old ones stay", problem=str(problem))
+            self._complain("peers", "cannot put the new peers in force, the old ones stay", problem)
             return
+        self._complaints.pop("peers", None)
         if self._arrangement.targets != before.targets:
             log("info", "peers changed", **{f"peers_{name}": len(p) for name, p in self._arrangement.targets.items()})
+            self._manager.tell(self._status())
 
     # -- the packet's way
 
     def _handle_batch(self, now: float) -> None:
         """Take what arrived, decide on each error, send the copies together, then deliver here."""
+        if not self._backlog and not self._turns.take(None, now):
+            time.sleep(self.PAUSE)  # 20 turns a second, not 1,000: a flood that took 10 % of a core takes 3 %
+            now = time.monotonic()
         counters = self.counters
         copies: dict[str, list[bytes]] = {family.name: [] for family in FAMILIES}
         deliveries: list[tuple[MtuError, bool]] = []
-        logged = self._nflog.read(self.BATCH)
+        acted: list[tuple[MtuError, Origin]] = []
+        logged = self._read_nflog()
+        self._backlog = len(logged) >= self._batch()
         for packet, _, rpf in logged:
             error = parse(packet)
             if isinstance(error, Reason):
@@ -2218,11 +2708,12 @@ class Service:
                 counters.dropped[what] += 1
                 self._explain_drop(error, what, now)
                 continue
-            self._note(error, origin, now)
+            acted.append((error, origin))
             if self.config.dry_run:
                 counters.dropped[Reason.DRY_RUN] += 1
                 log("info", f"dry run: would {what.value}", origin=origin.value, error=error)
                 continue
+            counters.reported_mtu.observe(error.mtu)
             replicate = what is Action.REPLICATE and self._has_peers(error.family)
             deliver = origin is Origin.PEER or self.config.rescue
             counters.acted["replicate" if replicate else "deliver" if deliver else "none"] += 1
@@ -2235,10 +2726,32 @@ class Service:
                 self._replicate(name, bodies)
         for error, rpf in deliveries:
             self._deliver(error, rpf)
-        counters.nflog_lost = self._nflog.lost
+        for error, origin in acted:  # last: a log line costs as much as ten copies
+            self._note(error, origin, now)
         if logged:
             counters.last_error_received = time.time()
             counters.batch_duration.observe(time.monotonic() - now)
+
+    def _batch(self) -> int:
+        """How many errors this turn may take."""
+        most = max(map(len, self._arrangement.targets.values()), default=0)
+        return max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+
+    def _read_nflog(self) -> list[Logged]:
+        """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if that fails."""
+        before = self._nflog.lost
+        try:
+            return self._nflog.read(self._batch())
+        except OSError as problem:
+            self._poll.unregister(self._nflog)
+            self._nflog.close()
+            self._nflog = Nflog(self.config.nflog_group)
+            self._poll.register(self._nflog, select.POLLIN)
+            log("error", "the NFLOG socket broke and was opened again", problem=problem.strerror)
+            before = self._nflog.lost
+            return []
+        finally:
+            self.counters.nflog_lost += self._nflog.lost - before
 
     def _has_peers(self, family: Family) -> bool:
         outlet = self._outlets.get(family.name)
@@ -2267,8 +2780,7 @@ class Service:
         self.counters.rpf_rescued += rpf and result == "owner"
 
     def _note(self, error: MtuError, origin: Origin, now: float) -> None:
-        """Count the MTU; one log line for a (router, destination, MTU) not seen in the last hour."""
-        self.counters.reported_mtu.observe(error.mtu)
+        """One log line for a (router, destination, MTU) not seen in the last hour."""
         if LOGGER.isEnabledFor(logging.DEBUG):
             log("debug", "error", origin=origin.value, error=error)
         key = (error.src, error.quoted_dst, error.mtu)
@@ -2290,6 +2802,594 @@ class Service:
                 source = ipaddress.ip_address(error.src)
                 log("warning", f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
                     f"address of a peer, add it to --peers or --ignore-networks", error=error)  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# Section: check -- what becomes of MTU errors on this node, and how to repair it; changes nothing
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+REPORT_COLUMNS = 79
+STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
+
+# linux/rtnetlink.h, linux/if_link.h, linux/if.h
+RTM_NEWLINK, RTM_GETLINK, RTA_DST, IFF_UP = 16, 18, 1, 1
+IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_LINK_NETNSID = 3, 4, 18, 37
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VXLAN_GROUP6, IFLA_VXLAN_LOCAL6 = 1, 2, 16, 17
+
+# By kind of interface: the names it goes by, the bytes it adds over IPv4 and over IPv6.
+TUNNELS = {
+    "ipip": (r"tunl\d+", 20, 20),
+    "vxlan": (r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan", 50, 70),
+    "wireguard": (r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", 60, 80),
+    "geneve": (r"cilium_geneve", 50, 70),
+}
+POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
+NIC_NAMES = r"eth\d|en[opsx]|mgmt"  # never pods, though in kind and containerlab they are veths as well
+# Names of interfaces or files, and the command that gives them their {mtu}, or tells the CNI that the NIC has {nic}.
+MTU_COMMANDS = (
+    (r"cali|tunl0", "kubectl patch installation default --type=merge -p "
+                    '\'{{"spec":{{"calicoNetwork":{{"mtu":{mtu}}}}}}}\''),
+    (r"flannel|cni0", "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
+    (r"lxc|cilium", "cilium config set mtu {nic}"),
+    (r"\.conf", "sed -i -E 's/(\"mtu\": *)[0-9]+/\\1{mtu}/' {name}"),
+    (r"", "ip link set dev {name} mtu {mtu}"),
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """The answer of one check; `fix` holds the commands that repair it, one a line, empty where there are none."""
+
+    check: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+class Link(NamedTuple):
+    """A network interface that is up; `overhead` is None if it is no tunnel; a pod's peer is in another namespace."""
+
+    name: str
+    mtu: int
+    overhead: Optional[int]
+    is_pod: bool
+
+
+class Node(NamedTuple):
+    """What the checks look at; `rules` are (place, text); `daemon` is the process that is pmtud, empty if none is."""
+
+    config: Config
+    ifaces: tuple[str, ...]
+    links: dict[str, Link]
+    rules: list[tuple[str, str]]
+    daemon: str
+    cni_dir: str
+
+
+def setting(path: str) -> int:
+    """The number in /proc/sys/net/PATH, -1 where there is none."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/sys/net/{path}") as stream:
+        return int(stream.read())
+    return -1
+
+
+def list_links() -> Iterator[Link]:
+    """Every interface that is up (RTM_GETLINK)."""
+    for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
+        attrs = attributes(payload, IFINFOMSG.size)
+        info = attributes(attrs.get(IFLA_LINKINFO, b""))
+        name, kind = (a.rstrip(b"\0").decode() for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b"")))
+        data = attributes(info.get(IFLA_INFO_DATA, b"")) if kind == "vxlan" else {}
+        over_ipv6 = "-v6" in name or any(data.get(IFLA_VXLAN_GROUP6, b"") + data.get(IFLA_VXLAN_LOCAL6, b""))
+        tunnels = (both for k, (names, *both) in TUNNELS.items() if k == kind or re.fullmatch(names, name))
+        overhead = next((both[over_ipv6] for both in tunnels), None)
+        if IFINFOMSG.unpack_from(payload)[3] & IFF_UP:
+            far = kind == "veth" and IFLA_LINK_NETNSID in attrs and not re.match(NIC_NAMES, name)
+            mtu = int.from_bytes(attrs[IFLA_MTU], sys.byteorder)
+            yield Link(name, mtu, overhead, far or re.fullmatch(POD_NAMES, name) is not None)
+
+
+def firewall_rules() -> Iterator[tuple[str, str]]:
+    """The place and text of each rule that logs to a group or looks at reverse paths: nft and both iptables."""
+    import subprocess
+
+    commands = ["nft list ruleset", "iptables-nft-save -c", "ip6tables-nft-save -c"]
+    # The legacy commands would load their modules; these files are there only where they are loaded already.
+    loaded = [name for name in ("ip", "ip6") if os.path.exists(f"/proc/net/{name}_tables_names")]
+    commands += [f"{name}tables{kind}-save -c" for name in loaded for kind in ("-legacy", "")]
+    for command in commands:
+        place = table = ""
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command.split(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
+                                  encoding="utf-8", errors="replace", timeout=10)  # fmt: skip
+            for line in done.stdout.splitlines():
+                if found := re.match(r"table (.+) {|\*(\w+)", line):
+                    table = found[1] or f"{command.partition('t')[0]} {found[2]}"
+                elif found := re.match(r"\s*chain (\S+) {|\[\d+:\d+\] -A (\S+)", line):
+                    place = f"{table} {found[1] or found[2]}"
+                elif found := re.search(r" hook (?!prerouting|ingress)(\w+)", line):
+                    place += f" ({found[1].upper()})"
+                if re.search(r"\blog .*group |NFLOG|\bfib saddr |-m rpfilter", line):
+                    yield place, line.strip()
+
+
+def nftables_refusal(table_flags: int) -> int:
+    """The errno with which nftables refuses a table with these flags, 0 if it takes it.
+
+    Asked in a batch without its end message, which the kernel validates and then always aborts: nothing is made.
+    """
+    name = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, "pmtud_probe")
+    begin = message(NFNL_MSG_BATCH_BEGIN, 0, 1, bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES)))
+    make = message(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, NLM_F_CREATE | NLM_F_ACK, 2,
+                   name + be32(NFTA_TABLE_FLAGS, table_flags))  # fmt: skip
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            netlink.send("probe nftables", begin + make, 2)
+    except NetlinkError as problem:
+        return problem.number
+    return 0
+
+
+def program(config: Config, *words: str) -> str:
+    """The command that runs this program with these words and the interfaces, group and peers of `config`."""
+    command = ["python3", os.path.abspath(__file__), *words]
+    command += [word for iface in config.ifaces for word in ("--iface", iface)]
+    command += ["--nflog-group", str(config.nflog_group)] if config.nflog_group != Config.nflog_group else []
+    peers = [] if words else [*map(str, config.peers), *config.peer_sources]
+    command += [word for peer in peers for word in ("--peers", peer)]
+    return shlex.join(command) + (" | sed '/^}/q' | nft -f -" if words == ("rules",) else "")
+
+
+def check_kernel(node: Node) -> Iterator[Finding]:
+    """Whether the kernel gives us sockets, a table of our own and the NFLOG group; the group is bound and freed."""
+    try:
+        with Netlink(NETLINK_NETFILTER), IcmpSocket(IPV4, MARK_DELIVER):
+            yield Finding("privileges", OK, "raw sockets, marks and netlink are allowed")
+    except PmtudError as problem:
+        yield Finding("privileges", FAIL, str(problem), f"sudo {program(node.config, 'check')}")
+    refusal = nftables_refusal(NFT_TABLE_F_OWNER)
+    if not refusal:
+        yield Finding("nftables", OK, "the kernel takes a table, and removes it when its owner dies")
+    elif refusal != errno.EPERM and not nftables_refusal(0):
+        yield Finding("nftables", WARN, "no table ownership (Linux before 5.12): after SIGKILL our table stays")
+    else:
+        fix = "" if refusal == errno.EPERM else "modprobe nf_tables"
+        yield Finding("nftables", FAIL, f"a table is refused: {os.strerror(refusal)}", fix)
+    group = node.config.nflog_group
+    try:
+        if not node.daemon:
+            Nflog(group).close()
+        state = f"held by pmtud {node.daemon}" if node.daemon else "free"
+        yield Finding("nflog_group", OK, f"group {group} is {state}")
+    except PmtudError as problem:
+        taken = group_holder(group) is not None
+        fix = program(replace(node.config, nflog_group=group + 1)) if taken else ""
+        yield Finding("nflog_group", FAIL, str(problem), fix)
+
+
+def check_rules(node: Node) -> Iterator[Finding]:
+    """Whether a rule feeds the group, and the guard keeps errors about other nodes' flows inside."""
+    config, auto = node.config, node.config.rules == "auto"
+    places: dict[str, str] = {}
+    table = f"inet pmtud_{config.nflog_group}"
+    for place, text in node.rules:
+        if re.search(rf"group {config.nflog_group}\b", text) and not (auto and place.startswith(f"{table} ")):
+            counter = re.search(r"^\[(\d+):| packets (\d+)", text)
+            places[place] = f"{place}, " + (f"{counter[1] or counter[2]} packets so far" if counter else "no counter")
+    feeds, late = "; ".join(places.values()), [p for p in places if re.search("INPUT|FORWARD|OUTPUT", p)]
+    if auto and feeds:
+        yield Finding("nflog_rule", WARN, f"pmtud installs its own, and this one feeds every error in again: {feeds}",
+                      f"{program(config)} --rules off")  # fmt: skip
+    elif auto:
+        yield Finding("nflog_rule", OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own")
+    elif late or not feeds:
+        text = f"too late, rp_filter comes first: {feeds}"
+        text = text if late else f"--rules off, and nothing feeds group {config.nflog_group}"
+        yield Finding("nflog_rule", WARN if late else FAIL, text, program(config, "rules"))
+    else:
+        yield Finding("nflog_rule", OK, feeds)
+    if auto and not node.daemon:
+        yield Finding("guard", OK, "pmtud installs it")
+        return
+    holds = {family.name: guard_holds(family, next(iter(node.ifaces), "lo")) for family in FAMILIES}
+    missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
+    if missing:
+        text = f"none for {missing}: errors about other nodes' flows would leave this node"
+        yield Finding("guard", FAIL, text, "" if auto else program(config, "rules"))
+    else:
+        yield Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+
+
+def reverse_path_filter(node: Node, iface: str, version: int) -> str:
+    """What drops errors on this interface by reverse path, empty if nothing does."""
+    if version == 4 and max(setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface)) == 1:
+        return "rp_filter"
+    for place, text in node.rules:
+        other = re.search(r"^ip6 |nfproto ipv6" if version == 4 else r"^ip |nfproto ipv4", f"{place} {text}")
+        if not other and re.search(r"iif (oif|check) (0|missing)\b.* (drop|reject)|--invert.* -j (DROP|REJECT)", text):
+            return f"a rule in {place}"
+    return ""
+
+
+def check_interfaces(node: Node) -> Iterator[Finding]:
+    """What reverse path filtering does to a router's error, and whether IPv6 runs where errors come in."""
+    for iface in node.ifaces:
+        if iface not in node.links:
+            yield Finding("interface", FAIL, f"{iface} is not there or not up", f"ip link set dev {iface} up")
+            continue
+        every, own = (setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface))
+        mode = {0: "off", 1: "strict", 2: "loose, errors from any routed address pass"}.get(max(every, own), "unknown")
+        drops = " and ".join(filter(None, dict.fromkeys(reverse_path_filter(node, iface, f.version) for f in FAMILIES)))
+        text = f"{iface}: {mode} (all {every}, {iface} {own})"
+        if drops and not (node.daemon and node.config.rescue):
+            yield Finding("rp_filter", WARN, f"{text}; an error from a router's address that is routed elsewhere is "
+                          f"dropped by {drops}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers "
+                          "the error and leaves it strict", program(node.config))  # fmt: skip
+        else:
+            yield Finding("rp_filter", OK, f"{text}; pmtud delivers what is dropped by {drops}" if drops else text)
+        conf, mtu = f"ipv6/conf/{iface}", node.links[iface].mtu
+        forwarding, accept, accept_mtu = (setting(f"{conf}/{k}") for k in ("forwarding", "accept_ra", "accept_ra_mtu"))
+        listens = accept == 2 or (accept == 1 and not forwarding)
+        if mtu < IPV6_MIN_MTU:
+            text = f"{iface}: cannot run, MTU {mtu} is under {IPV6_MIN_MTU}"
+            yield Finding("ipv6", FAIL, text, f"ip link set dev {iface} mtu {IPV6_MIN_MTU}")
+        elif setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"):
+            yield Finding("ipv6", OK, f"{iface}: switched off")
+        elif listens and not accept_mtu:
+            text = f"{iface}: the MTU in router advertisements is ignored"
+            yield Finding("ipv6", WARN, text, f"sysctl -w net/{conf}/accept_ra_mtu=1")
+        else:
+            heard = "believed" if listens else f"not read (forwarding {forwarding}, accept_ra {accept})"
+            yield Finding("ipv6", OK, f"{iface}: router advertisements and their MTU are {heard}")
+
+
+SETTINGS: tuple[tuple[str, dict[int, tuple[str, str]]], ...] = (
+    ("ipv4/ip_no_pmtu_disc", {
+        0: (OK, "path MTU discovery is on"),
+        1: (WARN, "packets leave without DF and are fragmented on their way"),
+        2: (FAIL, "the kernel discards every error, pmtud's deliveries too"),
+        3: (WARN, "only errors about TCP, SCTP and DCCP are believed; UDP, QUIC and tunnels hang. And an error that "
+            "quotes an unknown protocol panics kernels before 6.6.130, 6.12.78 and 6.18.20 (CVE-2026-23398)")}),
+    ("ipv4/tcp_mtu_probing", {
+        0: (OK, "off, TCP depends on the errors of routers"),
+        1: (OK, "TCP probes by itself, seconds after it hung; UDP, QUIC and tunnels do not"),
+        2: (OK, "TCP starts small and probes upwards; UDP, QUIC and tunnels do not")}),
+    ("ipv4/fib_multipath_hash_policy", dict.fromkeys(range(4), (OK, "as a router, this node. The fabric cannot be seen "
+        "from here: a Linux router that hashes on addresses (0) sends errors to the right node, others may not"))),
+)  # fmt: skip
+
+
+def check_settings(_: Node) -> Iterator[Finding]:
+    """The kernel settings that decide what becomes of an error, and the room in the connection table."""
+    for path, verdicts in SETTINGS:
+        value = setting(path)
+        status, text = verdicts.get(value, (OK, "unknown to this program"))
+        fix = "" if status == OK else f"sysctl -w net/{path}=0"
+        yield Finding(os.path.basename(path), status, f"{value}: {text}", fix)
+    smallest = setting("ipv4/route/min_pmtu")
+    good = smallest <= IPV4_MIN_PMTU
+    text = f"{smallest}: " + ("the smallest MTU believed" if good else "smaller reports count as this one, and cost DF")
+    fix = "" if good else f"sysctl -w net/ipv4/route/min_pmtu={IPV4_MIN_PMTU}"
+    yield Finding("min_pmtu", OK if good else WARN, text, fix)
+    count, most = setting("netfilter/nf_conntrack_count"), setting("netfilter/nf_conntrack_max")
+    status = FAIL if count > 0.95 * most > 0 else WARN if count > 0.80 * most > 0 else OK
+    text = f"{count} of {most} connections ({count / most:.0%})" if most > 0 else "not in use"
+    fix = "" if status == OK else f"sysctl -w net/netfilter/nf_conntrack_max={2 * most}"
+    yield Finding("conntrack", status, text, fix)
+
+
+def check_peers(node: Node) -> Iterator[Finding]:
+    """Whether each peer resolves, has a route, and is not an address that this node shares with others."""
+    config, local, listed = node.config, local_addresses(), {"static": node.config.peers}
+    for source in map(open_source, config.peer_sources):
+        try:
+            listed[source.name] = source.load() or ()
+        except PmtudError as problem:
+            yield Finding("peers", FAIL, str(problem))
+    arrangement = arrange(listed, local, config.ignore_networks)
+    targets = [peer for peers in arrangement.targets.values() for peer in peers]
+    shared = {address.packed for address in local if address.ifindex == socket.if_nametoindex("lo")}
+    bad = {peer: "a service address on lo, not a node" for peer in arrangement.removed if peer.packed in shared}
+    bad.update({peer: "no route" for peer in targets if not kernel_source(peer)})
+    networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
+    near = sum(any(ipaddress.ip_address(peer.packed) in network for network in networks) for peer in targets)
+    if bad:
+        fix = program(replace(config, peers=tuple(peer for peer in config.peers if peer not in bad)))
+        yield Finding("peers", FAIL, "; ".join(f"{peer}: {why}" for peer, why in bad.items()), fix)
+    else:
+        text = f"{near} on-link, {len(targets) - near} routed" if targets else "none: standalone, local rescue only"
+        yield Finding("peers", OK, "; ".join([text, *(f"{peer} is this node" for peer in arrangement.removed)]))
+
+
+def judge_mtu(names: Sequence[str], mtu: int, nic: Link, overhead: int) -> Finding:
+    """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them."""
+    best, spare = nic.mtu - overhead, nic.mtu - mtu
+    command = next(command for pattern, command in MTU_COMMANDS if re.search(pattern, names[0]))
+    fix = "\n".join(dict.fromkeys(command.format(mtu=best, nic=nic.mtu, name=name) for name in names))
+    shown = f"{names[0]} {mtu}" if len(names) == 1 else f"{len(names)} pods ({names[0]}, ...) {mtu}"
+    formula = f"{nic.name} {nic.mtu} - {overhead}"
+    if mtu == best:
+        return Finding("mtu", OK, f"{shown} = {formula}")
+    if best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]):
+        return Finding("mtu", OK, f"{shown}: Cilium subtracts the {overhead} in its routes")
+    if mtu > best:
+        return Finding("mtu", FAIL, f"{shown} > {formula}: packets over {best} vanish (black hole)", fix)
+    if overhead and spare == 2 * overhead:
+        return Finding("mtu", WARN, f"{shown} = {formula} - {overhead}: the overhead is subtracted twice", fix)
+    if any(spare in both for _, *both in TUNNELS.values()):
+        return Finding("mtu", OK, f"{shown} = {nic.name} {nic.mtu} - {spare}, where {overhead} would do")
+    lost = "jumbo frames left unused" if best >= 1.5 * mtu else f"{best - mtu} bytes left unused"
+    return Finding("mtu", WARN, f"{shown} < {formula} = {best}: {lost}", fix)
+
+
+def check_mtu(node: Node) -> Iterator[Finding]:
+    """The MTU of every tunnel, every pod interface and the CNI configuration against the NIC."""
+    nics = sorted((node.links[name] for name in node.ifaces if name in node.links), key=lambda link: link.mtu)
+    if not nics:
+        yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface")
+        return
+    if nics[-1].mtu != nics[0].mtu:
+        yield Finding("mtu", WARN, "the NICs differ: " + ", ".join(f"{link.name} {link.mtu}" for link in nics),
+                      f"ip link set dev {nics[0].name} mtu {nics[-1].mtu}")  # fmt: skip
+    others = [link for link in node.links.values() if link not in nics]
+    for link in others:
+        if link.overhead is not None:
+            yield judge_mtu([link.name], link.mtu, nics[0], link.overhead)
+    overhead = max((link.overhead or 0 for link in others), default=0)
+    configured: set[int] = set()
+    groups: dict[tuple[str, int], list[str]] = {}
+    files = sorted(os.listdir(node.cni_dir) if os.path.isdir(node.cni_dir) else ())
+    for entry in (name for name in files if name.endswith((".conf", ".conflist"))):
+        with open(os.path.join(node.cni_dir, entry), errors="replace") as stream:
+            for mtu in map(int, re.findall(r'"mtu"\s*:\s*([1-9]\d*)', stream.read())):  # 0: automatic
+                yield judge_mtu([stream.name], mtu, nics[0], overhead)
+                configured.add(mtu)
+    if not overhead and not configured and not any(link.is_pod for link in others):
+        yield Finding("mtu", OK, f"{nics[0].name} {nics[0].mtu}, without tunnels and pods")
+    for link in others:
+        if link.is_pod:
+            groups.setdefault((link.name[:4], link.mtu), []).append(link.name)
+    for (_, mtu), names in groups.items():
+        finding, host = judge_mtu(names, mtu, nics[0], overhead), shlex.quote(node.config.nodename)
+        if finding.fix and nics[0].mtu - overhead in configured:
+            fix = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
+            text = f"{finding.found}; new pods get {nics[0].mtu - overhead} from the CNI"
+            finding = finding._replace(found=text, fix=fix)
+        yield finding
+
+
+# linux/in.h, linux/in6.h, linux/errqueue.h, asm-generic/socket.h, linux/if_ether.h, linux/tcp.h
+PMTUDISC_PROBE, IP_RECVERR, IPV6_RECVERR, IP_MTU, IPV6_MTU = 3, 11, 25, 14, 24
+EXTENDED_ERR = struct.Struct("=IBBBxII")  # struct sock_extended_err: errno, origin, type, code, info (the MTU), data
+SO_ATTACH_FILTER, ETH_P_IP, ETH_P_IPV6 = 26, 0x0800, 0x86DD
+TCP_INFO_OPTIONS, TCP_INFO_SND_MSS, TCP_INFO_PMTU, TCPI_OPT_TIMESTAMPS = 5, 16, 60, 1  # offsets in struct tcp_info
+PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
+PROBE_MIN_BYTES, PROBE_SECONDS = 68, 4.0  # the first probe; the time for one address
+
+
+class Answer(NamedTuple):
+    """What became of a probe: `reply`, `report` of an `mtu` by `router`, `dropped` report, `error`, `silence`."""
+
+    kind: str
+    router: str = ""
+    mtu: int = 0
+
+
+class Prober(Descriptor):
+    """Sends packets with DF to an address; `socket` sees ICMP come in before rp_filter does, where that is allowed."""
+
+    def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
+        self.address = (address[0], PROBE_PORT, *address[2:])
+        self.packed = ipaddress.ip_address(address[0].partition("%")[0]).packed
+        self.family = family_of(self.packed)
+        ipv4 = self.family is IPV4
+        self.level, self.headers = (socket.IPPROTO_IP, 28) if ipv4 else (socket.IPPROTO_IPV6, 48)
+        self.options = ((IP_MTU_DISCOVER, PMTUDISC_PROBE), (IP_RECVERR, 1)) if ipv4 else (
+            (IPV6_MTU_DISCOVER, PMTUDISC_PROBE), (IPV6_RECVERR, 1))  # fmt: skip
+        query = RTMSG.pack(self.family.af, 8 * len(self.packed), *bytes(7)) + attribute(RTA_DST, self.packed)
+        with Netlink(NETLINK_ROUTE) as netlink:
+            route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
+        self.route = attributes(route, RTMSG.size)
+        self.iface = socket.if_indextoname(route_hops(self.route)[0].ifindex)
+        self.top = min(node.links[self.iface].mtu if self.iface in node.links else 1500, 65535)
+        self.own = {own.packed for own in local_addresses()}
+        self.started, self.replies, self.timeout = time.monotonic(), 0, 1.0
+        offset, ethertype = (9, ETH_P_IP) if ipv4 else (6, ETH_P_IPV6)
+        try:
+            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype))
+            # Classic BPF: load the protocol's byte; if it is ICMP take the packet, else drop it.
+            code = struct.pack("=HBBIHBBIHBBIHBBI", 0x30, 0, 0, offset, 0x15, 0, 1, self.family.icmp_protocol,
+                               6, 0, 0, 0xFFFF, 6, 0, 0, 0)  # fmt: skip
+            buffer = ctypes.create_string_buffer(code)
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(buffer)))
+        except PermissionError:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # nothing ever comes in here
+        self.socket.setblocking(False)
+
+    def probe(self, size: int) -> Answer:
+        """The answer to a packet of this size."""
+        # Linux hosts answer six at once and then one a second (net.ipv4.icmp_ratelimit).
+        time.sleep(max(0.0, self.replies - 5 - (time.monotonic() - self.started)))
+        sent = time.monotonic()
+        answer = self._explain(self._ask(size), size)
+        if answer.kind != "silence":
+            self.replies += answer.kind == "reply"
+            self.timeout = min(self.timeout, max(0.08, 4 * (time.monotonic() - sent)))
+        return answer
+
+    def _ask(self, size: int) -> Answer:
+        """Send, wait, and read the socket's error queue; a datagram is a reply as well."""
+        with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
+            try:
+                for option, value in self.options:
+                    udp.setsockopt(self.level, option, value)
+                udp.connect(self.address)
+                udp.send(bytes(size - self.headers))
+                if not select.select([udp], [], [], self.timeout)[0]:
+                    return Answer("silence")
+                data = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1][0][2]
+            except BlockingIOError:
+                return Answer("reply")
+            except OSError as problem:
+                return Answer("error", f"this node: {problem.strerror}")
+        number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
+        sender = data[20:24] if self.family is IPV4 else data[24:40]  # in struct sockaddr_in, sockaddr_in6
+        if number == errno.EMSGSIZE:
+            return Answer("report", str(ipaddress.ip_address(sender)), mtu)
+        refusal = Answer("error", f"{ipaddress.ip_address(sender)}: {os.strerror(number)}")
+        return Answer("reply") if sender == self.packed else refusal
+
+    def _explain(self, answer: Answer, size: int) -> Answer:
+        """The answer in the light of what came in: a report that was dropped, the router behind pmtud's delivery."""
+        while True:
+            try:
+                error = parse(self.socket.recv(4096))
+            except BlockingIOError:
+                return answer
+            if isinstance(error, MtuError) and (error.quoted_dst, error.quoted_length) == (self.packed, size):
+                router = str(ipaddress.ip_address(error.src))
+                if answer.kind == "silence":
+                    answer = Answer("dropped", router, error.mtu)
+                elif answer.kind == "report" and error.src not in self.own and answer.router != router:
+                    answer = answer._replace(router=f"{router}, through pmtud,")
+
+    def measure(self) -> tuple[int, bool, list[Answer]]:
+        """The largest size answered (0: none), whether one byte more is surely lost, and the reports on the way.
+
+        A silence costs a moment, an answer one of the few a host gives: so sizes are tried from the upper end.
+        """
+        first = self.probe(PROBE_MIN_BYTES)
+        first = self.probe(PROBE_MIN_BYTES) if first.kind == "silence" else first
+        if first.kind != "reply":
+            return 0, False, [first]
+        low, size, reports, certain = PROBE_MIN_BYTES, self.top, list[Answer](), {self.top + 1}
+        lost = [*certain]
+        while time.monotonic() - self.started < PROBE_SECONDS:
+            answer = self.probe(size)
+            if answer.kind == "reply":
+                self.replies += 6 * (size in certain)  # not lost after all: the host had no answers left
+                low, lost = size, [other for other in lost if other > size]
+            elif low <= answer.mtu < size:
+                lost, certain = [*lost, answer.mtu + 1], {*certain, answer.mtu + 1}
+            else:
+                lost.append(size)
+            reports += [answer] if answer.mtu else []
+            high = min(lost)
+            if high in certain and high - low == 1:
+                return low, True, reports
+            if high in certain:
+                size = high - 1
+            elif high - low == 1:
+                time.sleep(1.0)  # by then a host that limits its answers has one left: ask again
+                certain, size = {*certain, high}, high
+            else:
+                usual = max((mtu for mtu in MTU_BUCKETS if low < mtu < high), default=0)
+                size = usual or (low + 1 if low in MTU_BUCKETS else high - max(1, (high - low) // 4))
+        return low, False, reports
+
+    def handshake(self, port: int) -> str:
+        """What a TCP handshake says about the path; raises OSError if there is none."""
+        with socket.create_connection((self.address[0], port), 2.0) as tcp:
+            info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        mss, pmtu = (int.from_bytes(info[at : at + 4], sys.byteorder) for at in (TCP_INFO_SND_MSS, TCP_INFO_PMTU))
+        mss += 12 if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS else 0
+        return f"TCP port {port} answers: MSS {mss}, as for MTU {mss + self.headers + 12}; the kernel uses {pmtu}"
+
+
+def judge_path(node: Node, prober: Prober, port: int) -> Finding:
+    """The verdict on one address."""
+    host, (low, settled, reports), tail, answers = prober.address[0], prober.measure(), "", False
+    if port:
+        try:
+            tail, answers = f"; {prober.handshake(port)}", True
+        except OSError as problem:
+            tail = f"; TCP port {port}: {problem.strerror or problem}"
+    if not low:
+        why = reports[0].router and f"unreachable, {reports[0].router}"
+        status = FAIL if why or (port and not answers) else WARN
+        again = "" if port or why else f"{program(node.config, 'check')} {f'[{host}]' if ':' in host else host}:443"
+        return Finding("path", status, f"{host}: {why or 'not measured, it answers nothing to UDP'}{tail}", again)
+    hops = "".join(dict.fromkeys(f", {answer.router} reports {answer.mtu}" for answer in reports))
+    text = f"{host}: path MTU {low}{hops}"
+    if any(answer.kind == "dropped" for answer in reports):
+        culprit = reverse_path_filter(node, prober.iface, prober.family.version)
+        other = "ip_no_pmtu_disc" if setting("ipv4/ip_no_pmtu_disc") in (2, 3) else "a firewall rule"
+        text += f"; the report arrived here and was dropped by {culprit or other}"
+        return Finding("path", FAIL, text + tail, program(node.config) if culprit else "")
+    if not settled:
+        text = f"{host}: path MTU at least {low}{hops}; the host limits its answers, ask again in ten seconds{tail}"
+        return Finding("path", WARN, text)
+    if low == prober.top or low in (answer.mtu for answer in reports):
+        return Finding("path", OK, text + ("" if hops else f", all of {prober.iface}") + tail)
+    text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
+    with socket.socket(prober.family.af, socket.SOCK_DGRAM) as udp:
+        udp.connect(prober.address)
+        known = udp.getsockopt(prober.level, IP_MTU if prober.family is IPV4 else IPV6_MTU)
+    if known <= low:
+        return Finding("path", OK, f"{text}; this node knows, it uses {known}")
+    gateway = f"via {ipaddress.ip_address(prober.route[RTA_GATEWAY])} " if RTA_GATEWAY in prober.route else ""
+    return Finding("path", FAIL, text, f"ip route replace {host} {gateway}dev {prober.iface} mtu {low}")
+
+
+def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
+    """The path MTU to each HOST or HOST:PORT, over IPv4 and IPv6 where it has both."""
+    for text in hosts:
+        bracketed, port6, plain, port4, bare = re.fullmatch(  # type: ignore[union-attr]
+            r"\[(.+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?|(.*)", text, re.DOTALL).groups()  # fmt: skip
+        try:
+            port = int(port6 or port4 or 0)
+            if port > 65535:
+                raise UsageError(f"{port} is not a port")
+            found = socket.getaddrinfo(bracketed or plain or bare, None, type=socket.SOCK_DGRAM)
+            for address in {family: address for family, _, _, _, address in reversed(found)}.values():
+                with Prober(node, address) as prober:
+                    yield judge_path(node, prober, port)
+        except (PmtudError, OSError) as problem:
+            yield Finding("path", FAIL, f"{text}: {getattr(problem, 'strerror', None) or problem}")
+
+
+CHECKS = (check_kernel, check_rules, check_interfaces, check_settings, check_peers, check_mtu)
+
+
+def render(finding: Finding, color: bool) -> str:
+    """The lines of one finding: the verdict first, under it the commands that repair it."""
+    import textwrap
+
+    status = f"{finding.status:5}"
+    words = f"{status}{finding.check}: {finding.found}"
+    lines = textwrap.wrap(words, REPORT_COLUMNS, subsequent_indent=" " * 7, break_on_hyphens=False)
+    for command in finding.fix.splitlines():
+        line = "       fix:"
+        for word in re.findall(r"(?:'[^']*'|\S)+", command):  # broken between words, never inside quotes
+            if len(f"{line} {word} \\") > REPORT_COLUMNS and line.strip():
+                lines.append(f"{line} \\")
+                line = " " * 11
+            line += f" {word}"
+        lines.append(line)
+    text = "\n".join(lines)
+    return text.replace(status, f"{STATUS_COLORS[finding.status]}{status}\033[0m", 1) if color else text
+
+
+def check(config: Config, hosts: Sequence[str], as_json: bool, color: bool, cni_dir: str = "/etc/cni/net.d") -> int:
+    """Print the verdicts on this node and the paths to `hosts`; the exit code: 0 all OK, 1 warnings, 2 failures."""
+    rules, port = list(firewall_rules()), group_holder(config.nflog_group)
+    found: list[Finding] = []
+    holder = "" if port is None else netlink_holder(port)
+    ours = "pmtud" in holder or any(place.startswith(f"inet pmtud_{config.nflog_group} ") for place, _ in rules)
+    ifaces, links = config.ifaces or default_route_interfaces(), {link.name: link for link in list_links()}
+    node = Node(config, ifaces, links, rules, holder if ours else "", cni_dir)
+    for probe in (*CHECKS, lambda node: check_hosts(node, hosts)):
+        for finding in probe(node):
+            found.append(finding)
+            if not as_json:
+                print(render(finding, color and sys.stdout.isatty()), flush=True)
+    summary = {status: sum(finding.status == status for finding in found) for status in (OK, WARN, FAIL)}
+    if as_json:
+        checks = [finding._asdict() for finding in found]
+        print(json.dumps({"schema": 1, "node": config.nodename, "summary": summary, "checks": checks}, indent=2))
+    else:
+        print(f"{config.nodename}: " + ", ".join(f"{count} {status}" for status, count in summary.items()))
+    return 2 if summary[FAIL] else 1 if summary[WARN] else 0
 
 
 # -----------------------------------------------------------------------------
@@ -2320,14 +3420,14 @@ def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
     """The items of one --peers value: addresses, and the texts of sources."""
     items: list[Union[PeerAddress, str]] = []
     for item in split_list(text):
-        if re.match("[a-z]+:", item) and not re.match("[0-9a-f]*:[0-9a-f]*:", item):
-            open_source(item)
-            items.append(item)
+        name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
+        if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
+            items.append(open_source(name).name)
             continue
         try:
             items.append(parse_peer(item))
         except ValueError as problem:
-            raise ValueError(f"{problem}; a peer is an address or file:PATH") from None
+            raise ValueError(f"{problem}; a peer is {PEER_KINDS}") from None
     return items
 
 
@@ -2337,7 +3437,10 @@ examples:
   sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12       copies to these nodes; this node's own address may be listed
   sudo python3 pmtud.py --peers 10.0.0.255                one broadcast copy reaches the whole subnet
   sudo python3 pmtud.py --peers file:/etc/pmtud/peers     one address per line, read again when it changes
+  sudo python3 pmtud.py --peers dns:pmtud.example         all addresses of a name, asked for again every ten seconds
   sudo python3 pmtud.py --dry-run --log-level debug       look, send nothing
+  sudo python3 pmtud.py check                             the doctor: what is wrong here, and what repairs it
+  python3 pmtud.py check 10.9.0.2 [fd09::2]:443           measure paths, too
   python3 pmtud.py rules --iface eth0                     the rules it installs, for pasting
 
 Every option can come from the environment: --flow-interval from PMTUD_FLOW_INTERVAL, and so on.
@@ -2349,10 +3452,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of the daemon; no defaults here, Config has them."""
     add = parser.add_argument
     add("--peers", action="append", metavar="LIST", type=option_type(parse_peer_items),
-        help="nodes to send copies to: addresses, a subnet broadcast address, file:PATH; comma-separated, repeatable")
+        help="nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME (all A and AAAA, "
+             "asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; comma-separated, repeatable")
     add("--iface", action="append", metavar="NAME", type=option_type(parse_iface),
         help="where errors come in; repeatable (default: the interface of the default route)")
-    add("--nodename", metavar="NAME", help="this node's name in the log (default: the host name)")
+    add("--nodename", metavar="NAME", type=option_type(parse_nodename),
+        help="this node's name in the log (default: the host name)")
     add("--nflog-group", metavar="N", type=option_type(number_between(0, 65535)), help="NFLOG group (default: 33)")
     add("--metrics-port", metavar="PORT", type=option_type(number_between(0, 65535)),
         help="port of /metrics, /healthz and /readyz; 0: none (default: 30040)")
@@ -2391,8 +3496,13 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("run", "rules"), default="run",
-                        help="run: the daemon (default); rules: print the rules it would install")  # fmt: skip
+    parser.add_argument("command", nargs="?", choices=("run", "check", "rules"), default="run",
+                        help="run: the daemon (default); check: what is wrong on this node, and how to repair it; "
+                        "rules: print the rules the daemon would install")  # fmt: skip
+    parser.add_argument("hosts", nargs="*", default=(), metavar="HOST[:PORT]",
+                        help="check: measure the path MTU to these, too")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="check: JSON instead of text")
+    parser.add_argument("--no-color", action="store_true", help="check: no colours, even on a terminal")
     parser.add_argument("--version", action="version", version=f"pmtud {__version__}")
     add_options(parser)
     return parser
@@ -2406,6 +3516,8 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
             continue
         variable = "PMTUD_" + action.dest.upper()
         text = environ.get(variable, "").strip()
+        if text.startswith("tcp://"):  # Kubernetes describes a Service called pmtud-metrics in PMTUD_METRICS_PORT
+            continue
         if not text:
             continue
         option = action.option_strings[0]
@@ -2424,7 +3536,7 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
 
 def config_from(options: Mapping[str, Any]) -> Config:
     """The Config that options amount to; raises UsageError where they contradict each other."""
-    values = {name: value for name, value in options.items() if name not in ("command", "no_rescue")}
+    values = {name: value for name, value in options.items() if name != "no_rescue"}
     for name in ("ignore_networks", "service_networks", "iface"):
         if name in values:
             values[name] = tuple(item for group in values[name] for item in group)
@@ -2435,19 +3547,36 @@ def config_from(options: Mapping[str, Any]) -> Config:
     values["peers"] = tuple(dict.fromkeys(item for item in items if isinstance(item, PeerAddress)))
     values["peer_sources"] = tuple(dict.fromkeys(item for item in items if isinstance(item, str)))
     values.setdefault("nodename", socket.gethostname())
-    values["metrics_required"] = bool(options.get("metrics_port"))
+    values["metrics_required"] = bool(options.get("metrics_port", "metrics_addr" in options))
+    if len(values["peers"]) > PEERS_MAX:
+        raise UsageError(f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet")
     values["rescue"] = not options.get("no_rescue", False)
     if not values["rescue"] and not items:
         raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
     return Config(**values)
 
 
-def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, Config]:
-    """The command (run or rules) and its configuration; raises UsageError."""
+class Invocation(NamedTuple):
+    """What the user asked for."""
+
+    command: str  # run, check or rules
+    config: Config
+    hosts: tuple[str, ...] = ()
+    as_json: bool = False
+    color: bool = True
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
+    """The command line and the environment together; raises UsageError."""
     parser = build_parser()
-    given = vars(parser.parse_args(list(argv)))
+    given = vars(parser.parse_intermixed_args(list(argv)))  # HOST may follow options
     options = {**environment_options(parser, environ), **given}
-    return given["command"], config_from(options)
+    command, hosts = given.pop("command"), tuple(given.pop("hosts"))
+    words = {name: options.pop(name, None) for name in ("command", "hosts", "json", "no_color")}
+    if command != "check" and (hosts or "json" in given or "no_color" in given):
+        raise UsageError(f"{hosts[0] if hosts else '--json and --no-color'}: only for `pmtud.py check`")
+    color = not words["no_color"] and "NO_COLOR" not in environ
+    return Invocation(command, config_from(options), hosts, bool(words["json"]), color)
 
 
 def print_rules(config: Config) -> None:
@@ -2455,9 +3584,13 @@ def print_rules(config: Config) -> None:
     ifaces = config.ifaces or default_route_interfaces()
     if not ifaces:
         raise PmtudError("there is no default route; name the interface errors come in on with --iface")
-    rules = [*nflog_rules(config, ifaces), *guard_rules(conntrack=True)]
+    nodes = arrange({"static": config.peers}, local_addresses(), ()).copies_to
+    rules = [*nflog_rules(config, ifaces, nodes), *guard_rules(ifaces, conntrack=True)]
     print("# nftables: save as a file and run `nft -f FILE`, then start pmtud.py with --rules off")
     print(f"table inet pmtud_{config.nflog_group} {{")
+    for family in FAMILIES if config.rate else ():
+        print(f"\tset routers_{family.name} {{\n\t\ttype {family.name}_addr; size {BUCKETS}; flags dynamic,timeout; "
+              "timeout 1m;\n\t}")  # fmt: skip
     for chain in CHAINS:
         print(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
         for rule in rules:
@@ -2470,28 +3603,33 @@ def print_rules(config: Config) -> None:
 
 
 def iptables_rules(config: Config, ifaces: Sequence[str]) -> list[str]:
-    """The same rules as iptables and ip6tables commands; reverse path verdicts by the rpfilter match."""
+    """The same rules as iptables and ip6tables commands, without the limits; RPF verdicts by the rpfilter match."""
     lines = []
-    for command, match in (
+    for command, error in (
         ("iptables", "-p icmp -m icmp --icmp-type 3/4"),
         ("ip6tables", "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big"),
     ):
         for iface in ifaces:
-            rule = f"{command} -t raw -A PREROUTING -i {shlex.quote(iface)} {match}"
+            rule = f"{command} -t raw -A PREROUTING -i {shlex.quote(iface)} {error}"
             target = f"-j NFLOG --nflog-group {config.nflog_group}"
             lines.append(f'{rule} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"')
             lines.append(f"{rule} -m rpfilter {target}")
-        lines.append(f"{command} -t raw -A OUTPUT -m mark --mark {MARK_COPY:#x} -j CT --notrack")
-        lines.append(f"{command} -t mangle -A OUTPUT -m mark --mark {MARK_DELIVER:#x} "
-                     "-m conntrack ! --ctstate RELATED -m addrtype ! --dst-type LOCAL -j DROP")  # fmt: skip
+        lines.append(f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack")
+        guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
+        lines.append(f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate DNAT -j ACCEPT")
+        if len(ifaces) == 1:  # `-o` cannot be given twice
+            lines.append(f"{guard} -m conntrack --ctstate RELATED ! -o {shlex.quote(ifaces[0])} -j ACCEPT")
+        lines.append(f"{guard} -m addrtype ! --dst-type LOCAL -j DROP")
     return lines
 
 
 def check_metrics_library(config: Config) -> None:
     """Without prometheus-client: exit 2 if metrics were asked for, a warning if not."""
+    if not config.metrics_port:
+        return
     import importlib.util
 
-    if not config.metrics_port or importlib.util.find_spec("prometheus_client"):
+    if importlib.util.find_spec("prometheus_client"):
         return
     if config.metrics_required:
         raise UsageError("--metrics-port needs prometheus-client: pip install prometheus-client, or --metrics-port 0")
@@ -2515,16 +3653,27 @@ def run(config: Config) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; the exit code. Unexpected exceptions keep their traceback."""
+    code = 0
     try:
-        command, config = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
-        if command == "rules":
-            print_rules(config)
-        else:
-            run(config)
+        asked = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+        if asked.command == "run":
+            run(asked.config)
+            return 0
+        try:
+            if asked.command == "check":
+                code = check(asked.config, asked.hosts, asked.as_json, asked.color)
+            else:
+                print_rules(asked.config)
+            sys.stdout.flush()
+        except OSError as problem:  # `pmtud.py rules | head -1`, a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise PmtudError(f"cannot write the output: {problem.strerror}") from problem
     except PmtudError as problem:
         print(f"pmtud: {problem}", file=sys.stderr)
         return problem.exit_code
-    return 0
+    except KeyboardInterrupt:
+        return 130
+    return code
 
 
 if __name__ == "__main__":

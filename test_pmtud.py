@@ -5,7 +5,7 @@
     sudo python3 test_pmtud.py lab           the MTU lab, told step by step (--keep, --only 2.4, --no-color)
 
 The first run makes a virtual environment beside this file (.venv) with what the tests need. The namespace
-tests need root and the programs ip, nft, iptables, iptables-legacy, tcpdump, conntrack, curl and ping.
+tests need root and what the README says to install.
 Nothing outside the namespaces it makes is touched: no sysctl, no rule, no route of this machine.
 """
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "pmtud.py"
 VENV = HERE / ".venv"
-REQUIREMENTS = ("pytest>=8,<10", "hypothesis>=6,<7", "scapy>=2.5,<3", "prometheus-client>=0.16,<1")
+REQUIREMENTS = ("pytest>=8,<10", "hypothesis>=6,<7", "scapy>=2.5,<3", "prometheus-client>=0.16,<1",
+                "kubernetes-validate==1.37.0", "PyYAML>=6,<7")  # fmt: skip
 
 
 def prepare() -> None:
@@ -50,6 +51,7 @@ import importlib.util
 import json
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -70,8 +72,13 @@ from ipaddress import ip_address, ip_network
 from types import TracebackType
 from typing import Any, Callable, ClassVar, NamedTuple, Optional, TypeVar, Union
 
+import http.server
+import urllib.parse
+
 import hypothesis.strategies as st
+import kubernetes_validate
 import pytest
+import yaml
 from hypothesis import given, settings
 from prometheus_client.parser import text_string_to_metric_families
 from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -242,6 +249,9 @@ def test_errors_are_one_line_with_an_exit_code(problem: pmtud.PmtudError, text: 
 NETWORK_HINT = "; networks are written like 10.0.0.0/8 or fd00::/64"
 PORT_HINT = " is not a port or a range of ports; write them like 443,8000-8100"
 PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast address"
+KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
+LABEL = "a" * 63
+LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the most that DNS carries
 
 
 @pytest.mark.parametrize(("parse", "text", "value"), [
@@ -262,6 +272,10 @@ PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast addres
     (pmtud.parse_peer, "ff02::114%eth0", pmtud.PeerAddress(b"\xff\x02" + bytes(12) + b"\1\x14", "eth0")),
     (pmtud.parse_peer, "::ffff:10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
     (pmtud.parse_peer_items, "10.0.0.12,file:/a:b", [pmtud.PeerAddress(bytes([10, 0, 0, 12])), "file:/a:b"]),
+    (pmtud.parse_peer_items, "node-1, pmtud.kube-system.svc,dns:X-1.example.,dns:1.2.3.4e",
+     ["dns:node-1", "dns:pmtud.kube-system.svc", "dns:X-1.example.", "dns:1.2.3.4e"]),
+    (pmtud.parse_peer_items, "kube:nodes,kube:nodes?a=b%2Cc", ["kube:nodes", "kube:nodes?a=b%2Cc"]),
+    (pmtud.parse_peer_items, LONG_NAME, [f"dns:{LONG_NAME}"]),
     (pmtud.parse_peer_lines, "# all\n10.0.0.12 # one\n\n fd00::12, 10.0.0.13\r\n",
      tuple(pmtud.PeerAddress(packed(a)) for a in ("10.0.0.12", "fd00::12", "10.0.0.13"))),
 ])  # fmt: skip
@@ -274,9 +288,9 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.number_between(1, 255), "", "'' is not a whole number"),
     (pmtud.number_between(1, 255), "0", "0 is not between 1 and 255"),
     (pmtud.number_between(1, 255), "256", "256 is not between 1 and 255"),
-    (pmtud.number_between(0, 3600, float), "nan", "nan is not between 0 and 3600"),
+    (pmtud.number_between(0, 3600, float), "nan", "'nan' is not a number"),
     (pmtud.number_between(0, 3600, float), "-1", "-1 is not between 0 and 3600"),
-    (pmtud.number_between(0, 3600, float), "inf", "inf is not between 0 and 3600"),
+    (pmtud.number_between(0, 3600, float), "inf", "'inf' is not a number"),
     (pmtud.parse_networks, "10.0.0.1/8", "10.0.0.1/8 has host bits set" + NETWORK_HINT),
     (pmtud.parse_networks, "x", "'x' does not appear to be an IPv4 or IPv6 network" + NETWORK_HINT),
     (pmtud.parse_ports, "0", "'0'" + PORT_HINT),
@@ -304,12 +318,16 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.parse_peer, "::", "::" + PEER_HINT),
     (pmtud.parse_peer, "255.255.255.255", "255.255.255.255" + PEER_HINT),
     (pmtud.parse_peer, "224.0.0.1", "224.0.0.1" + PEER_HINT),
-    (pmtud.parse_peer_items, "node-1", "'node-1' is not an IP address; a peer is an address or file:PATH"),
-    (pmtud.parse_peer_items, "fe::zz", "'fe::zz' is not an IP address; a peer is an address or file:PATH"),
+    *((pmtud.parse_peer_items, text, f"{text!r} is not an IP address; a peer is {KINDS}")
+      for text in ("fe::zz", "10.0.0.999", "10.0.0.0/24", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
+                   "a" * 64, LONG_NAME + "c", "a b")),
+    *((pmtud.parse_peer_items, text, f"{text!r} is not {KINDS}")
+      for text in ("dns:", "dns:-x", "dns:10.0.0.1", "dns:fd00::1", "dns:a/b", "file:", "zoo:keeper", "kube:",
+                   "kube:pods", "kube:nodes/x")),
     (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
     (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
     (pmtud.parse_peer_lines, "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
-     "16385 peers are more than 16384; use a subnet broadcast address"),
+     "16385 peers; there must be 1 to 16384, one broadcast address reaches a subnet"),
 ])  # fmt: skip
 def test_parsers_refuse(parse: Callable[[str], object], text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
@@ -612,6 +630,8 @@ def make_policy(net: Plan = V4, **options: Any) -> pmtud.Policy:
         groups=frozenset({packed(net.group)}),
         peers=frozenset({packed(net.peer)}),
         networks=pmtud.Membership([ip_network(net.inside_network)]),
+        neighbours=pmtud.Membership([ip_network("10.77.0.0/16"), ip_network("fd77::/64"), ip_network("fe80::/64")]),
+        routers=frozenset({packed("10.77.0.1"), packed("fd77::1")}),
     )
     unlimited = {"flow_interval": 0.0, "source_rate": 0.0, "rate": 0.0}
     return pmtud.Policy(pmtud.Config(**{**unlimited, **options}), view)
@@ -629,6 +649,9 @@ class WhoCase(NamedTuple):
 
 
 DELIVER, REPLICATE = pmtud.Action.DELIVER, pmtud.Action.REPLICATE
+GATEWAYS = (("10.77.0.1", V4), ("fd77::1", V6), ("fe80::1", V6))  # of the default routes, and a neighbour of the link
+NEIGHBOURS = (("10.77.0.5", V4), ("fd77::5", V6))
+LINK_LOCAL = ("169.254.7.7", "fe80::7", "febf::7")
 SPECIAL = [("127.0.0.1", V4), ("127.9.9.9", V4), ("0.0.0.0", V4), ("224.0.0.5", V4), ("255.255.255.255", V4),
            ("169.254.7.7", V4),
            ("::1", V6), ("::", V6), ("fe80::7", V6), ("febf::7", V6), ("ff02::1", V6), ("::ffff:127.0.0.1", V6),
@@ -652,6 +675,11 @@ WHO_CASES = (
     WhoCase("router", "group", "vip", "router", Reason.MISADDRESSED),
     WhoCase("router", "client", "vip", "router", Reason.MISADDRESSED),
     WhoCase("peer", "client", "vip", "peer", Reason.MISADDRESSED),
+    *(WhoCase(a, "vip", "vip", "peer", Reason.IGNORED_NETWORK, (net,)) for a, net in NEIGHBOURS),
+    *(WhoCase(a, "vip", "vip", "router", REPLICATE, (net,)) for a, net in GATEWAYS),
+    *(WhoCase(a, "node", "vip", "peer", DELIVER, (net,)) for a, net in GATEWAYS + NEIGHBOURS),
+    *(WhoCase(a, "vip", "vip", "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL if a not in LINK_LOCAL),
+    WhoCase("169.254.7.7", "vip", "vip", "router", REPLICATE, (V4,)),
     *(WhoCase("router", a, a, "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", a, a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", "node", a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
@@ -668,13 +696,13 @@ def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
     found = parsed(net, src=src, dst=dst, quoted_src=quoted_src)
     policy = make_policy(net)
     assert pmtud.decide(found, policy, 1.0) == (pmtud.Origin(case.origin), case.decision)
-    expected = case.decision if isinstance(case.decision, Reason) else pmtud.Origin(case.origin)
-    assert pmtud.classify(found, policy.view) is expected
+    expected = case.decision if isinstance(case.decision, Reason) else None
+    assert pmtud.classify(found, policy.view) == (pmtud.Origin(case.origin), expected)
 
 
 @both_families
 def test_without_peers_an_error_is_still_a_routers(net: Plan) -> None:
-    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) is pmtud.Origin.ROUTER
+    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) == (pmtud.Origin.ROUTER, None)
 
 
 class InvalidCase(NamedTuple):
@@ -963,7 +991,8 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     config = pmtud.Config(peers=addresses("fd00::12"), peer_sources=(name,))
     peers = pmtud.Peers(config, counters, lambda: changes.append(1))
     assert not peers.answered()
-    peers.start()
+    peers.read_files()
+    peers.follow()
     try:
         good = {"static": addresses("fd00::12"), name: addresses("10.0.0.12")}
         assert (peers.answered(), peers.listed(), counters.refresh_failures) == (True, good, {name: 0})
@@ -982,8 +1011,464 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
 def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     config = pmtud.Config(peer_sources=(f"file:{tmp_path}/none",))
     with pytest.raises(pmtud.UsageError) as caught:
-        pmtud.Peers(config, pmtud.Counters(), lambda: None).start()
+        pmtud.Peers(config, pmtud.Counters(), lambda: None).read_files()
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
+
+
+Answers = dict[int, Union[list[str], int]]  # by address family: what the name has, or the error of getaddrinfo()
+
+
+@pytest.fixture(name="dns")
+def fixture_dns(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """What getaddrinfo() answers from now on."""
+    answers: Answers = {socket.AF_INET: [], socket.AF_INET6: []}
+
+    def getaddrinfo(host: str, port: None, family: int, kind: int) -> list[tuple[Any, ...]]:
+        found = answers[family]
+        if isinstance(found, int) or not found:
+            code = found if isinstance(found, int) else socket.EAI_NODATA
+            raise socket.gaierror(code, {socket.EAI_AGAIN: "try again", socket.EAI_NODATA: "no data"}[code])
+        return [(family, kind, 17, "", (address, 0)) for address in found]
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return answers
+
+
+def look(source: pmtud.PeerSource) -> Union[list[str], str]:
+    """What a source says now: its addresses, or its complaint."""
+    try:
+        return [str(peer) for peer in source.load() or ()]
+    except pmtud.PeerSourceError as problem:
+        return str(problem)
+
+
+def complaint_of(source: pmtud.PeerSource) -> str:
+    """What a source that cannot answer says."""
+    found = look(source)
+    assert isinstance(found, str), found
+    return found
+
+
+def test_dns_source_takes_all_addresses_and_keeps_none_that_left(dns: Answers) -> None:
+    source = pmtud.DnsSource("nodes")
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.13", "10.0.0.12", "10.0.0.13"], ["fd00::12"]
+    assert look(source) == ["10.0.0.12", "10.0.0.13", "fd00::12"]
+    dns[socket.AF_INET] = ["10.0.0.12"]
+    assert look(source) == ["10.0.0.12", "fd00::12"]
+    dns[socket.AF_INET] = []
+    assert look(source) == ["fd00::12"]
+    assert all(7.5 <= source.interval <= 12.5 for _ in range(100))
+    assert len({source.interval for _ in range(9)}) > 1
+
+
+def test_dns_source_survives_one_family_that_cannot_be_asked(dns: Answers) -> None:
+    source = pmtud.DnsSource("nodes")
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.12"], ["fd00::12"]
+    assert look(source) == ["10.0.0.12", "fd00::12"]
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.13"], socket.EAI_AGAIN
+    assert look(source) == ["10.0.0.13", "fd00::12"]
+
+
+@pytest.mark.parametrize(("ipv4", "ipv6", "complaint"), [
+    (socket.EAI_AGAIN, socket.EAI_AGAIN, "try again"),
+    ([], socket.EAI_AGAIN, "try again"),
+    ([], [], "no usable address"),
+    (["127.0.0.1"], ["::1"], "no usable address"),
+    (["10.0.0.12", "0.0.0.0"], [], "0.0.0.0" + PEER_HINT),
+    (["10.0.0.12", "224.0.0.1"], [], "224.0.0.1" + PEER_HINT),
+    ([], ["fe80::1"], "fe80::1 needs its interface, like fe80::1%eth0"),
+])  # fmt: skip
+def test_dns_source_explains_and_goes_on(ipv4: Any, ipv6: Any, complaint: str, dns: Answers) -> None:
+    source = pmtud.DnsSource("nodes")
+    dns[socket.AF_INET] = ["10.0.0.12"]
+    assert look(source) == ["10.0.0.12"]
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ipv4, ipv6
+    assert look(source) == f"dns:nodes: {complaint}"
+    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.14"], []
+    assert look(source) == ["10.0.0.14"]
+
+
+def test_a_name_that_is_only_this_node_is_a_good_answer(dns: Answers) -> None:
+    """Debian's /etc/hosts gives a node's own name as 127.0.1.1; a list of all names holds it on every node."""
+    source = pmtud.DnsSource("node-1")
+    dns[socket.AF_INET] = ["127.0.1.1"]
+    assert [look(source), look(source)] == [[], []]
+
+
+def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not ready before the first answer; a refresh at once after SIGHUP, failures counted, nothing lost."""
+    counters, free, answer = pmtud.Counters(), threading.Event(), socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: (free.wait(10), answer(*arguments))[1])
+    dns[socket.AF_INET] = ["10.0.0.12"]
+    peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
+    try:
+        peers.follow()
+        assert not peers.answered()
+        free.set()
+        until(peers.answered)
+        assert peers.listed()["dns:nodes"] == addresses("10.0.0.12")
+        dns[socket.AF_INET] = socket.EAI_AGAIN
+        dns[socket.AF_INET6] = socket.EAI_AGAIN
+        peers.reload()
+        until(lambda: counters.refresh_failures["dns:nodes"] == 1)
+        assert peers.listed()["dns:nodes"] == addresses("10.0.0.12")
+    finally:
+        peers.close()
+
+
+# -- Kubernetes: an API server stand-in, and the source that follows it
+
+
+class FakeApi(http.server.ThreadingHTTPServer):
+    """The nodes of a Kubernetes API server over HTTPS: pages, watches, bookmarks, expiry, and faults to order."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        super().__init__((address, 0), FakeApiHandler)
+        self.account, self.nodes, self.version, self.compacted = folder, dict[str, Any](), 100, 0
+        self.history: list[tuple[int, str, Any]] = []  # version, kind, object
+        self.requests: list[dict[str, str]] = []
+        self.faults: list[str] = []  # one for each request to come
+        self.changed = threading.Condition()
+        self.watches = self.cut = 0
+        self.token("first")
+        key = str(folder / "key.pem")
+        execute("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout",
+                key, "-out", str(folder / "ca.crt"), "-days", "2", "-subj", "/CN=kubernetes", "-addext",
+                f"subjectAltName=IP:{address}", "-addext", "basicConstraints=critical,CA:TRUE")  # fmt: skip
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(str(folder / "ca.crt"), key)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up."""
+
+    def token(self, text: str) -> None:
+        """Only this one is believed from now on; the mounted file has it, as after a renewal."""
+        self.bearer = text
+        (self.account / "token").write_text(text + "\n")
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What a kubelet tells every container."""
+        host, port = self.server_address[:2]
+        return {"KUBERNETES_SERVICE_HOST": str(host), "KUBERNETES_SERVICE_PORT": str(port)}
+
+    def change(self, kind: str, name: str, *addresses: str, **labels: str) -> None:
+        """A node comes (ADDED), changes (MODIFIED) or goes (DELETED)."""
+        with self.changed:
+            self.version += 1
+            listed = [{"type": "InternalIP", "address": address} for address in addresses]
+            node = {"metadata": {"name": name, "resourceVersion": str(self.version), "labels": labels},
+                    "status": {"addresses": [{"type": "Hostname", "address": name}, *listed]}}
+            self.nodes[name] = node
+            if kind == "DELETED":
+                del self.nodes[name]
+            self.history.append((self.version, kind, node))
+            self.changed.notify_all()
+
+    def tell(self, kind: str, content: Any) -> None:
+        """Any event: bookmarks, errors, nonsense; bytes go out as they are."""
+        with self.changed:
+            self.version += 1
+            self.history.append((self.version, kind, content))
+            self.changed.notify_all()
+
+    def bookmark(self) -> None:
+        """Say how far the server is, and no more."""
+        self.tell("BOOKMARK", {"kind": "Node", "metadata": {"resourceVersion": str(self.version + 1)}})
+
+    def disconnect(self) -> None:
+        """Break every watch that is open, in the middle of its chunked body."""
+        with self.changed:
+            self.cut += 1
+            self.changed.notify_all()
+
+
+class FakeApiHandler(http.server.BaseHTTPRequestHandler):
+    """GET /api/v1/nodes: list, or watch=1."""
+
+    protocol_version = "HTTP/1.1"
+    server: FakeApi
+
+    def do_GET(self) -> None:
+        api, (path, _, query) = self.server, self.path.partition("?")
+        asked = dict(urllib.parse.parse_qsl(query))  # leaves out what is empty
+        fault = api.faults.pop(0) if api.faults else ""
+        api.requests.append(asked)
+        if path != "/api/v1/nodes" or self.headers["Authorization"] != f"Bearer {api.bearer}":
+            self._answer(401, {"message": "Unauthorized"})
+        elif fault.isdigit():
+            self._answer(int(fault), {"message": "as ordered"})
+        elif fault == "hang up":
+            self.close_connection = True
+        elif fault:
+            self._answer(200, fault)
+        elif asked.get("watch"):
+            self._watch(int(asked["resourceVersion"]))
+        else:
+            self._list(asked)
+
+    def _list(self, asked: dict[str, str]) -> None:
+        start, (key, _, value) = int(asked.get("continue", 0)), asked.get("labelSelector", "").partition("=")
+        nodes = [node for node in self.server.nodes.values() if not key or node["metadata"]["labels"].get(key) == value]
+        end = start + int(asked["limit"])
+        more = {"continue": str(end)} if end < len(nodes) else {}
+        self._answer(200, {"kind": "NodeList", "items": nodes[start:end],
+                           "metadata": {"resourceVersion": str(self.server.version), **more}})  # fmt: skip
+
+    def _answer(self, code: int, body: Any) -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _watch(self, version: int) -> None:
+        api = self.server
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with api.changed:
+            cut, told = api.cut, version
+            api.watches += 1
+            while api.cut == cut:
+                if version < api.compacted:
+                    gone = {"kind": "Status", "code": 410, "message": f"too old resource version: {version}"}
+                    self._chunk(json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n")
+                    break
+                for number, kind, content in [entry for entry in api.history if entry[0] > told]:
+                    told = number
+                    if kind == "END":  # timeoutSeconds are over
+                        api.history.clear()
+                        self._chunk(b"")
+                        api.watches -= 1
+                        return
+                    event = content if isinstance(content, bytes) else None
+                    self._chunk(event or json.dumps({"type": kind, "object": content}).encode() + b"\n")
+                api.changed.wait(0.05)
+            api.watches -= 1
+        self.close_connection = True
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(name="api")
+def fixture_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    """An API server that knows two nodes, and what a pod is told about it."""
+    with FakeApi(tmp_path) as api:
+        monkeypatch.setattr(pmtud.KubeSource, "ACCOUNT", str(tmp_path))
+        for name, value in api.environ.items():
+            monkeypatch.setenv(name, value)
+        api.change("ADDED", "node-1", "10.0.0.11", "fd00::11", role="edge")
+        api.change("ADDED", "node-2", "10.0.0.12", role="edge")
+        yield api
+        api.disconnect()
+        api.shutdown()
+
+
+NODES = ["10.0.0.11", "10.0.0.12", "fd00::11"]
+
+
+def watching(api: FakeApi) -> pmtud.KubeSource:
+    """A source that has listed the nodes and watches them."""
+    source = pmtud.KubeSource()
+    assert (look(source), source.load()) == (NODES, None)
+    assert source.interval == 0.0
+    until(lambda: api.watches == 1)
+    return source
+
+
+def test_kube_source_lists_and_watches(api: FakeApi) -> None:
+    source = watching(api)
+    assert api.requests[0] == {"limit": "20"}
+    assert {**api.requests[1], "timeoutSeconds": ""} == {"watch": "1", "resourceVersion": "102", "timeoutSeconds": "",
+                                                         "allowWatchBookmarks": "true"}  # fmt: skip
+    api.change("ADDED", "node-3", "10.0.0.13")
+    assert look(source) == ["10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::11"]
+    api.change("MODIFIED", "node-3", "10.0.0.13")
+    assert source.load() is None  # a heartbeat
+    api.change("MODIFIED", "node-3", "10.0.0.14", "fd00::14", "not an address", "127.0.0.1")
+    assert look(source) == ["10.0.0.11", "10.0.0.12", "10.0.0.14", "fd00::11", "fd00::14"]
+    api.change("DELETED", "node-1")
+    assert look(source) == ["10.0.0.12", "10.0.0.14", "fd00::14"]
+    api.change("DELETED", "node-3")
+    assert look(source) == ["10.0.0.12"]
+    assert len(api.requests) == 2
+
+
+def test_kube_source_lists_in_pages(api: FakeApi) -> None:
+    for number in range(58):
+        api.change("ADDED", f"more-{number}", f"10.1.0.{number}")
+    assert len(look(pmtud.KubeSource())) == 61
+    assert [request.get("continue") for request in api.requests] == [None, "20", "40"]
+
+
+def test_kube_source_selects(api: FakeApi) -> None:
+    api.change("ADDED", "node-3", "10.0.0.13", role="inner")
+    assert look(pmtud.KubeSource("role=edge")) == NODES
+    assert look(pmtud.KubeSource("role%3Dinner")) == ["10.0.0.13"]
+    assert look(pmtud.KubeSource("role=none")) == []
+    assert [request["labelSelector"] for request in api.requests] == ["role=edge", "role=inner", "role=none"]
+
+
+def test_kube_source_goes_on_where_it_was(api: FakeApi) -> None:
+    """A watch that ended or broke is opened again from the last version, of a bookmark too; nothing is listed again."""
+    source = watching(api)
+    api.bookmark()
+    assert source.load() is None
+    api.tell("END", None)
+    assert source.load() is None
+    assert 0.5 <= source.interval <= 1.0
+    assert source.load() is None
+    assert api.requests[-1]["resourceVersion"] == "103"
+    until(lambda: api.watches == 1)
+    api.disconnect()  # between two events
+    assert source.load() is None
+    assert (source.load(), api.requests[-1]["resourceVersion"]) == (None, "103")
+    until(lambda: api.watches == 1)
+    api.tell("RAW", b'{"type": "DELE')
+    time.sleep(0.1)
+    api.disconnect()  # within one
+    assert complaint_of(source) == "kube:nodes: an event is cut off, or larger than 4194304 bytes"
+    assert 1.0 <= source.interval <= 2.0
+    api.history.clear()
+    api.change("DELETED", "node-1")
+    assert source.load() is None
+    assert look(source) == ["10.0.0.12"]
+    assert [request.get("watch") for request in api.requests] == [None, "1", "1", "1", "1"]
+
+
+@pytest.mark.parametrize("expired", ["in the watch", "at its start"])
+def test_kube_source_lists_again_after_410(expired: str, api: FakeApi) -> None:
+    """What happened meanwhile, deletions above all, is in the new list."""
+    source = watching(api)
+    api.disconnect()
+    look(source)
+    api.change("DELETED", "node-1")
+    if expired == "in the watch":
+        api.compacted = api.version
+        assert source.load() is None
+        assert look(source) == "kube:nodes: the watch ended with 410 too old resource version: 102"
+    else:
+        api.faults = ["410"]
+        assert look(source) == "kube:nodes: the API server answers 410 Gone"
+    assert look(source) == ["10.0.0.12"]
+    assert "watch" not in api.requests[-1]
+
+
+def test_kube_source_reads_a_renewed_token(api: FakeApi) -> None:
+    source = watching(api)
+    api.bearer = "second"
+    api.disconnect()
+    look(source)
+    assert look(source) == "kube:nodes: the API server answers 401 Unauthorized"
+    api.token("second")
+    assert source.load() is None
+    api.change("DELETED", "node-1")
+    assert look(source) == ["10.0.0.12"]
+
+
+@pytest.mark.parametrize(("fault", "complaint"), [
+    ("500", "the API server answers 500 Internal Server Error"),
+    ("403", "the API server answers 403 Forbidden"),
+    ("hang up", "Remote end closed connection without response"),
+    ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ("[]", "list indices must be integers or slices, not str"),
+    ('{"items": [{}], "metadata": {}}', "'metadata'"),
+    ('{"items": 5, "metadata": {}}', "'int' object is not iterable"),
+    ('{"items": null, "metadata": {}}', "'resourceVersion'"),
+    ('{"items": [{"metadata": {"name": "n"}, "status": []}], "metadata": {}}', "'list' object has no attribute 'get'"),
+    ("[" * 100_000, "maximum recursion depth exceeded"),
+])  # fmt: skip
+def test_kube_source_survives_a_broken_list(fault: str, complaint: str, api: FakeApi) -> None:
+    source = pmtud.KubeSource()
+    api.faults = [fault] * 9
+    pauses = []
+    for _ in range(9):
+        assert complaint_of(source).startswith(f"kube:nodes: {complaint}")
+        pauses.append(source.interval)
+    assert all(low <= pause <= 2 * low for low, pause in zip((1, 2, 4, 8, 15, 15, 15, 15, 15), pauses))
+    assert look(source) == NODES
+    assert source.interval <= 1.0
+
+
+@pytest.mark.parametrize(("event", "complaint"), [
+    (b"nonsense\n", "Expecting value: line 1 column 1 (char 0)"),
+    (b"[1]\n", "list indices must be integers or slices, not str"),
+    (b'{"type": "ADDED", "object": null}\n', "'NoneType' object is not subscriptable"),
+    (b'{"type": "ERROR", "object": {"code": 500, "message": "no etcd"}}\n', "the watch ended with 500 no etcd"),
+    (b'{"type": "ERROR", "object": {}}\n', "'code'"),
+    (b"x" * 5000, "an event is cut off, or larger than 4096 bytes"),
+])  # fmt: skip
+def test_kube_source_survives_a_broken_event(event: bytes, complaint: str, api: FakeApi,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(pmtud.KubeSource, "EVENT_BYTES_MAX", 4096)
+    source = watching(api)
+    api.tell("RAW", event)
+    assert look(source) == f"kube:nodes: {complaint}"
+    api.history.clear()
+    api.change("DELETED", "node-1")
+    answers = [look(source), look(source)]
+    assert ["10.0.0.12"] in answers
+
+
+def test_kube_source_bounds_what_it_reads(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pmtud.KubeSource, "PAGE_BYTES_MAX", 100)
+    assert complaint_of(pmtud.KubeSource()).startswith("kube:nodes: Expecting property name")
+
+
+def test_kube_source_bounds_how_many_nodes(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pmtud.KubeSource, "PAGE_NODES", 1)
+    monkeypatch.setattr(pmtud, "PEERS_MAX", 1)
+    assert look(pmtud.KubeSource()) == "kube:nodes: more than 1 nodes"
+
+
+def test_kube_source_outside_a_pod(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    advice = "KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster"
+    (api.account / "ca.crt").write_text("nonsense")
+    assert complaint_of(pmtud.KubeSource()).startswith("kube:nodes: [X509")
+    (api.account / "token").unlink()
+    assert look(pmtud.KubeSource()) == f"kube:nodes: [Errno 2] No such file or directory: '{api.account}/token'"
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    assert look(pmtud.KubeSource()) == f"kube:nodes: {advice}"
+
+
+def test_kube_source_believes_only_the_clusters_authority(api: FakeApi, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with FakeApi(other) as impostor:
+        for name, value in impostor.environ.items():
+            os.environ[name] = value  # the fixture restores them
+        assert "certificate verify failed" in complaint_of(pmtud.KubeSource())
+        assert impostor.requests == []
+        impostor.shutdown()
+
+
+def test_an_hour_without_the_api_changes_nothing(api: FakeApi) -> None:
+    """The last good set stays, failures are counted, and what changed meanwhile comes with the server."""
+    counters = pmtud.Counters()
+    peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
+    try:
+        peers.follow()
+        until(peers.answered)
+        until(lambda: api.watches == 1)
+        api.bearer = "unknown to the pod"
+        api.disconnect()
+        until(lambda: counters.refresh_failures["kube:nodes"] >= 2)
+        assert [str(peer) for peer in peers.listed()["kube:nodes"]] == NODES
+        api.change("DELETED", "node-1")
+        api.bearer = "first"
+        peers.reload()  # SIGHUP ends the pause
+        until(lambda: peers.listed()["kube:nodes"] == addresses("10.0.0.12"))
+    finally:
+        peers.close()
 
 
 LOCAL = [
@@ -1027,9 +1512,9 @@ def test_arrange_takes_the_subnet_of_a_broadcast_peer_for_the_cluster(routes: di
     found = pmtud.arrange({"static": addresses("10.0.0.255")}, LOCAL, [])
     assert found.targets == {"ipv4": addresses("10.0.0.255"), "ipv6": ()}
     assert packed("10.0.0.255") in found.view.groups
-    assert [packed(a) in found.view.networks for a in ("10.0.0.200", "10.0.1.1")] == [True, False]
+    assert [packed(a) in found.view.neighbours for a in ("10.0.0.200", "10.0.1.1")] == [True, False]
     routers = pmtud.arrange({"static": addresses("10.0.0.12")}, LOCAL, []).view
-    assert packed("10.0.0.200") not in routers.networks
+    assert packed("10.0.0.200") not in routers.neighbours
     assert packed("10.0.0.255") in routers.groups  # a peer may broadcast while this node does not
 
 
@@ -1039,7 +1524,7 @@ def test_arrange_takes_the_prefixes_of_a_multicast_peers_link_for_the_cluster(ro
     local = [pmtud.LocalAddress(packed(address), 64, index, b"") for address, index in places]
     found = pmtud.arrange({"static": addresses("ff02::114%lo")}, local, [])
     assert found.view.groups == {packed("ff02::114")}
-    assert [packed(a) in found.view.networks for a in ("fd00::99", "fd01::99")] == [True, False]
+    assert [packed(a) in found.view.neighbours for a in ("fd00::99", "fd01::99")] == [True, False]
 
 
 def test_arrange_survives_a_peer_whose_interface_is_gone() -> None:
@@ -1063,15 +1548,15 @@ FLAGS = ("--no-rescue", "--dry-run")
 
 def parse_options(argv: Sequence[str], **environ: str) -> pmtud.Config:
     """The configuration of a run."""
-    command, config = pmtud.parse_args(argv, environ)
-    assert command == "run"
-    return config
+    asked = pmtud.parse_args(argv, environ)
+    assert asked.command == "run"
+    return asked.config
 
 
 def test_the_examples_name_every_option() -> None:
     actions = pmtud.build_parser()._actions
     options = {text for action in actions for text in action.option_strings if text.startswith("--")}
-    assert options == {*EXAMPLES, *FLAGS, "--help", "--version"}
+    assert options == {*EXAMPLES, *FLAGS, "--json", "--no-color", "--help", "--version"}
 
 
 @pytest.mark.parametrize("option", EXAMPLES)
@@ -1120,21 +1605,21 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--metrics-port", "x"], {}, "argument --metrics-port: 'x' is not a whole number"),
     (["--metrics-addr", "x"], {}, "argument --metrics-addr: 'x' does not appear to be an IPv4 or IPv6 address"),
     (["--peers", "127.0.0.1"], {},
-     "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is an address or file:PATH"),
-    (["--peers", "dns:nodes"], {}, "argument --peers: 'dns:nodes' is not an IP address and not file:PATH"),
-    (["--peers", "file:"], {}, "argument --peers: 'file:' is not an IP address and not file:PATH"),
+     "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is " + KINDS),
+    (["--peers", "dns:no_des"], {}, "argument --peers: 'dns:no_des' is not " + KINDS),
+    (["--peers", "file:"], {}, "argument --peers: 'file:' is not " + KINDS),
     (["--iface", "a/b"], {}, "argument --iface: 'a/b' is not an interface name"),
     (["--rules", "maybe"], {}, "argument --rules: invalid choice: 'maybe' (choose from"),
     (["--log-level", "loud"], {}, "argument --log-level: invalid choice: 'loud' (choose from"),
     (["--rate"], {}, "argument --rate: expected one argument"),
     (["--rat=5"], {}, "unrecognized arguments: --rat=5"),
-    (["check"], {}, "argument command: invalid choice: 'check' (choose from"),
+    (["chekc"], {}, "argument command: invalid choice: 'chekc' (choose from"),
     (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
     ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
     ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
     ([], {"PMTUD_DRY_RUN": "maybe"}, "PMTUD_DRY_RUN: 'maybe' is not yes or no"),
     ([], {"PMTUD_PORTS": "https"}, "PMTUD_PORTS: 'https'" + PORT_HINT),
-    ([], {"PMTUD_PEERS": "dns:nodes"}, "PMTUD_PEERS: 'dns:nodes' is not an IP address and not file:PATH"),
+    ([], {"PMTUD_PEERS": "dns:no_des"}, "PMTUD_PEERS: 'dns:no_des' is not " + KINDS),
     # kubectl create secret likes to end values with a newline
     ([], {"PMTUD_TTL": "300\n"}, "PMTUD_TTL: 300 is not between 1 and 255"),
 )
@@ -1374,7 +1859,7 @@ def test_the_purity_scan_sees_what_it_looks_for() -> None:
 
 def test_sections_are_in_the_order_of_the_charter() -> None:
     names = ["constants", "errors", "configuration", "packets", "netlink codec", "policy", "counters", "log", "kernel",
-             "peers", "service", "command line"]  # fmt: skip
+             "peers", "service", "check", "command line"]  # fmt: skip
     assert re.findall(r"^# Section: ([\w ]+) -- ", SOURCE, re.MULTILINE) == names
 
 
@@ -1745,7 +2230,10 @@ for source in sys.argv[5:]:
     waiting.register(client, selectors.EVENT_READ, [size])
 while waiting.get_map() and (left := start + deadline - time.monotonic()) > 0:
     for key, _ in waiting.select(left):
-        data = key.fileobj.recv(1 << 18)
+        try:
+            data = key.fileobj.recv(1 << 18)
+        except BlockingIOError:
+            continue  # readable for a packet that then failed its checks
         assert data, "closed early"
         key.data[0] -= len(data)
         if not key.data[0]:
@@ -2017,12 +2505,22 @@ def shared_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(shared_cluster: Cluster) -> Cluster:
-    """The shared cluster, as if nothing had happened yet."""
+def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The shared cluster, as if nothing had happened yet; what a test starts ends with it."""
+    if not all(" 1 received" in node.run("ping", "-c1", "-W2", f"10.244.{i}.2", check=False)
+               for i, node in enumerate(shared_cluster.nodes, 1)):  # fmt: skip
+        print("pods of the shared cluster do not answer: building it anew")
+        shared_cluster.close()
+        shared_cluster.processes.clear()
+        shared_cluster.build()
     shared_cluster.strict_rpf(False)
     shared_cluster.error_from_management(False)
     shared_cluster.flush()
-    return shared_cluster
+    before = len(shared_cluster.processes)
+    yield shared_cluster
+    for process in shared_cluster.processes[before:]:
+        process.close()
+    del shared_cluster.processes[before:]
 
 
 def learners(cluster: Cluster, service: str, family: int) -> list[Host]:
@@ -2340,14 +2838,14 @@ def test_option_effects(
 
 
 def test_total_rate(cluster: Cluster) -> None:
-    """--rate bounds what is acted on; twice that and more the kernel sheds before we see it."""
+    """--rate bounds what is acted on; most of what is over it the kernel sheds before we see it."""
     node = cluster.nodes[ingress(cluster, 4)]
     with daemons([node], "--peers", PEER_LISTS[4], "--rate", "10", "--source-rate", "0"):
         inject(cluster.router, 4, flow_errors(4, count=100), gap=0)
-        samples = received(node, 11)
-        assert set(drops(samples)) == {"limited_total"}
+        samples = received(node, 10)
+        assert set(drops(samples)) <= {"limited_total"}
         assert 10 <= samples['pmtud_acted_total{action="replicate"}'] <= 12
-        assert 20 <= sum(v for k, v in samples.items() if k.startswith("pmtud_received_total")) <= 30
+        assert sum(v for k, v in samples.items() if k.startswith("pmtud_received_total")) <= 25
 
 
 def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
@@ -2423,6 +2921,62 @@ def test_node_without_ipv6(cluster: Cluster) -> None:
             assert get(four.nodes[0], "/readyz") == ("200", "ok\n")
 
 
+@pytest.mark.parametrize(("family", "peer", "gateway"), [
+    (4, "10.0.0.255", "10.0.0.1"), (6, "ff02::7074%eth0", "fd00::1"),
+])  # fmt: skip
+def test_the_gateway_of_a_group_peers_subnet_is_a_router(
+    cluster: Cluster, family: int, peer: str, gateway: str
+) -> None:
+    """A top-of-rack switch reports from an address of the very subnet that the group peer stands for."""
+    with daemons(cluster.nodes, "--peers", peer):
+        inject(cluster.fabric, family, flow_errors(family, src=gateway))
+
+        def acted() -> list[float]:
+            return sorted(metrics(node)['pmtud_acted_total{action="replicate"}'] for node in cluster.nodes)
+        assert poll(lambda: acted() == [0, 0, ERRORS], 3), acted()
+
+
+def test_broadcast_without_a_configured_broadcast_address() -> None:
+    """`ip addr add` without `brd +`: the kernel receives the subnet's broadcasts all the same, and so do we."""
+    with Cluster() as cluster:
+        for i, node in enumerate(cluster.nodes, 11):
+            node.ip(f"addr del 10.0.0.{i}/24 dev eth0", f"addr add 10.0.0.{i}/24 dev eth0",
+                    "route add default via 10.0.0.1", *(f"route add 10.244.{j}.0/24 via 10.0.0.{10 + j}"
+                                                        for j in (1, 2, 3) if j != i - 10))  # fmt: skip
+        with daemons(cluster.nodes, "--peers", "10.0.0.255"):
+            for service in Cluster.SERVICES:
+                assert len(cluster.download(service)) == 23
+
+
+def test_guard_leaves_other_traffic_with_its_mark_alone(cluster: Cluster) -> None:
+    """Somebody else's packets may carry the same fwmark: only ICMP errors are ours to drop."""
+    with daemons(cluster.nodes[:1], "--peers", PEER_LISTS[4]):
+        for mark in (pmtud.MARK_DELIVER, pmtud.MARK_COPY):
+            cluster.nodes[0].run("ping", "-c1", "-W2", "-m", str(mark), "10.0.0.12")
+
+
+def test_a_flow_that_is_only_forwarded_is_not_owned(cluster: Cluster) -> None:
+    """A node that tracks a flow because it routes it must not send the error back out to the flow's address."""
+    node = cluster.nodes[0]
+    cluster.fabric.ip("route add 203.0.113.9 via 10.0.0.11")
+    try:
+        with daemons([node], "--peers", PEER_LISTS[4]):
+            cluster.client.run("bash", "-c", "echo hello > /dev/udp/203.0.113.9/80")
+            assert poll(lambda: "203.0.113.9" in node.run("conntrack", "-L", "-p", "udp"), 2)
+            tracked = node.run("conntrack", "-L", "-p", "udp")
+            client, port = re.findall(r"src=(\S+) dst=203.0.113.9 sport=(\d+)", tracked)[0]
+            udp = struct.pack("!HHHH", 80, int(port), 1480, 0)
+            packet = mtu_error(V4, src="10.8.0.1", dst="203.0.113.9", quoted_src="203.0.113.9", quoted_dst=client,
+                               protocol=17, transport=udp)  # fmt: skip
+            with Capture(cluster.fabric) as wire:
+                inject(cluster.router, 4, [packet])
+                samples = received(node, 1)
+                assert not [s for s in node_packets(wire.settle(), 4) if s.packet[16:20] == bytes([203, 0, 113, 9])]
+        assert samples['pmtud_delivered_total{family="ipv4",result="not_owner"}'] == 1
+    finally:
+        cluster.fabric.ip("route del 203.0.113.9 via 10.0.0.11")
+
+
 # -- rules
 
 
@@ -2444,27 +2998,61 @@ FEEDS = {
 
 @pytest.mark.parametrize("tool", FEEDS)
 def test_rules_off_with_the_operators_own_rule(tool: str) -> None:
-    """The seed's one rule alone: host sockets are served; pods are not, and no packet leaks, because nothing guards."""
+    """The seed's one rule and no other option: every service is served, and our guard is the only thing beside it."""
     with Cluster() as cluster:
         for node in cluster.nodes:
             FEEDS[tool](node)
         with daemons_keeping_rules(cluster, "--peers", PEER_LISTS[4], "--rules", "off") as processes:
-            assert len(cluster.download("host")) == 23
-            assert all("no guard on mark" in process.output() for process in processes)
-            with Capture(cluster.fabric) as wire:
-                assert len(cluster.download("pod", deadline=1.0)) < 20
-                leaked = [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
-            assert not leaked
+            assert "table inet pmtud_33_guard" in processes[0].output()
+            with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
+                for service in Cluster.SERVICES:
+                    assert len(cluster.download(service)) == 23
+                assert not [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
+
+
+NAME_TAKEN = """
+import pmtud, time
+class Empty(pmtud.Firewall):
+    def _requests(self, ifaces):
+        return super()._requests(ifaces)[:3]  # the table without anything in it
+table = Empty(pmtud.Config(rules="off"), ("eth0",))
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_rules_off_where_no_guard_can_be_installed() -> None:
+    """Sockets on nodes are served; pods are not, nothing leaks to a VIP, and the log says what to do."""
+    with Cluster() as cluster:
+        for node in cluster.nodes:
+            feed_by_nft(node)
+            node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for("up")
+        processes = [daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes]
+        assert len(cluster.download("host")) == 23
+        # with this the operator guards, but the daemon has not looked again yet
+        with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
+            assert len(cluster.download("pod", deadline=1.0)) < 20
+            leaked = [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
+        assert not leaked
+        for process in processes:
+            assert process.stop() == 0
+            assert "cannot install the guard" in process.output()
+            assert "no guard on mark 0x2c: pods behind NAT will not be served" in process.output()
+
+
+def ruleset(node: Host) -> str:
+    """All of nftables without counters and without what traffic put into sets."""
+    return re.sub(r"\s*elements = {[^}]*}", "", node.run("nft", "-s", "list", "ruleset"))
 
 
 @contextlib.contextmanager
 def daemons_keeping_rules(cluster: Cluster, *options: str) -> Iterator[list[Process]]:
     """Daemons that must not touch the ruleset at all."""
-    before = [node.run("nft", "-s", "list", "ruleset") for node in cluster.nodes]
+    before = [ruleset(node) for node in cluster.nodes]
     processes = [daemon(node, *options) for node in cluster.nodes]
     yield processes
     assert [process.stop() for process in processes] == [0] * len(processes)
-    assert [node.run("nft", "-s", "list", "ruleset") for node in cluster.nodes] == before
+    assert [ruleset(node) for node in cluster.nodes] == before
 
 
 @pytest.mark.parametrize("tool", ["nft", "iptables-nft", "iptables-legacy"])
@@ -2527,6 +3115,17 @@ time.sleep(60) if sys.argv[1:] else firewall.close()
 """
 
 
+FLUSHED = """
+import pmtud, subprocess, time
+firewall = pmtud.Firewall(pmtud.Config(), ("eth0",), owned=False)
+for _ in range(3):
+    subprocess.run(["nft", "flush", "ruleset"], check=True)
+    firewall.replace(("eth0",))
+print("back", flush=True)
+time.sleep(60)
+"""
+
+
 def test_table_without_ownership_is_replaced_and_removed(cluster: Cluster) -> None:
     """Kernels before 5.12: what SIGKILL leaves behind is replaced by the next start and removed by its end."""
     node = cluster.nodes[0]
@@ -2542,6 +3141,11 @@ def test_table_without_ownership_is_replaced_and_removed(cluster: Cluster) -> No
     again.stop(signal.SIGKILL)
     with daemons([node]):  # its own, owned table takes the place of the stale one, and daemons() sees it go
         assert "flags owner" in node.run("nft", "list", "table", "inet", "pmtud_33")
+    node.run("nft", "flush", "ruleset")
+    flushed = node.start(sys.executable, "-c", FLUSHED, env=env)
+    flushed.wait_for("back")
+    assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
+    flushed.stop(signal.SIGKILL)
     final = node.start(sys.executable, "-c", OLD_KERNEL, env=env)
     assert poll(lambda: final.returncode() is not None, 5) and final.returncode() == 0
     assert "pmtud" not in node.run("nft", "list", "ruleset")
@@ -2622,6 +3226,382 @@ def test_start_failures_are_one_line(options: list[str], code: int, text: str) -
         assert run_to_end(net.host("bare"), *options) == (code, f"pmtud: {text}\n")
 
 
+class NotifySocket:
+    """Where a service manager listens; what it was told."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+        self._socket.setblocking(False)
+        self._told: list[list[str]] = []
+
+    def told(self) -> list[list[str]]:
+        """The lines of every message so far."""
+        with suppress(BlockingIOError):
+            while True:
+                self._told.append(self._socket.recv(4096).decode().split("\n"))
+        return self._told
+
+    def count(self, line: str) -> int:
+        """How many messages had a line that starts like this."""
+        return sum(any(found.startswith(line) for found in message) for message in self.told())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def test_what_the_service_manager_is_told(cluster: Cluster, tmp_path: Path) -> None:
+    """READY once, STATUS on each change, a reload as systemd wants it, STOPPING; a path and an abstract address."""
+    node, path = cluster.nodes[0], tmp_path / "peers"
+    for address in (str(tmp_path / "notify"), f"@pmtud-test-{os.getpid()}"):
+        path.write_text("10.0.0.12\n10.0.0.13\n")
+        command = (sys.executable, str(PROGRAM), "--peers", f"file:{path}")
+        # abstract addresses belong to a network namespace
+        with contextlib.closing(node.inside(partial(NotifySocket, address))) as manager:
+            process = node.start(*command, env={"NOTIFY_SOCKET": address})
+            process.wait_for("limits:")
+            assert poll(partial(manager.count, "READY=1"), 5) == 1
+            assert manager.told() == [["READY=1", "STATUS=2 peers, 0 errors, 0 copies"]]
+            path.write_text("10.0.0.13\n")
+            assert poll(partial(manager.count, "STATUS=1 peers"), 5) == 1
+            before = time.monotonic_ns() // 1000
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for("SIGHUP")
+            assert poll(lambda: manager.count("READY=1") == 2, 5)
+            (reloading, stamp), ready = manager.told()[-2:]
+            assert (reloading, ready[0]) == ("RELOADING=1", "READY=1")
+            assert before <= int(stamp.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
+            assert process.stop() == 0
+            assert manager.told()[-1] == ["STOPPING=1"]
+            assert manager.count("WATCHDOG=1") == 0
+
+
+def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> None:
+    """WATCHDOG=1 at half the time systemd waits, from the loop itself: none while it hangs, though threads live."""
+    node, address = cluster.nodes[0], str(tmp_path / "notify")
+    hang = "import pmtud, sys, time, os; turn = pmtud.Service._tick\n" \
+           "def tick(self, now):\n    turn(self, now)\n    time.sleep(600 if os.path.exists(sys.argv[1]) else 0)\n" \
+           "pmtud.Service._tick = tick; sys.exit(pmtud.main([]))"
+    command = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n{hang}", str(tmp_path / "hang"))
+    with contextlib.closing(NotifySocket(address)) as manager:
+        process = node.start(*command, env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"})
+        process.wait_for("limits:")
+        assert poll(lambda: manager.count("WATCHDOG=1") >= 3, 5)
+        count, begun = manager.count("WATCHDOG=1"), time.monotonic()
+        assert poll(lambda: manager.count("WATCHDOG=1") >= count + 10, 5)
+        assert 1.8 <= time.monotonic() - begun <= 3.5  # ten half periods of 0.2 s
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        count = manager.count("WATCHDOG=1")
+        time.sleep(0.6)
+        assert manager.count("WATCHDOG=1") == count
+        os.kill(process.pid, signal.SIGCONT)
+        assert poll(lambda: manager.count("WATCHDOG=1") > count, 2)
+        (tmp_path / "hang").touch()
+        time.sleep(1.2)
+        count = manager.count("WATCHDOG=1")
+        time.sleep(0.6)
+        assert manager.count("WATCHDOG=1") == count
+        assert get(node, "/metrics")[0] == "200"  # a thread that answered for the loop would be wrong
+        process.close()
+        other = node.start(*command[:-1], "none", env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000",
+                                                       "WATCHDOG_PID": "1"})  # fmt: skip
+        other.wait_for("limits:")
+        time.sleep(0.5)
+        assert (manager.count("WATCHDOG=1"), other.stop()) == (count, 0)
+
+
+def test_a_service_manager_that_is_gone_is_nobodys_problem(cluster: Cluster, tmp_path: Path) -> None:
+    process = cluster.nodes[0].start(sys.executable, str(PROGRAM), env={"NOTIFY_SOCKET": f"{tmp_path}/none"})
+    process.wait_for("limits:")
+    assert process.stop() == 0
+
+
+UNIT = HERE / "pmtud.service"
+
+
+@pytest.mark.parametrize("verb", [("verify",), ("security", "--offline=true", "--threshold=15")])
+def test_unit_is_clean_and_tight(verb: tuple[str, ...], tmp_path: Path) -> None:
+    """systemd's own judgement: nothing to complain about, exposure 1.5 or lower."""
+    done = subprocess.run(["systemd-analyze", *verb, str(UNIT)], text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-500:] + done.stderr
+
+
+# A container around systemd: an overlay of this machine whose changes go when it does, no unit but ours, and a control
+# group of its own, so that the manager finds no process of this machine in its tree.
+BOOT = r"""
+set -eu
+base=$1 console=$2 group=$3
+mount --make-rprivate /
+mount -t cgroup2 cgroup2 $base
+mkdir $base/$group
+echo $$ >$base/$group/cgroup.procs
+umount $base
+exec unshare --fork --pid --uts --ipc --cgroup --kill-child sh -euc '
+mount -t tmpfs tmpfs $0
+mkdir $0/upper $0/work $0/root
+cp $2 $3 $4 $5 $0
+mount -t overlay overlay -o lowerdir=/,upperdir=$0/upper,workdir=$0/work $0/root
+cd $0/root
+for kind in proc sysfs:sys cgroup2:sys/fs/cgroup tmpfs:run tmpfs:tmp tmpfs:dev; do
+    mount -t ${kind%:*} none ${kind#*:}
+done
+for device in null zero full random urandom tty; do
+    touch dev/$device
+    mount --bind /dev/$device dev/$device
+done
+touch dev/console
+mount --bind $1 dev/console
+mkdir -p dev/pts dev/shm usr/local/bin
+mount -t devpts devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+rm -rf etc/systemd/system usr/lib/systemd/system/*.wants
+mkdir -p etc/systemd/system/pmtud.service.d
+cp $0/pmtud.py usr/local/bin/
+cp $0/pmtud.service etc/systemd/system/
+cp $0/test.conf etc/systemd/system/pmtud.service.d/
+cp $0/pmtud etc/default/pmtud
+printf "[Unit]\nWants=pmtud.service\n" >etc/systemd/system/test.target
+exec env -i container=pmtud PATH=/usr/sbin:/usr/bin:/sbin:/bin chroot . /lib/systemd/systemd --unit=test.target
+' $base $console $4 $5 $6 $7
+"""
+
+
+class Booted:
+    """systemd as process 1 in a host, with pmtud.service and nothing else."""
+
+    def __init__(self, host: Host, folder: Path, options: str) -> None:
+        self._host, self._group = host, f"{host.namespace}-systemd"
+        self._terminal, self._slave = pty.openpty()
+        self._folder = folder / "base"
+        self._folder.mkdir()
+        (folder / "pmtud").write_text(options)
+        # two seconds instead of 20 and 2, and a log that can be read without a journal
+        (folder / "test.conf").write_text("[Service]\nWatchdogSec=2\nRestartSec=0\nStandardError=append:/run/log\n")
+        files = [str(path) for path in (PROGRAM, UNIT, folder / "test.conf", folder / "pmtud")]
+        self.process = host.start("unshare", "--mount", "sh", "-c", BOOT, "boot", str(self._folder),
+                                  os.ttyname(self._slave), self._group, *files)  # fmt: skip
+
+    def manager(self) -> int:
+        """The process id of systemd, 0 before it is there."""
+        pids = self._host.run("sh", "-c", "ip netns pids " + self._host.namespace).split()
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids if Path(f"/proc/{pid}").exists()}
+        return next((int(pid) for pid, name in names.items() if name == "systemd"), 0)
+
+    def systemctl(self, *words: str) -> str:
+        """What systemctl, run in there, prints."""
+        return execute("nsenter", f"--target={self.manager()}", "--mount", "--pid", "--root", "systemctl", *words,
+                       check=False)  # fmt: skip
+
+    def show(self, key: str) -> str:
+        """A property of the service."""
+        return self.systemctl("show", "--value", "--property", key, "pmtud").strip()
+
+    def log(self) -> str:
+        """What the daemon has printed."""
+        return Path(f"/proc/{self.manager()}/root/run/log").read_text()
+
+    def daemon(self) -> int:
+        """The daemon's process id as this machine counts."""
+        pids = self._host.run("sh", "-c", "ip netns pids " + self._host.namespace).split()
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists()}
+        return next((int(pid) for pid, line in words.items() if line.startswith("/usr/bin/python3")), 0)
+
+    def close(self) -> None:
+        """End it and remove its control group."""
+        with suppress(ProcessLookupError):
+            os.kill(self.manager() or self.process.pid, signal.SIGKILL)
+        self.process.close()
+        for descriptor in (self._terminal, self._slave):
+            os.close(descriptor)
+        program = ("mount -t cgroup2 cgroup2 $0; find $0/$1 -depth -type d -exec rmdir {} +")
+        poll(lambda: not execute("unshare", "--mount", "sh", "-c", program + " 2>&1", str(self._folder), self._group,
+                                 check=False), 5)  # fmt: skip
+
+
+def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
+    """The unit as it is, under a real systemd: capabilities, system call filter and all; reload, watchdog, stop."""
+    node = cluster.nodes[0]
+    with contextlib.closing(Booted(node, tmp_path, f"PMTUD_PEERS={ALL_PEERS}\n")) as booted:
+        assert poll(booted.manager, 10), booted.process.output()
+        assert poll(lambda: booted.show("ActiveState") == "active", 15), booted.systemctl("status", "pmtud")
+        assert booted.show("StatusText") == "4 peers, 0 errors, 0 copies"
+        status = Path(f"/proc/{booted.daemon()}/status").read_text()
+        fields = dict(re.findall(r"(\w+):\s+(.+)", status))
+        assert {key: fields[f"Cap{key}"] for key in ("Prm", "Eff", "Bnd")} == dict.fromkeys(
+            ("Prm", "Eff", "Bnd"), "0000000000003000")  # fmt: skip
+        assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+        assert int(fields["Uid"].split()[0]) >= 61184  # a dynamic user
+        with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
+            for family, service in CASES:
+                assert len(cluster.download(service, family)) == 23, booted.log()
+        assert get(node, "/readyz") == ("200", "ok\n")
+        assert "WARNING" not in booted.log().replace("WARNING prometheus-client is not installed", "")
+        booted.systemctl("reload", "pmtud")
+        assert poll(lambda: "SIGHUP: reading the peer sources again" in booted.log(), 5)
+        assert booted.show("ActiveState") == "active"
+        first = booted.daemon()
+        os.kill(first, signal.SIGSTOP)
+        assert poll(lambda: booted.show("NRestarts") == "1", 15)
+        assert poll(lambda: booted.show("ActiveState") == "active" and booted.daemon() not in (0, first), 10)
+        booted.systemctl("stop", "pmtud")
+        assert (booted.show("ActiveState"), booted.show("ExecMainStatus")) == ("inactive", "0")
+        assert "pmtud" not in node.run("nft", "list", "tables")
+
+
+# -- the DaemonSet
+
+MANIFEST = (HERE / "daemonset.yaml").read_text()
+
+
+def uncommented(document: str) -> str:
+    """The manifest that a document made of comments holds."""
+    return "\n".join(re.findall(r"^# ?((?: |-|\w+:).*)$", document.partition(":\n#\n")[2] or document, re.MULTILINE))
+
+
+ACTIVE = {item["kind"]: item for item in yaml.safe_load_all(MANIFEST) if item}
+OPTIONAL = {item["kind"]: item for item in (yaml.safe_load(uncommented(text)) for text in MANIFEST.split("---\n")[1:]
+                                            if not yaml.safe_load(text))}  # fmt: skip
+POD: dict[str, Any] = ACTIVE["DaemonSet"]["spec"]["template"]["spec"]
+
+
+def test_manifests_are_valid() -> None:
+    """Against the Kubernetes schemas, strictly: no field that does not exist. PodMonitor is the operator's own."""
+    assert set(ACTIVE) == {"Service", "ServiceAccount", "ConfigMap", "DaemonSet"}
+    assert set(OPTIONAL) == {"PodMonitor", "ClusterRole", "ClusterRoleBinding"}
+    for kind, manifest in {**ACTIVE, **OPTIONAL}.items():
+        if kind != "PodMonitor":
+            kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    broken = json.loads(json.dumps(ACTIVE["DaemonSet"]).replace("terminationGracePeriodSeconds", "gracePeriod"))
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_manifest_keeps_its_promises() -> None:
+    labels = ACTIVE["DaemonSet"]["spec"]["template"]["metadata"]["labels"]
+    selector = {"app.kubernetes.io/name": "pmtud"}
+    assert labels == ACTIVE["DaemonSet"]["metadata"]["labels"] == ACTIVE["Service"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/version"] == pmtud.__version__
+    assert ACTIVE["DaemonSet"]["spec"]["selector"]["matchLabels"] == selector == ACTIVE["Service"]["spec"]["selector"]
+    assert OPTIONAL["PodMonitor"]["spec"]["selector"]["matchLabels"] == selector
+    assert ACTIVE["Service"]["spec"]["clusterIP"] == "None"
+    assert ACTIVE["Service"]["spec"]["publishNotReadyAddresses"] is True
+    assert POD["automountServiceAccountToken"] is ACTIVE["ServiceAccount"]["automountServiceAccountToken"] is False
+    assert (POD["hostNetwork"], POD["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert (POD["priorityClassName"], POD["tolerations"]) == ("system-node-critical", [{"operator": "Exists"}])
+    assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "10%"}
+    assert POD["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+    for container in POD["containers"] + POD["initContainers"]:
+        assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", container["image"])
+        security = container["securityContext"]
+        assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (True, False)
+        assert security["capabilities"]["drop"] == ["ALL"]
+        assert {"memory"} == set(container["resources"]["limits"])
+    assert POD["containers"][0]["securityContext"]["capabilities"]["add"] == ["NET_ADMIN", "NET_RAW"]
+    assert OPTIONAL["ClusterRole"]["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch"]}]
+
+
+def test_manifest_arguments_are_the_programs() -> None:
+    args = [text.replace("$(NODE_NAME)", "worker-1") for text in POD["containers"][0]["args"]]
+    config = parse_options(args)
+    assert (config.peer_sources, config.nodename) == (("dns:" + ACTIVE["Service"]["metadata"]["name"],), "worker-1")
+    assert config.metrics_port == POD["containers"][0]["ports"][0]["containerPort"]
+    (other,) = re.findall(r"# - (--peers=.*)", MANIFEST)
+    assert parse_options([other]).peer_sources == ("kube:nodes",)
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        asked = POD["containers"][0][probe]["httpGet"]
+        assert (asked["path"] in ("/healthz", "/readyz"), asked["port"]) == (True, "metrics")
+
+
+def config_map(folder: Path, files: dict[str, str]) -> Path:
+    """A ConfigMap as a kubelet lays it out: names that are links through ..data, so that all change at once."""
+    version = folder / "..2026_11_22_04_05_06.1234567890"
+    version.mkdir(parents=True)
+    (folder / "..data").symlink_to(version.name)
+    for name, text in files.items():
+        (version / name).write_text(text)
+        (folder / name).symlink_to(f"..data/{name}")
+    return folder
+
+
+def in_container(container: dict[str, Any], root: Path, volumes: dict[str, Path], python: str) -> list[str]:
+    """The command line that runs a container of the manifest: a read-only root, its mounts, user and capabilities.
+
+    For an image it takes this machine's own directories; `python` is the interpreter the image's name stands for.
+    """
+    security = container["securityContext"]
+    places = [Path(place) for place in ("/usr", "/etc", "/lib", "/lib64", "/bin", "/sbin") if Path(place).exists()]
+    mounts = [(place, place, True) for place in (*places, Path(sys.base_prefix), VENV)]
+    mounts += [(volumes[item["name"]], Path(item["mountPath"]), item.get("readOnly", False))
+               for item in container["volumeMounts"]]  # fmt: skip
+    etc = next((mount for mount in mounts if str(mount[1]).startswith("/etc/")), None)
+    lines = [f"mount -t tmpfs tmpfs {root}", f"cd {root}", "mkdir -p proc dev image"]
+    if etc:  # its directory is not in this machine's /etc
+        lines += [f"mkdir -p etc && cp -r /etc/. etc && mkdir -p .{etc[1]}"]
+        mounts.remove((Path("/etc"), Path("/etc"), True))
+    for source, target, read_only in mounts:
+        lines += [f"mkdir -p .{target}", f"mount --rbind {source} .{target}"]
+        lines += [f"mount -o remount,bind,ro .{target}"] if read_only else []
+    lines += [f"ln -s {python} image/python", "mount --bind /proc proc", "touch dev/null dev/urandom",
+              "mount --bind /dev/null dev/null", "mount --bind /dev/urandom dev/urandom",
+              f"mount -o remount,ro {root}"]  # fmt: skip
+    added = "".join(f",+{name.lower()}" for name in security["capabilities"].get("add", ()))
+    user = [f"--reuid={security['runAsUser']}", f"--regid={security.get('runAsGroup', 0)}", "--clear-groups"]
+    env = {item["name"]: item.get("value", "worker-1") for item in container["env"]}
+    lines += [shlex.join(["exec", "env", "-i", "PATH=/image:/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8",
+                          *(f"{name}={value}" for name, value in env.items()), "chroot", str(root), *setpriv(added),
+                          *user]) + ' "$@"']  # fmt: skip
+    words = container["command"] + container["args"]
+    command = [text.replace("$(NODE_NAME)", env.get("NODE_NAME", "")) for text in words]
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-euc", "\n".join(lines), "sh", *command]
+
+
+def test_containers_of_the_daemonset(cluster: Cluster, tmp_path: Path) -> None:
+    """The init container fetches the library by its hash; the daemon runs from the ConfigMap, finds peers, rescues."""
+    volumes = {"script": config_map(tmp_path / "script", {"pmtud.py": PROGRAM.read_text()}), "libs": tmp_path / "libs",
+               "requirements": config_map(tmp_path / "requirements", ACTIVE["ConfigMap"]["data"])}  # fmt: skip
+    tmp_path.chmod(0o755)
+    volumes["libs"].mkdir()
+    volumes["libs"].chmod(0o777)
+    (tmp_path / "root").mkdir()
+    fetch = in_container(POD["initContainers"][0], tmp_path / "root", volumes, str(VENV / "bin" / "python"))
+    execute(*fetch, timeout=120)
+    assert sorted(path.name for path in volumes["libs"].iterdir()) == [
+        "prometheus_client", "prometheus_client-0.26.0.dist-info"]  # fmt: skip
+    python = os.path.realpath(VENV / "bin" / "python")
+    run = in_container(POD["containers"][0], tmp_path / "root", volumes, python)
+    assert run[-2:] == ["--nodename=worker-1", "--metrics-port=30040"]
+    with NameServer(cluster, "10.0.0.1") as names:
+        names.serve(*(Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)))
+        process = cluster.nodes[0].start(*run)
+        process.wait_for("on worker-1: errors come in on eth0")
+        with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
+            assert poll(lambda: get(cluster.nodes[0], "/readyz")[0] == "200", 10), process.output()
+            assert metrics(cluster.nodes[0])['pmtud_peers{source="dns:pmtud"}'] == 4
+            for family in (4, 6):
+                assert len(cluster.download("pod", family)) == 23
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        fields = dict(re.findall(r"(\w+):\s+(.+)", status))
+        assert (fields["CapPrm"], fields["CapBnd"], fields["NoNewPrivs"]) == ("0000000000003000",) * 2 + ("1",)
+        assert process.stop() == 0
+    assert "WARNING" not in process.output()
+
+
+def test_a_wheel_in_a_config_map_is_enough(cluster: Cluster, tmp_path: Path) -> None:
+    """The air-gapped way of the manifest: PYTHONPATH names the wheel itself."""
+    execute(str(VENV / "bin" / "python"), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path),
+            ACTIVE["ConfigMap"]["data"]["requirements.txt"].split()[0], timeout=120)
+    (name,) = re.findall(r"PYTHONPATH=/libs/(\S+\.whl)", MANIFEST)
+    process = cluster.nodes[0].start(os.path.realpath(VENV / "bin" / "python"), "-I", "-c",
+                                     f"import sys; sys.path[:0] = [{str(tmp_path / name)!r}, {str(HERE)!r}]\n"
+                                     "import pmtud, prometheus_client; print(prometheus_client.__file__, flush=True)\n"
+                                     "sys.exit(pmtud.main(['--metrics-port', '30040']))")  # fmt: skip
+    process.wait_for("limits:")
+    assert str(tmp_path / name) in process.output()
+    assert get(cluster.nodes[0], "/metrics")[0] == "200"
+    assert process.stop() == 0
+
+
 def setpriv(capabilities: str) -> tuple[str, ...]:
     """The start of a command line that leaves root these capabilities and no others."""
     return ("setpriv", f"--bounding-set=-all{capabilities}", f"--inh-caps=-all{capabilities}", "--no-new-privs")
@@ -2650,6 +3630,42 @@ def test_with_the_two_capabilities_and_nothing_else(cluster: Cluster) -> None:
     assert [node.run("nft", "list", "tables").count("pmtud") for node in cluster.nodes] == [0, 0, 0]
 
 
+def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> None:
+    """In every thread, before the first error is handled; root's own peer file is still read, routes still change."""
+    node, path = cluster.nodes[0], tmp_path / "peers"
+    path.write_text("10.0.0.12\n")
+    path.chmod(0o600)
+    tmp_path.chmod(0o700)
+    with daemons([node], "--peers", f"file:{path},localhost") as [process]:
+        assert get(node, "/metrics")[0] == "200"
+        for status in Path(f"/proc/{process.pid}/task").glob("*/status"):
+            fields = dict(re.findall(r"(\w+):\s+(.+)", status.read_text()))
+            found = [fields[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb", "NoNewPrivs")]
+            assert found == ["0" * 16, "0000000000003000", "0000000000003000", "0" * 16, "1"], status
+        assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) >= 3
+        path.write_text("10.0.0.12\n10.0.0.13\n")  # new peers: every raw socket is opened anew
+        assert poll(lambda: metrics(node)[f'pmtud_peers{{source="file:{path}"}}'] == 2, 5)
+        node.ip("route replace default via 172.20.20.2 dev mgmt")  # another interface: rules replaced
+        try:
+            process.wait_for("the default route moved", 15)
+        finally:
+            node.ip("route replace default via 10.0.0.1")
+        assert 'iifname "mgmt"' in node.run("nft", "list", "ruleset")
+        process.wait_for(" now=eth0", 15)
+        assert "WARNING" not in process.output()
+
+
+def test_privileges_that_cannot_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[tuple[str, object]] = []
+
+    def refuse() -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(pmtud, "drop_privileges", refuse)
+    monkeypatch.setattr(pmtud, "log", lambda level, text, problem: lines.append((text, problem)))
+    pmtud.Service._drop_privileges(pmtud.Service.__new__(pmtud.Service))
+    assert lines == [("cannot drop privileges, going on with all", "Operation not permitted")]
+
+
 def test_default_route_over_several_interfaces(cluster: Cluster) -> None:
     """A multipath default route: errors may come in on any of its interfaces."""
     node = cluster.nodes[0]
@@ -2659,6 +3675,75 @@ def test_default_route_over_several_interfaces(cluster: Cluster) -> None:
             assert "errors come in on eth0, mgmt," in process.output()
     finally:
         node.ip("route replace default via 10.0.0.1")
+
+
+BROKEN_SOCKET = """
+import errno, pmtud, sys
+class Breaking(pmtud.Nflog):
+    left = 1
+    def read(self, datagrams):
+        if Breaking.left:
+            Breaking.left -= 1
+            raise OSError(errno.EIO, "broken by the test")
+        return super().read(datagrams)
+pmtud.Nflog = Breaking
+pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+"""
+
+
+def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
+    """The daemon goes on with a new socket; what had arrived by then is gone."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    process = node.start(sys.executable, "-c", BROKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process.wait_for("limits:")
+    inject(cluster.router, 4, flow_errors(4, count=1))
+    process.wait_for("the NFLOG socket broke and was opened again")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, ERRORS)
+    assert process.stop() == 0
+
+
+SHORT_MINUTE = """
+import pmtud, sys
+pmtud.Service.SUMMARY = 1.0
+pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+"""
+
+
+def test_summary_of_the_last_minute(cluster: Cluster) -> None:
+    """One line with what changed, none while nothing does; here a minute is a second long."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    process = node.start(sys.executable, "-c", SHORT_MINUTE, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process.wait_for("limits:")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, ERRORS)
+    process.wait_for("last minute")
+    time.sleep(2.2)  # two quiet minutes, to see that they pass in silence
+    lines = [line for line in process.output().splitlines() if "last minute" in line]
+    assert 1 <= len(lines) <= 2
+    assert sum(int(n) for line in lines for n in re.findall(r" received=(\d+)", line)) == ERRORS
+    assert sum(int(n) for line in lines for n in re.findall(r" copies=(\d+)", line)) == ERRORS * 2
+    assert process.stop() == 0
+
+
+def interpreters() -> list[str]:
+    """Every CPython from 3.9 on that is installed here, one of each version; the one that runs the tests is tested."""
+    places = [*map(Path, os.environ["PATH"].split(os.pathsep)), *Path.home().glob(".pyenv/versions/3.*/bin")]
+    paths = [path for place in places for path in place.glob("python3.*")]
+    found = {path.name: str(path) for path in paths if re.fullmatch(r"python3\.(9|1[0-9])", path.name)}
+    return [found[name] for name in sorted(found) if name != f"python3.{sys.version_info.minor}"]
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_every_python_does_the_whole_job(cluster: Cluster, python: str) -> None:
+    """Both families and every kind of service, without one warning."""
+    processes = [node.start(python, "-W", "error", str(PROGRAM), "--peers", ALL_PEERS) for node in cluster.nodes]
+    for process in processes:
+        process.wait_for("limits:")
+    finished = [len(cluster.download(service, family)) for family, service in CASES]
+    assert [process.stop() for process in processes] == [0, 0, 0]
+    assert finished == [23] * 6
+    assert "Traceback" not in processes[0].output()
 
 
 # -- HTTP and logs
@@ -2695,11 +3780,11 @@ def test_metrics_port_taken(cluster: Cluster) -> None:
     with daemon_of_group(node, 42, "--metrics-port", "0"):
         pass
     with contextlib.closing(first), contextlib.closing(daemon(node)) as second:
-        assert "metrics port 30040 cannot be bound (Address already in use); running without metrics" in second.output()
+        assert "metrics cannot be served on * port 30040 (Address already in use); running without" in second.output()
         code, output = run_to_end(node, "--nflog-group", "41", "--metrics-port", "30040")
         assert code == 1
-        assert output == ("pmtud: metrics port 30040 cannot be bound (Address already in use); "
-                          "choose another with --metrics-port, 0 for none\n")  # fmt: skip
+        assert output == ("pmtud: metrics cannot be served on * port 30040 (Address already in use); "
+                          "choose others with --metrics-addr and --metrics-port, port 0 for none\n")  # fmt: skip
 
 
 def test_without_prometheus_client(cluster: Cluster) -> None:
@@ -2763,6 +3848,131 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
         assert count() == 2
 
 
+class NameServer:
+    """dnsmasq in a host, its records changed while it runs; where the hosts of a cluster ask."""
+
+    def __init__(self, cluster: Cluster, address: str) -> None:
+        self._host, self._records = cluster.fabric, Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records"
+        self.name, self._address = "pmtud.kube-system.svc.cluster.local", address
+        self._etc = [Path("/etc/netns") / node.namespace for node in cluster.nodes]
+        self.process: Optional[Process] = None
+
+    def __enter__(self) -> NameServer:
+        for folder in self._etc:  # `ip netns exec` mounts what is in here over /etc
+            folder.mkdir(parents=True)
+            (folder / "resolv.conf").write_text(f"nameserver {self._address}\nsearch kube-system.svc.cluster.local\n"
+                                                "options timeout:1 attempts:1\n")
+            (folder / "hosts").write_text("127.0.0.1 localhost\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for folder in (*self._etc, self._records.parent):
+            shutil.rmtree(folder)
+
+    def serve(self, *addresses: str, options: Sequence[str] = ()) -> None:
+        """Answer with these addresses from now on."""
+        self._records.write_text("".join(f"{address} {self.name}\n" for address in addresses))
+        if self.process and not options:
+            os.kill(self.process.pid, signal.SIGHUP)
+            return
+        self.stop()
+        self.process = self._host.start(
+            "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root", "--no-resolv",
+            "--no-hosts", f"--addn-hosts={self._records}", f"--listen-address={self._address}", "--bind-interfaces",
+            "--domain-needed", "--log-facility=-", *(options or ["--local=/cluster.local/"]))  # fmt: skip
+        self.process.wait_for("read ")
+
+    def stop(self) -> None:
+        """Answer nothing any more."""
+        if self.process:
+            self.process.close()
+            self.process = None
+
+
+def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
+    """Nothing but a name is given; not ready before the first answer; then all transfers finish, both families."""
+    # a bare name, which the resolver completes from its search list
+    with NameServer(cluster, "10.0.0.1") as names, daemons(cluster.nodes, "--peers", "pmtud") as processes:
+        assert "peers: none yet, asking for them" in processes[0].output()
+        assert get(cluster.nodes[0], "/readyz")[0] == "503"
+        nodes = [Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)]
+        names.serve(*nodes)
+        for process in processes:
+            os.kill(process.pid, signal.SIGHUP)
+        label = 'pmtud_peers{source="dns:pmtud"}'
+        assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
+        assert get(cluster.nodes[0], "/readyz") == ("200", "ok\n")
+        for family in (4, 6):
+            assert len(cluster.download("pod", family)) == 23
+            assert_learned(cluster, "pod", family)
+
+
+def test_peers_follow_dns(cluster: Cluster) -> None:
+    """Without a signal: within 30 s a peer that left is gone with its series; a dead server changes nothing."""
+    node = cluster.nodes[0]
+    with NameServer(cluster, "10.0.0.1") as names:
+        names.serve("10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::13")
+        source = f"dns:{names.name}."
+        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [process]:  # one of them named twice
+            label = f'pmtud_peers{{source="{source}"}}'
+            failures = f'pmtud_peer_refresh_failures_total{{source="{source}"}}'
+
+            def failed_since(count: float, complaint: str) -> bool:
+                return metrics(node)[failures] > count and complaint in process.output().splitlines()[-1]
+            assert poll(lambda: metrics(node).get(label) == 3, 5)
+            assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' in metrics(node)
+            names.serve("10.0.0.11", "10.0.0.12", "fd00::13")
+            assert poll(lambda: metrics(node)[label] == 2, 30)
+            assert not [name for name in metrics(node) if "10.0.0.13" in name]
+            for trouble, said in (("empty", "no usable address"), ("refused", "Temporary failure in name resolution"),
+                                  ("garbage", "0.0.0.0" + PEER_HINT), ("dead", "Temporary failure in name resolution")):
+                before = metrics(node)[failures]
+                names.stop()
+                if trouble == "refused":
+                    names.serve(options=["--cache-size=0"])  # a server that knows nobody to ask
+                elif trouble != "dead":
+                    names.serve(*(["10.0.0.12", "0.0.0.0"] if trouble == "garbage" else []))
+                os.kill(process.pid, signal.SIGHUP)
+                assert poll(partial(failed_since, before, said), 10), trouble
+                assert metrics(node)[label] == 2, trouble
+            names.serve("10.0.0.12", "10.0.0.13")
+            os.kill(process.pid, signal.SIGHUP)
+            assert poll(lambda: metrics(node).get('pmtud_copies_sent_total{peer="10.0.0.13"}') == 0, 5)
+            begun = time.monotonic()
+            names.stop()
+            os.kill(process.pid, signal.SIGHUP)
+            assert process.stop() == 0
+            assert time.monotonic() - begun < 1.0  # also while a question is on its way
+
+
+def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_path: Path) -> None:
+    """From the API server alone; a node that is deleted is gone at once, and so are its series."""
+    api = cluster.fabric.inside(lambda: FakeApi(tmp_path, "10.0.0.1"))
+    for i in (1, 2, 3):
+        api.change("ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge")
+    program = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import pmtud; "
+               f"pmtud.KubeSource.ACCOUNT = {str(tmp_path)!r}; sys.exit(pmtud.main())")  # fmt: skip
+    command = (sys.executable, "-c", program, "--peers", "kube:nodes?role=edge")
+    with api:
+        processes = [node.start(*command, env=api.environ) for node in cluster.nodes]
+        label, gone = 'pmtud_peers{source="kube:nodes?role=edge"}', 'pmtud_copies_sent_total{peer="10.0.0.13"}'
+        for process in processes:
+            process.wait_for("limits:")
+        assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
+        assert get(cluster.nodes[0], "/readyz")[0] == "200"
+        for family in (4, 6):
+            assert len(cluster.download("host", family)) == 23
+        assert poll(lambda: api.watches == 3, 5)
+        assert gone in metrics(cluster.nodes[0])
+        api.change("DELETED", "node3")
+        assert poll(lambda: metrics(cluster.nodes[0]).get(label) == 2, 5)
+        assert gone not in metrics(cluster.nodes[0])
+        assert [process.stop() for process in processes] == [0, 0, 0]
+        api.disconnect()
+        api.shutdown()
+
+
 def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) -> None:
     """Own addresses are followed: what becomes ours stops being a peer, and comes back when it leaves."""
     node = cluster.nodes[0]
@@ -2794,6 +4004,1286 @@ def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
 
 
 # -----------------------------------------------------------------------------
+# Section: check tests -- each check in the good and the bad state, and the printed fix run
+
+RUNNER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import pmtud
+options, check = map(json.loads, sys.argv[2:])
+sys.exit(pmtud.check(pmtud.parse_args(options, {}).config, *check))
+"""  # not the command line: /etc/cni/net.d is this machine's, each test has its own
+
+
+class Diagnosis(NamedTuple):
+    """What `check --json` said: its exit code and its findings."""
+
+    code: int
+    checks: list[dict[str, str]]
+
+    def of(self, check: str, word: str = "") -> dict[str, str]:
+        """The one finding of a check whose text has this word."""
+        (found,) = [entry for entry in self.checks if entry["check"] == check and word in entry["found"]]
+        return found
+
+
+def doctor_argv(options: tuple[str, ...], hosts: tuple[str, ...], as_json: bool, cni_dir: str) -> list[str]:
+    """The command that runs the doctor."""
+    arguments = json.dumps(options), json.dumps([hosts, as_json, True, cni_dir])
+    return [sys.executable, "-c", RUNNER, str(HERE), *arguments]
+
+
+def diagnose(host: Host, *options: str, hosts: tuple[str, ...] = (), cni_dir: str = "/none",
+             before: tuple[str, ...] = ()) -> Diagnosis:  # fmt: skip
+    """Run the doctor in a namespace."""
+    argv = ["ip", "netns", "exec", host.namespace, *before, *doctor_argv(options, hosts, True, cni_dir)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode in (0, 1, 2) and not done.stderr, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["schema"] == 1 and set(answer) == {"schema", "node", "summary", "checks"}
+    return Diagnosis(done.returncode, answer["checks"])
+
+
+def text_of(host: Host, *options: str, hosts: tuple[str, ...] = (), cni_dir: str = "/none") -> str:
+    """What the doctor prints for people."""
+    return host.run(*doctor_argv(options, hosts, False, cni_dir), check=False, timeout=30)
+
+
+def run_fix(host: Host, finding: dict[str, str], wait_for: str = "") -> Process | None:
+    """Run the printed commands; one that starts the daemon is left running once it says `wait_for`."""
+    assert finding["fix"], finding
+    if not wait_for:
+        host.run("sh", "-ec", finding["fix"])
+        return None
+    process = host.start("sh", "-ec", f"exec {finding['fix']} --metrics-port 0")
+    process.wait_for(wait_for)
+    return process
+
+
+class OneNode(Net):
+    """node -- router, one link; the default route of the node leads to the router."""
+
+    def build(self) -> None:
+        self.node, self.router = self.host("node"), self.host("router", forward=True)
+        self.link(self.node, self.router, names=("eth0", "to-node"))
+        self.node.ip("addr add 10.0.0.2/24 dev eth0", "addr add fd00::2/64 dev eth0", "addr add 10.96.0.1/32 dev lo",
+                     "route add default via 10.0.0.1", "route add ::/0 via fd00::1")
+        self.router.ip("addr add 10.0.0.1/24 dev to-node", "addr add fd00::1/64 dev to-node")
+
+
+@pytest.fixture
+def node() -> Iterator[Host]:
+    """The node of a fresh OneNode."""
+    with OneNode() as net:
+        yield net.node
+
+
+def test_a_good_node_is_all_ok(node: Host) -> None:
+    """Exit 0, and nothing to repair."""
+    good = diagnose(node)
+    assert good.code == 0 and {entry["status"] for entry in good.checks} == {"OK"}
+    assert not any(entry["fix"] for entry in good.checks)
+    assert [entry["check"] for entry in good.checks] == [
+        "privileges", "nftables", "nflog_group", "nflog_rule", "guard", "rp_filter", "ipv6", "ip_no_pmtu_disc",
+        "tcp_mtu_probing", "fib_multipath_hash_policy", "min_pmtu", "conntrack", "peers", "mtu"]  # fmt: skip
+
+
+def test_the_check_leaves_nothing_behind(node: Host) -> None:
+    """No table is ever made, no group stays bound, no setting moves."""
+    monitor = node.start("nft", "monitor")
+    settings = "cat $(find /proc/sys/net -type f -perm -400 | grep -v -e nf_conntrack_count -e flush) 2>/dev/null"
+    probe = "add table inet before; delete table inet before"
+    assert poll(lambda: node.run("nft", probe) or "before" in monitor.output(), 5)  # once the monitor listens
+    before = node.run("sh", "-c", settings, check=False)
+    diagnose(node, hosts=("10.0.0.1",))
+    node.run("nft", "add table inet after")
+    assert "pmtud" not in monitor.wait_for("after")
+    assert node.run("sh", "-c", settings, check=False) == before
+    assert "33" not in [line.split()[0] for line in node.read("/proc/net/netfilter/nfnetlink_log").splitlines()]
+
+
+def test_privileges(node: Host) -> None:
+    """Without the capabilities: FAIL, and what cannot be probed says so; nothing crashes."""
+    bad = diagnose(node, hosts=("10.0.0.1",), before=("setpriv", "--bounding-set=-net_admin,-net_raw"))
+    assert bad.code == 2 and bad.of("privileges")["status"] == "FAIL"
+    assert "CAP_NET_ADMIN and CAP_NET_RAW" in bad.of("privileges")["found"]
+    assert bad.of("privileges")["fix"] == f"sudo python3 {PROGRAM} check"
+    assert bad.of("nftables")["found"] == "a table is refused: Operation not permitted"
+    assert bad.of("path")["found"] == "10.0.0.1: path MTU 1500, all of eth0"  # this works without root
+
+
+HOLDER = """
+import sys, time; sys.path.insert(0, {!r}); import pmtud
+held = pmtud.Nflog(33); print('held', flush=True); time.sleep(60)
+"""
+
+
+def test_nflog_group(node: Host) -> None:
+    """Taken by a stranger: FAIL names it; the fix takes the next group, which is then seen as pmtud's own."""
+    link = Path(tempfile.mkdtemp()) / "pmt"  # so that the stranger's command line does not have our name
+    link.mkdir()
+    (link / "stranger.py").write_text(HOLDER.format(str(HERE)))
+    stranger = node.start(sys.executable, str(link / "stranger.py"))
+    stranger.wait_for("held")
+    bad = diagnose(node).of("nflog_group")
+    assert bad["status"] == "FAIL" and f"pid {stranger.pid} " in bad["found"]
+    assert bad["fix"] == f"python3 {PROGRAM} --nflog-group 34"
+    daemon = run_fix(node, bad, "limits:")
+    assert daemon
+    good = diagnose(node, "--nflog-group", "34")
+    assert good.of("nflog_group")["found"].startswith(f"group 34 is held by pmtud pid {daemon.pid} (python3 ")
+    assert good.of("nflog_rule")["found"] == "table inet pmtud_34 of the daemon"
+    assert good.of("guard") == {"check": "guard", "status": "OK", "found": "holds for ipv4, ipv6", "fix": ""}
+
+
+def test_rules_of_the_operator(node: Host) -> None:
+    """--rules off and no rule: FAIL; the fix installs rules and guard."""
+    bad = diagnose(node, "--rules", "off")
+    assert bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33" and bad.code == 2
+    assert bad.of("guard")["status"] == "FAIL"
+    assert bad.of("nflog_rule")["fix"] == f"python3 {PROGRAM} rules | sed '/^}}/q' | nft -f -" == bad.of("guard")["fix"]
+    run_fix(node, bad.of("nflog_rule"))
+    good = diagnose(node, "--rules", "off")
+    assert good.code == 0 and good.of("nflog_rule")["found"] == "inet pmtud_33 mtu_errors, no counter"
+
+
+@pytest.mark.parametrize("command", ["iptables-nft", "iptables-legacy"])
+def test_iptables_rule_and_its_counter(node: Host, command: str) -> None:
+    """Found in both kinds of iptables, once, with its counter."""
+    rule = "-p icmp -m icmp --icmp-type 3/4 -j NFLOG --nflog-group 33 -c 5 320"
+    node.run(command, "-t", "raw", "-A", "PREROUTING", *rule.split())
+    found = diagnose(node, "--rules", "off").of("nflog_rule")
+    assert (found["status"], found["found"]) == ("OK", "ip raw PREROUTING, 5 packets so far")
+    twice = diagnose(node).of("nflog_rule")
+    assert twice["status"] == "WARN" and "feeds every error in again: ip raw PREROUTING" in twice["found"]
+    assert twice["fix"] == f"python3 {PROGRAM} --rules off"
+    assert diagnose(node, "--rules", "off", "--nflog-group", "3").of("nflog_rule")["status"] == "FAIL"
+
+
+@pytest.mark.parametrize("rule", [
+    ("iptables", "-A", "INPUT", "-p", "icmp", "-j", "NFLOG", "--nflog-group", "33"),
+    ("nft", "table inet f { chain late { type filter hook input priority 0; icmp type 3 counter log group 33; }; }"),
+])  # fmt: skip
+def test_a_rule_after_rp_filter_is_too_late(node: Host, rule: tuple[str, ...]) -> None:
+    """INPUT comes after the reverse path check."""
+    node.run(*rule)
+    late = diagnose(node, "--rules", "off").of("nflog_rule")
+    assert late["status"] == "WARN" and late["found"].startswith("too late, rp_filter comes first: i")
+    assert ", 0 packets so far" in late["found"]
+
+
+@pytest.mark.parametrize("scope", ["all", "eth0"])
+def test_rp_filter(node: Host, scope: str) -> None:
+    """Strict: WARN, and the fix is to run pmtud, never to loosen it; the fix turns it OK."""
+    node.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 1)
+    bad = diagnose(node)
+    finding = bad.of("rp_filter")
+    assert bad.code == 1 and finding["status"] == "WARN" and finding["found"].startswith("eth0: strict (all ")
+    assert "weakens anti-spoofing" in finding["found"] and finding["fix"] == f"python3 {PROGRAM}"
+    run_fix(node, finding, "limits:")
+    good = diagnose(node).of("rp_filter")
+    assert good["status"] == "OK" and good["found"].endswith("; pmtud delivers what is dropped by rp_filter")
+
+
+def test_loose_rp_filter_is_no_error(node: Host) -> None:
+    """The higher of all and interface counts."""
+    node.sysctls({"net.ipv4.conf.all.rp_filter": 2, "net.ipv4.conf.eth0.rp_filter": 1})
+    found = diagnose(node).of("rp_filter")
+    assert (found["status"], found["found"]) == (
+        "OK", "eth0: loose, errors from any routed address pass (all 2, eth0 1)")  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [
+    "meta nfproto ipv6 fib saddr . mark . iif oif missing drop", "fib saddr . iif oif 0 counter drop"])
+def test_reverse_path_rules_of_nft(node: Host, rule: str) -> None:
+    """What firewalld installs for IPv6 counts like rp_filter; an accepting rule does not."""
+    node.run("nft", f"table inet fw {{ chain pre {{ type filter hook prerouting priority -290; {rule}; }}; }}")
+    bad = diagnose(node).of("rp_filter")
+    assert bad["status"] == "WARN" and "is dropped by a rule in inet fw pre. Loosening" in bad["found"]
+    run_fix(node, bad, "limits:")
+    assert diagnose(node).of("rp_filter")["found"].endswith("pmtud delivers what is dropped by a rule in inet fw pre")
+    node.run("nft", "flush ruleset inet; add table inet fw; add chain inet fw pre; "
+             "add rule inet fw pre fib saddr . iif oif != 0 accept", check=False)  # fmt: skip
+    assert "dropped" not in diagnose(node, "--nflog-group", "5").of("rp_filter")["found"]
+
+
+@pytest.mark.parametrize(("name", "value", "status", "words"), [
+    ("ip_no_pmtu_disc", 1, "WARN", "1: packets leave without DF"),
+    ("ip_no_pmtu_disc", 2, "FAIL", "2: the kernel discards every error"),
+    ("ip_no_pmtu_disc", 3, "WARN", "CVE-2026-23398"),
+    ("route.min_pmtu", 1400, "WARN", "1400: smaller reports count as this one"),
+])  # fmt: skip
+def test_settings(node: Host, name: str, value: int, status: str, words: str) -> None:
+    """Each bad value, and the sysctl that repairs it."""
+    node.sysctl(f"net.ipv4.{name}", value)
+    bad = diagnose(node)
+    finding = bad.of(name.rpartition(".")[2])
+    assert finding["status"] == status and words in finding["found"] and bad.code == {"WARN": 1, "FAIL": 2}[status]
+    run_fix(node, finding)
+    assert diagnose(node).code == 0
+
+
+@pytest.mark.parametrize("value", [1, 2])
+def test_tcp_mtu_probing_is_information(node: Host, value: int) -> None:
+    """Always OK, and it says what the value does."""
+    node.sysctl("net.ipv4.tcp_mtu_probing", value)
+    found = diagnose(node).of("tcp_mtu_probing")
+    assert found["status"] == "OK" and "UDP, QUIC and tunnels do not" in found["found"]
+
+
+@pytest.mark.parametrize(("count", "status"), [(800, "OK"), (801, "WARN"), (951, "FAIL")])
+def test_conntrack(node: Host, tmp_path: Path, count: int, status: str) -> None:
+    """Files stand in for the kernel's, whose limit only the first namespace may set; the fix doubles the limit."""
+    for name, number in (("count", count), ("max", 1000)):
+        (tmp_path / name).write_text(f"{number}\n")
+    files = "/proc/sys/net/netfilter/nf_conntrack_"
+    mount = "".join(f"mount --bind {tmp_path}/{name} {files}{name}; " for name in ("count", "max"))
+    before = ("sh", "-c", f'{mount} exec "$@"', "sh")
+    bad = diagnose(node, before=before).of("conntrack")
+    assert bad["status"] == status and bad["found"] == f"{count} of 1000 connections ({count / 1000:.0%})"
+    if status != "OK":
+        assert bad["fix"] == "sysctl -w net/netfilter/nf_conntrack_max=2000"
+        node.run("sh", "-c", f"{mount} {bad['fix']}")
+        assert diagnose(node, before=before).of("conntrack")["status"] == "OK"
+
+
+def test_good_peers(node: Host) -> None:
+    """On-link and routed ones are told apart, this node's own address is named."""
+    found = diagnose(node, "--peers", "10.0.0.1,10.7.0.1,fd00::5,10.0.0.2").of("peers")
+    assert found == {"check": "peers", "status": "OK", "found": "2 on-link, 1 routed; 10.0.0.2 is this node", "fix": ""}
+
+
+@pytest.mark.parametrize(("peer", "words"), [
+    ("10.96.0.1", "10.96.0.1: a service address on lo, not a node"),
+    ("10.8.0.1", "10.8.0.1: no route"),
+    ("fd08::1", "fd08::1: no route"),
+])  # fmt: skip
+def test_bad_peers(node: Host, peer: str, words: str) -> None:
+    """A VIP or a peer without a route: FAIL; the fix starts pmtud without it."""
+    node.ip("route add unreachable 10.8.0.0/24", "route add unreachable fd08::/64")
+    bad = diagnose(node, "--peers", f"10.0.0.1,{peer}").of("peers")
+    assert (bad["status"], bad["found"]) == ("FAIL", words)
+    assert bad["fix"] == f"python3 {PROGRAM} --peers 10.0.0.1"
+    assert diagnose(node, *bad["fix"].split()[2:]).of("peers")["status"] == "OK"
+
+
+def test_peer_file_that_is_missing(node: Host) -> None:
+    """Its complaint is the finding."""
+    bad = [entry for entry in diagnose(node, "--peers", "file:/none").checks if entry["check"] == "peers"]
+    assert bad[0]["status"] == "FAIL" and bad[0]["found"] == "file:/none: No such file or directory"
+
+
+def test_ipv6_mtu_under_1280(node: Host) -> None:
+    """IPv6 cannot run: FAIL; the fix raises the MTU."""
+    node.ip("link set eth0 mtu 1200")
+    bad = diagnose(node, "--iface", "eth0").of("ipv6")
+    assert (bad["status"], bad["found"]) == ("FAIL", "eth0: cannot run, MTU 1200 is under 1280")
+    run_fix(node, bad)
+    assert diagnose(node, "--iface", "eth0").of("ipv6")["status"] == "OK"
+
+
+def test_ipv6_router_advertisements(node: Host) -> None:
+    """accept_ra_mtu 0 on a listening host: WARN; forwarding without accept_ra 2 is told; switched off is OK."""
+    node.sysctls({"net.ipv6.conf.eth0.accept_ra": 1, "net.ipv6.conf.eth0.accept_ra_mtu": 0})
+    bad = diagnose(node).of("ipv6")
+    assert bad["status"] == "WARN" and bad["fix"] == "sysctl -w net/ipv6/conf/eth0/accept_ra_mtu=1"
+    run_fix(node, bad)
+    assert diagnose(node).of("ipv6")["found"] == "eth0: router advertisements and their MTU are believed"
+    node.sysctl("net.ipv6.conf.eth0.forwarding", 1)
+    assert diagnose(node).of("ipv6")["found"].endswith("not read (forwarding 1, accept_ra 1)")
+    node.sysctl("net.ipv6.conf.eth0.disable_ipv6", 1)
+    assert diagnose(node).of("ipv6")["found"] == "eth0: switched off"
+
+
+CALICO = 'kubectl patch installation default --type=merge -p \'{"spec":{"calicoNetwork":{"mtu":%d}}}\''
+
+
+@pytest.mark.parametrize(("nic", "name", "mtu", "status", "found", "fix"), [
+    (1500, "vxlan.calico", 1450, "OK", "vxlan.calico 1450 = eth0 1500 - 50", ""),
+    (9000, "vxlan.calico", 1450, "WARN",
+     "vxlan.calico 1450 < eth0 9000 - 50 = 8950: jumbo frames left unused", CALICO % 8950),
+    (9000, "vxlan.calico", 8950, "OK", "vxlan.calico 8950 = eth0 9000 - 50", ""),
+    (1500, "vxlan.calico", 1500, "FAIL",
+     "vxlan.calico 1500 > eth0 1500 - 50: packets over 1450 vanish (black hole)", CALICO % 1450),
+    (1500, "vxlan.calico", 1400, "WARN",
+     "vxlan.calico 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice", CALICO % 1450),
+    (1500, "vxlan-v6.calico", 1430, "OK", "vxlan-v6.calico 1430 = eth0 1500 - 70", ""),
+    (1500, "vxlan.calico", 1430, "OK", "vxlan.calico 1430 = eth0 1500 - 70, where 50 would do", ""),
+    (1500, "tunl0", 1480, "OK", "tunl0 1480 = eth0 1500 - 20", ""),
+    (1500, "tunl0", 1460, "WARN", "tunl0 1460 = eth0 1500 - 20 - 20: the overhead is subtracted twice", CALICO % 1480),
+    (1500, "wireguard.cali", 1440, "OK", "wireguard.cali 1440 = eth0 1500 - 60", ""),
+    (1500, "wg-v6.cali", 1500, "FAIL",
+     "wg-v6.cali 1500 > eth0 1500 - 80: packets over 1420 vanish (black hole)", CALICO % 1420),
+    (1500, "flannel.1", 1400, "WARN", "flannel.1 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice",
+     "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
+    (1500, "cilium_vxlan", 1500, "OK", "cilium_vxlan 1500: Cilium subtracts the 50 in its routes", ""),
+    (1500, "cilium_geneve", 1300, "WARN", "cilium_geneve 1300 < eth0 1500 - 50 = 1450: 150 bytes left unused",
+     "cilium config set mtu 1500"),
+    (1500, "cali12ab", 1500, "OK", "cali12ab 1500 = eth0 1500 - 0", ""),
+    (1500, "cali12ab", 9000, "FAIL",
+     "cali12ab 9000 > eth0 1500 - 0: packets over 1500 vanish (black hole)", CALICO % 1500),
+    (1500, "lxc12ab", 1500, "OK", "lxc12ab 1500 = eth0 1500 - 0", ""),
+    (1500, "cni0", 1480, "OK", "cni0 1480 = eth0 1500 - 20, where 0 would do", ""),
+])  # fmt: skip
+def test_mtu_by_name(node: Host, nic: int, name: str, mtu: int, status: str, found: str, fix: str) -> None:
+    """An interface of each CNI, recognised by its name; a veth stands in for kinds this kernel may lack."""
+    node.ip(f"link set eth0 mtu {nic}", f"link add {name} mtu {mtu} type veth peer name other mtu {mtu}",
+            f"link set {name} up")  # fmt: skip
+    assert diagnose(node).of("mtu") == {"check": "mtu", "status": status, "found": found, "fix": fix}
+
+
+@pytest.mark.parametrize(("options", "best"), [
+    ("remote 10.0.0.1", 1450), ("remote fd00::1", 1430), ("local fd00::2", 1430)])  # fmt: skip
+def test_mtu_of_a_real_vxlan(node: Host, options: str, best: int) -> None:
+    """A vxlan of any name, over IPv4 and IPv6; the printed `ip link` turns it OK."""
+    node.ip(f"link add overlay mtu 1500 type vxlan id 7 dstport 4789 {options}", "link set overlay up")
+    bad = diagnose(node).of("mtu")
+    assert bad["status"] == "FAIL" and bad["fix"] == f"ip link set dev overlay mtu {best}"
+    run_fix(node, bad)
+    assert diagnose(node).of("mtu")["found"] == f"overlay {best} = eth0 1500 - {1500 - best}"
+
+
+def test_mtu_of_pods_in_other_namespaces(node: Host) -> None:
+    """A plain veth whose peer is elsewhere is a pod; one whose peer is here is not."""
+    pod = node.net.host("pod")
+    node.net.link(node, pod, mtu=9000, names=("whatever", "eth0"))
+    node.ip("link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set vxlan.calico up",
+            "link add here mtu 9000 type veth peer name there", "link set here up")  # fmt: skip
+    bad = diagnose(node)
+    assert bad.of("mtu", "whatever")["found"] == "whatever 9000 > eth0 1500 - 50: packets over 1450 vanish (black hole)"
+    assert len([entry for entry in bad.checks if entry["check"] == "mtu"]) == 2
+    run_fix(node, bad.of("mtu", "whatever"))
+    assert diagnose(node).of("mtu", "whatever")["status"] == "OK"
+
+
+def test_mtu_of_hundreds_of_pods_is_one_line(node: Host) -> None:
+    """Pods with the same name stem and MTU are one finding."""
+    commands = [f"link add cali{i:03x} mtu {1450 if i else 1500} type veth peer name p{i}" for i in range(200)]
+    node.ip("link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set vxlan.calico up",
+            *commands, *(f"link set cali{i:03x} up" for i in range(200)))  # fmt: skip
+    found = diagnose(node)
+    assert found.of("mtu", "199 pods")["found"] == "199 pods (cali001, ...) 1450 = eth0 1500 - 50"
+    assert found.of("mtu", "cali000")["status"] == "FAIL"
+
+
+def test_mtu_of_the_cni_configuration(node: Host, tmp_path: Path) -> None:
+    """Any "mtu" at any level; sed repairs a file that no operator owns; pods made before need to be made again."""
+    (tmp_path / "10-bridge.conflist").write_text('{"plugins": [{"type": "bridge", "mtu": 9000}, {"mtu": 0}]}')
+    (tmp_path / "notes.txt").write_text('"mtu": 5')
+    bad = diagnose(node, cni_dir=str(tmp_path)).of("mtu")
+    assert bad["status"] == "FAIL" and bad["found"].startswith(f"{tmp_path}/10-bridge.conflist 9000 > eth0 1500 - 0")
+    run_fix(node, bad)
+    assert diagnose(node, cni_dir=str(tmp_path)).of("mtu")["status"] == "OK"
+    node.ip("link add veth12 mtu 1300 type veth peer name other", "link set veth12 up")
+    old = diagnose(node, "--nodename", "n1", cni_dir=str(tmp_path)).of("mtu", "veth12")
+    assert old["found"] == "veth12 1300 < eth0 1500 - 0 = 1500: 200 bytes left unused; new pods get 1500 from the CNI"
+    assert old["fix"] == "kubectl drain n1 --ignore-daemonsets && kubectl uncordon n1"
+    (tmp_path / "10-calico.conflist").write_text('{"plugins": [{"type": "calico", "mtu": 1400}]}')
+    assert diagnose(node, cni_dir=str(tmp_path)).of("mtu", "calico")["fix"] == CALICO % 1500
+
+
+def test_nics_that_differ(node: Host) -> None:
+    """Two NICs with different MTUs: WARN; the fix makes them equal."""
+    node.ip("link add eth1 mtu 9000 type veth peer name far mtu 9000", "link set eth1 up")
+    bad = diagnose(node, "--iface", "eth0,eth1").of("mtu", "NICs")
+    assert (bad["status"], bad["found"]) == ("WARN", "the NICs differ: eth0 1500, eth1 9000")
+    run_fix(node, bad)
+    assert diagnose(node, "--iface", "eth0,eth1").of("mtu")["status"] == "OK"
+
+
+def test_interface_that_is_down(node: Host) -> None:
+    """FAIL; the fix brings it up."""
+    node.ip("link add eth1 type veth peer name far", "link set far up")
+    bad = diagnose(node, "--iface", "eth1").of("interface")
+    assert (bad["status"], bad["found"]) == ("FAIL", "eth1 is not there or not up")
+    run_fix(node, bad)
+    assert diagnose(node, "--iface", "eth1").of("rp_filter")["status"] == "OK"
+
+
+def test_no_default_route(node: Host) -> None:
+    """The MTU audit says what it needs."""
+    node.ip("route del default", "route del ::/0")
+    assert diagnose(node).of("mtu")["found"] == "there is no default route; name the NIC with --iface"
+
+
+# -- the report
+
+
+def test_report_fits_80_columns_and_has_no_colours_in_a_pipe(node: Host) -> None:
+    """Every line, commands included, which are broken with a backslash and stay runnable."""
+    node.sysctls({"net.ipv4.conf.all.rp_filter": 1, "net.ipv4.ip_no_pmtu_disc": 3})
+    node.ip("link set eth0 mtu 9000", "link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1",
+            "link set vxlan.calico up")
+    text = text_of(node, "--nodename", "n1", "--peers", ",".join(f"10.8.0.{i}" for i in range(9)))
+    assert max(map(len, text.splitlines())) < 80 and "\033" not in text
+    assert '       fix: kubectl patch installation default --type=merge -p \\\n            \'{"spec"' in text
+    assert "WARN rp_filter: eth0: strict (all 1, eth0 0); an error from" in text
+    assert text.splitlines()[-1] == "n1: 11 OK, 3 WARN, 0 FAIL"
+
+
+def test_report_has_colours_on_a_terminal(node: Host) -> None:
+    """script(1) lends it a terminal."""
+    text = node.run("script", "-qec", shlex.join(doctor_argv((), (), False, "/none")), "/dev/null")
+    assert "\033[32mOK   \033[0mprivileges:" in text
+
+
+def test_json_schema(node: Host) -> None:
+    """Version, node, summary and one object per finding."""
+    answer = json.loads(node.run(*doctor_argv(("--nodename", "n1"), (), True, "/none")))
+    assert answer["schema"] == 1 and answer["node"] == "n1" and answer["summary"] == {"OK": 14, "WARN": 0, "FAIL": 0}
+    assert all(set(entry) == {"check", "status", "found", "fix"} for entry in answer["checks"])
+
+
+# -- the path
+
+
+class PathNet(Net):
+    """node --eth0-- router --(thin)-- far; mgmt is a second link between node and router, for errors from elsewhere."""
+
+    def build(self) -> None:
+        self.node, self.router, self.far = self.host("node"), self.host("router", forward=True), self.host("far")
+        self.link(self.node, self.router, names=("eth0", "to-node"))
+        self.link(self.node, self.router, names=("mgmt", "mgmt"))
+        self.link(self.router, self.far, names=("to-far", "eth0"))
+        self.node.ip("addr add 10.0.0.2/24 dev eth0", "addr add fd00::2/64 dev eth0",
+                     "addr add 172.20.20.9/24 dev mgmt", "addr add fd20::9/64 dev mgmt",
+                     "route add default via 10.0.0.1", "route add ::/0 via fd00::1")
+        self.router.ip("addr add 10.0.0.1/24 dev to-node", "addr add fd00::1/64 dev to-node",
+                       "addr add 172.20.20.2/24 dev mgmt", "addr add fd20::2/64 dev mgmt",
+                       "addr add 10.9.0.1/24 dev to-far", "addr add fd09::1/64 dev to-far")
+        self.far.ip("addr add 10.9.0.2/24 dev eth0", "addr add fd09::2/64 dev eth0",
+                    "route add default via 10.9.0.1", "route add ::/0 via fd09::1")
+
+    def thin(self, mtu: int) -> None:
+        """The router's link to far."""
+        self.router.ip(f"link set to-far mtu {mtu}")
+
+    def drop_errors(self) -> None:
+        """The router says nothing about packets that are too big."""
+        self.router.run("nft", "table inet quiet { chain out { type filter hook output priority 0; "
+                        "icmp type destination-unreachable icmp code frag-needed drop; "
+                        "icmpv6 type packet-too-big drop; }; }")  # fmt: skip
+
+    def error_from_management(self) -> None:
+        """Errors come from 172.20.20.2 or fd20::2, which the node reaches over mgmt; strict RPF drops them."""
+        self.router.ip("route replace 10.0.0.2 dev to-node src 172.20.20.2",
+                       "route replace fd00::2 dev to-node src fd20::2")  # fmt: skip
+        self.node.sysctls({f"net.ipv4.conf.{name}.rp_filter": 1 for name in ("all", "eth0")})
+        self.node.run("nft", "table inet rpf { chain pre { type filter hook prerouting priority -290; "
+                      "meta nfproto ipv6 icmpv6 type packet-too-big fib saddr . iif oif 0 drop; }; }")
+
+
+@pytest.fixture
+def path() -> Iterator[PathNet]:
+    """A fresh PathNet."""
+    with PathNet() as net:
+        yield net
+
+
+FAMILIES = pytest.mark.parametrize(("far", "gateway", "mgmt"), [
+    ("10.9.0.2", "10.0.0.1", "172.20.20.2"), ("fd09::2", "fd00::1", "fd20::2")])  # fmt: skip
+
+
+def measure(net: PathNet, host: str, *options: str) -> dict[str, str]:
+    """The finding about one host."""
+    return diagnose(net.node, *options, hosts=(host,)).of("path")
+
+
+@FAMILIES
+def test_path_without_obstacle(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """The whole MTU of the interface."""
+    found = f"{far}: path MTU 1500, all of eth0"
+    assert measure(path, far) == {"check": "path", "status": "OK", "found": found, "fix": ""}
+
+
+@FAMILIES
+@pytest.mark.parametrize("mtu", [1400, 1337])
+def test_path_reported_by_a_router(path: PathNet, far: str, gateway: str, mgmt: str, mtu: int) -> None:
+    """A thin link whose router says so is healthy."""
+    path.thin(mtu)
+    found = measure(path, far)
+    assert (found["status"], found["found"]) == ("OK", f"{far}: path MTU {mtu}, {gateway} reports {mtu}")
+
+
+@FAMILIES
+@pytest.mark.parametrize("mtu", [1500, 1400, 1337, 1280, 1499])
+def test_path_black_hole(path: PathNet, far: str, gateway: str, mgmt: str, mtu: int) -> None:
+    """The exact size, and a route that works around it."""
+    path.node.ip("link set eth0 mtu 9000")
+    path.router.ip("link set to-node mtu 9000")
+    path.thin(mtu)
+    path.drop_errors()
+    bad = measure(path, far)
+    assert bad["status"] == "FAIL"
+    assert bad["found"] == f"{far}: path MTU {mtu}; black hole: packets over {mtu} vanish and nobody says so"
+    assert bad["fix"] == f"ip route replace {far} via {gateway} dev eth0 mtu {mtu}"
+    run_fix(path.node, bad)
+    path.far.sysctl("net.ipv4.icmp_ratelimit", 0)  # it has few answers left for today
+    good = measure(path, far)
+    assert good["status"] == "OK" and good["found"].endswith(f"this node knows, it uses {mtu}")
+
+
+@FAMILIES
+def test_path_report_dropped_by_reverse_path(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """The report arrived and was dropped; the fix runs pmtud, and then it gets through."""
+    path.thin(1400)
+    path.error_from_management()
+    bad = measure(path, far)
+    culprit = "rp_filter" if "." in far else "a rule in inet rpf pre"
+    assert bad["status"] == "FAIL" and bad["fix"] == f"python3 {PROGRAM}"
+    assert bad["found"] == (f"{far}: path MTU 1400, {mgmt} reports 1400; "
+                            f"the report arrived here and was dropped by {culprit}")
+    run_fix(path.node, bad, "limits:")
+    good = measure(path, far)
+    assert (good["status"], good["found"]) == ("OK", f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400")
+
+
+@FAMILIES
+def test_path_to_a_host_that_speaks_tcp_only(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """UDP is dropped without a word: the handshake tells what it can."""
+    path.far.run("nft", "table inet f { chain i { type filter hook input priority 0; meta l4proto udp drop; }; }")
+    silent = measure(path, far)
+    named = f"[{far}]:443" if ":" in far else f"{far}:443"
+    assert (silent["status"], silent["found"]) == ("WARN", f"{far}: not measured, it answers nothing to UDP")
+    assert silent["fix"] == f"python3 {PROGRAM} check {named}"
+    refused = measure(path, named)
+    assert refused["status"] == "FAIL" and refused["found"].endswith("; TCP port 443: Connection refused")
+    server = path.far.start(sys.executable, "-c", "import socket, time; s = socket.create_server(('::', 443), "
+                            "family=socket.AF_INET6, dualstack_ipv6=True); print('up', flush=True); time.sleep(60)")
+    server.wait_for("up")
+    found = measure(path, named)
+    mss = 1460 if "." in far else 1440
+    assert found["status"] == "WARN"
+    assert found["found"].endswith(f"; TCP port 443 answers: MSS {mss}, as for MTU 1500; the kernel uses 1500")
+
+
+@FAMILIES
+def test_path_unreachable(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+    """A router that knows no way says so; a node without a route says so itself."""
+    path.router.ip("route add unreachable 10.66.0.0/16", "route add unreachable fd66::/32")
+    away = "10.66.0.1" if "." in far else "fd66::1"
+    found = measure(path, away)
+    assert found["status"] == "FAIL" and found["found"].startswith(f"{away}: unreachable, {gateway}: ")
+    path.node.ip("route del default", "route del ::/0")
+    assert measure(path, away)["found"] == f"{away}: find a route: Network is unreachable (errno 101)"
+
+
+def test_path_report_discarded_by_the_kernel_setting(path: PathNet) -> None:
+    """ip_no_pmtu_disc 2: the report arrives, the kernel throws it away."""
+    path.thin(1400)
+    path.node.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
+    found = measure(path, "10.9.0.2")["found"]
+    assert found.endswith("10.0.0.1 reports 1400; the report arrived here and was dropped by ip_no_pmtu_disc")
+
+
+def test_path_names_and_ports() -> None:
+    """localhost has a path like any host; a name nobody has is a finding."""
+    with Net() as net:
+        host = net.host("lonely")
+        assert diagnose(host, hosts=("127.0.0.1",)).of("path")["found"] == "127.0.0.1: path MTU 65535, all of lo"
+        for wrong in ("no.such.host.invalid:1", "127.0.0.1:99999", "[::1", ""):
+            assert diagnose(host, hosts=(wrong,)).of("path")["status"] == "FAIL"
+
+
+def test_path_is_measured_in_time_or_not_claimed(path: PathNet) -> None:
+    """A black hole at an odd size on a jumbo path, the slowest case; a host that is out of answers is no black hole."""
+    path.node.ip("link set eth0 mtu 9000")
+    path.router.ip("link set to-node mtu 9000", "link set to-far mtu 8777")
+    path.far.ip("link set eth0 mtu 9000")
+    path.drop_errors()
+    for _ in range(4):
+        start = time.monotonic()
+        found = measure(path, "10.9.0.2")
+        assert time.monotonic() - start < 7.0
+        if "black hole" in found["found"]:
+            assert "path MTU 8777;" in found["found"]
+        else:
+            assert found["status"] == "WARN" and "path MTU at least" in found["found"]
+            assert found["found"].endswith("the host limits its answers, ask again in ten seconds")
+
+
+def test_check_command_line() -> None:
+    """The options of the daemon, HOST, --json, the exit code; text for people by default."""
+    with Net() as net:
+        host = net.host("doctor")
+        other = net.host("other")
+        net.link(host, other, names=("eth0", "eth0"))
+        host.ip("addr add 10.0.0.1/24 dev eth0", "route add default via 10.0.0.2")
+        other.ip("addr add 10.0.0.2/24 dev eth0")
+        text = host.run(sys.executable, str(PROGRAM), "check", "--nodename", "n1", "--peers", "10.0.0.2", "10.0.0.2")
+        assert text.endswith("\nn1: 15 OK, 0 WARN, 0 FAIL\n") and "\033" not in text
+        assert "OK   path: 10.0.0.2: path MTU 1500, all of eth0\n" in text
+        answer = json.loads(host.run(sys.executable, str(PROGRAM), "check", "--json"))
+        assert answer["summary"] == {"OK": 14, "WARN": 0, "FAIL": 0}
+        host.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
+        assert run_to_end(host, "check")[0] == 2
+
+
+# -----------------------------------------------------------------------------
+# Section: trust -- hostile input, faults, long runs
+
+QUICK = """
+import pmtud, sys
+pmtud.Service.TICK, pmtud.Service.SLOW_TICKS = 0.2, 2
+sys.exit(pmtud.main(sys.argv[1:]))
+"""
+UNLIMITED = ("--flow-interval", "0", "--source-rate", "0", "--rate", "0")
+
+
+def is_ready(host: Host) -> bool:
+    """Whether the host's daemon says so."""
+    return get(host, "/readyz")[0] == "200"
+
+
+@contextlib.contextmanager
+def quick_daemons(hosts: Sequence[Host], *options: str, script: str = QUICK,
+                  start: Sequence[str] = ()) -> Iterator[list[Process]]:  # fmt: skip
+    """Daemons whose housekeeping comes every 0.2 s; `start` stands before the command, like ulimit in a shell."""
+    argv = [*start, sys.executable, "-W", "error", "-c", script, *options]
+    processes = [host.start(*argv, env={"PYTHONPATH": str(HERE)}) for host in hosts]
+    try:
+        for host in hosts:
+            assert poll(partial(is_ready, host), 10), "not ready"
+        yield processes
+    except BaseException:
+        for process in processes:
+            print(process.output()[-4000:])
+        raise
+    finally:
+        codes = [process.stop() for process in processes]
+    assert codes == [0] * len(processes), processes[0].output()
+    assert not [process for process in processes if "Traceback" in process.output()]
+
+
+def assert_served(cluster: Cluster, cases: Sequence[tuple[int, str]] = ((4, "pod"), (6, "host"))) -> None:
+    """Whatever happened before: every transfer finishes."""
+    for family, service in cases:
+        cluster.flush()
+        assert len(cluster.download(service, family)) == 23, f"{service} over IPv{family}"
+
+
+def configure_uplink(cluster: Cluster, i: int, address: str = "") -> None:
+    """What a node's network scripts do once eth0 is there."""
+    others = [j for j in range(1, cluster.size + 1) if j != i]
+    cluster.nodes[i - 1].ip(
+        "link set eth0 up", f"addr replace {address or Cluster.node_address(i)}/24 brd + dev eth0",
+        f"addr replace {Cluster.node_address(i, 6)}/64 dev eth0",
+        "route replace default via 10.0.0.1", "route replace ::/0 via fd00::1",
+        *(f"route replace 10.244.{j}.0/24 via {Cluster.node_address(j)}" for j in others),
+        *(f"route replace fd44:{j}::/64 via {Cluster.node_address(j, 6)}" for j in others))  # fmt: skip
+
+
+# -- faults: what the network does
+
+
+GROUP_PEERS = "10.0.0.255,ff02::7074%eth0"
+
+
+@pytest.mark.parametrize("peers", [ALL_PEERS, GROUP_PEERS])
+def test_interface_down_and_up(peers: str) -> None:
+    """IPv6 addresses and all routes go with it; once the node's network is back, so are we."""
+    with Cluster() as net, daemons(net.nodes, "--peers", peers):
+        for node in net.nodes:
+            node.ip("link set eth0 down")
+        for i in (1, 2, 3):
+            configure_uplink(net, i)
+        assert_served(net)
+
+
+def no_tentative_address(net: Net) -> bool:
+    """Whether duplicate address detection is over everywhere."""
+    return not any(execute("ip", "-6", "-n", host.namespace, "addr", "show", "tentative") for host in net.hosts)
+
+
+@pytest.mark.parametrize("peers", [ALL_PEERS, GROUP_PEERS])
+def test_interface_deleted_and_created_again(peers: str) -> None:
+    """A new interface of the same name, its IPv6 address unusable until duplicate address detection is over."""
+    with Cluster() as net, daemons(net.nodes, "--peers", peers):
+        for node in net.nodes:
+            node.ip("link del eth0")
+            node.sysctl("net.ipv6.conf.default.accept_dad", 1)
+        for i, node in enumerate(net.nodes, 1):
+            net.link(net.fabric, node, names=("", "eth0"))
+            net.fabric.ip(f"link set to-{node.name} master nodes", "neigh flush dev nodes")
+            configure_uplink(net, i)
+        assert poll(lambda: no_tentative_address(net), 10)
+        assert_served(net)
+
+
+def test_address_changed(tmp_path: Path) -> None:
+    """A node gets another address, the peer files say so: copies leave from it, nobody calls them misaddressed."""
+    path = tmp_path / "peers"
+    path.write_text(ALL_PEERS.replace(",", "\n"))
+    with Cluster() as net, daemons(net.nodes, "--peers", f"file:{path}"):
+        net.nodes[0].ip("addr del 10.0.0.11/24 dev eth0")
+        configure_uplink(net, 1, "10.0.0.21")
+        for node in net.nodes[1:]:
+            node.ip("route replace 10.244.1.0/24 via 10.0.0.21")
+        net.fabric.ip("route replace 10.96.0.0/24 nexthop via 10.0.0.21 nexthop via 10.0.0.12 nexthop via 10.0.0.13")
+        path.write_text(ALL_PEERS.replace("10.0.0.11", "10.0.0.21").replace(",", "\n"))
+        name = 'pmtud_copies_sent_total{peer="10.0.0.21"}'
+        assert poll(lambda: all(name in metrics(node) for node in net.nodes[1:]), 5)
+        assert_served(net)
+        assert [drops(metrics(node)).get("misaddressed", 0) for node in net.nodes] == [0, 0, 0]
+
+
+def test_default_route_gone_and_moved(cluster: Cluster) -> None:
+    """Gone: errors still come in where they did. Moved: the rules follow. Back: as before."""
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+        for node in cluster.nodes:
+            node.ip("route del default", "route del ::/0")
+        time.sleep(0.6)  # for the housekeeping to see it
+        assert [process.output().count("the default route moved") for process in processes] == [0, 0, 0]
+        for node in cluster.nodes:
+            node.ip("route add default via 172.20.20.2", "route add ::/0 via fd20::2")
+        for process in processes:
+            process.wait_for("the default route moved before=eth0 now=mgmt")
+        for i in (1, 2, 3):
+            configure_uplink(cluster, i)
+        for process in processes:
+            process.wait_for("the default route moved before=mgmt now=eth0")
+        assert_served(cluster)
+
+
+def test_peers_that_cannot_be_reached(cluster: Cluster) -> None:
+    """Nobody answers ARP, no route, prohibited, EINVAL: each is counted by peer, the good peers get theirs."""
+    bad = {"203.0.113.7": "unreachable", "203.0.113.8": "prohibit", "203.0.113.9": "blackhole", "203.0.113.10": "throw"}
+    # `throw` ends the lookup in its table; the default route is in the same one, so ENETUNREACH is what remains
+    with contextlib.ExitStack() as stack:
+        for node in cluster.nodes:
+            for address, kind in bad.items():
+                node.ip(f"route add {kind} {address}")
+                stack.callback(node.ip, f"route del {kind} {address}")
+        peers = ",".join([*bad, "10.0.0.99", "fd00::99", ALL_PEERS])
+        stack.enter_context(daemons(cluster.nodes, "--peers", peers))
+        assert_served(cluster)
+        samples = [metrics(node) for node in cluster.nodes]
+    for address in bad:
+        refused = sum(s[f'pmtud_copy_errors_total{{peer="{address}"}}'] for s in samples)
+        assert refused == sum(s['pmtud_copies_sent_total{peer="10.0.0.99"}'] for s in samples) > 0
+        assert sum(s[f'pmtud_copies_sent_total{{peer="{address}"}}'] for s in samples) == 0
+
+
+def test_a_firewall_that_refuses_copies(cluster: Cluster) -> None:
+    """EPERM for one peer is counted at that peer; the others get theirs; once allowed, transfers finish."""
+    first = ingress(cluster, 4)
+    node, (one, other) = cluster.nodes[first], [i for i in (0, 1, 2) if i != first]
+    refuse = f"""table inet refuse {{ chain output {{ type filter hook output priority filter;
+                 ip daddr {Cluster.node_address(one + 1)} icmp type destination-unreachable drop; }}; }}"""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        node.run("nft", "-f", "-", input=refuse)
+        try:
+            inject(cluster.router, 4, flow_errors(4))
+            received(cluster.nodes[other], ERRORS)
+            assert metrics(node)[f'pmtud_copy_errors_total{{peer="{Cluster.node_address(one + 1)}"}}'] == ERRORS
+            assert metrics(node)[f'pmtud_copies_sent_total{{peer="{Cluster.node_address(other + 1)}"}}'] == ERRORS
+        finally:
+            node.run("nft", "delete", "table", "inet", "refuse")
+        assert_served(cluster)
+
+
+def test_copies_larger_than_the_path_to_a_peer(cluster: Cluster) -> None:
+    """A 1,428-byte error over a path of 1,300: the kernel sends the copy in fragments, never EMSGSIZE."""
+    first = ingress(cluster, 4)
+    peer = cluster.nodes[(first + 1) % 3]
+    address = Cluster.node_address((first + 1) % 3 + 1)
+    vip = Cluster.vip("pod")
+    long_error = [mtu_error(V4, src="10.8.0.1", dst=vip, quoted_src=vip, quoted_dst=Cluster.client_address(1),
+                            transport=tcp_start(80, 40000) + bytes(1360))]
+    cluster.nodes[first].ip(f"route add {address}/32 dev eth0 mtu 1300")
+    try:
+        with daemons(cluster.nodes, "--peers", ALL_PEERS):
+            inject(cluster.router, 4, long_error)
+            samples = received(peer, 1)
+            assert not sum(n for k, n in metrics(cluster.nodes[first]).items() if "copy_errors" in k)
+            assert drops(samples) == {}  # conntrack put them together again
+            assert_served(cluster)
+    finally:
+        cluster.nodes[first].ip(f"route del {address}/32 dev eth0")
+
+
+def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
+    """ENOBUFS: dead neighbours whose queues swallow the send buffer. Refused at once and counted; it recovers."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    jam: dict[str, object] = {"net.ipv4.neigh.eth0.unres_qlen_bytes": 1 << 30, "net.ipv4.neigh.eth0.mcast_solicit": 20}
+    node.sysctls(jam)
+    peers = f"{ALL_PEERS},10.0.0.96,10.0.0.97,10.0.0.98,10.0.0.99"
+
+    def copies() -> int:
+        samples = metrics(node)
+        return total(samples, "pmtud_copy_errors_total") + total(samples, "pmtud_copies_sent_total")
+
+    with daemons(cluster.nodes, "--peers", peers, *UNLIMITED):
+        begun = time.monotonic()
+        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=6000))
+        received(node, 6000)
+        assert time.monotonic() - begun < 5
+        assert poll(lambda: copies() == 6 * 6000, 2)
+        assert total(metrics(node), "pmtud_copy_errors_total") > 0
+        assert get(node, "/healthz") == ("200", "ok\n")
+        node.sysctls({"net.ipv4.neigh.eth0.unres_qlen_bytes": 212992, "net.ipv4.neigh.eth0.mcast_solicit": 3})
+        execute("ip", "-n", node.namespace, "neigh", "flush", "dev", "eth0")
+        assert_served(cluster)
+
+
+# -- faults: what the kernel's tables do
+
+
+class Frames:
+    """Raw packets put on a link as Ethernet frames by sendmmsg(), hundreds of thousands a second."""
+
+    def __init__(self, host: Host, interface: str, target: Host, target_interface: str) -> None:
+        mac = target.read(f"/sys/class/net/{target_interface}/address")
+        self._destination = bytes.fromhex(mac.strip().replace(":", "")) + b"\x02\0\0\0\0\x01"
+        self._socket = host.inside(partial(self._open, interface))
+        self._send = ctypes.CDLL(None, use_errno=True).sendmmsg
+        self._send.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+
+    @staticmethod
+    def _open(interface: str) -> socket.socket:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        sock.bind((interface, 0))
+        return sock
+
+    def __enter__(self) -> Frames:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def send(self, packets: Sequence[bytes]) -> None:
+        """Put every packet on the link, in order."""
+        for start in range(0, len(packets), pmtud.UIO_MAXIOV):
+            bodies = packets[start : start + pmtud.UIO_MAXIOV]
+            vectors, entries = (pmtud.iovec * len(bodies))(), (pmtud.mmsghdr * len(bodies))()
+            for vector, entry, body in zip(vectors, entries, bodies):
+                kind = b"\x86\xdd" if body[:1] and body[0] >> 4 == 6 else b"\x08\x00"
+                frame = self._destination + kind + body
+                vector.iov_base, vector.iov_len = frame, len(frame)
+                entry.msg_hdr.msg_iov, entry.msg_hdr.msg_iovlen = ctypes.pointer(vector), 1
+            done = 0
+            while done < len(bodies):
+                address = ctypes.addressof(entries) + done * ctypes.sizeof(pmtud.mmsghdr)
+                sent = self._send(self._socket.fileno(), address, len(bodies) - done, 0)
+                if sent <= 0:
+                    raise OSError(ctypes.get_errno(), "sendmmsg")
+                done += sent
+
+
+def blast(host: Host, interface: str, target: Host, target_interface: str, packets: Sequence[bytes]) -> None:
+    """As fast as it goes."""
+    with Frames(host, interface, target, target_interface) as frames:
+        frames.send(packets)
+
+
+def total(samples: dict[str, float], name: str) -> int:
+    """The sum of a metric over its labels."""
+    return int(sum(n for k, n in samples.items() if k.partition("{")[0] == name))
+
+
+def settled(host: Host) -> int:
+    """How many errors the daemon has received, once it has nothing left to read."""
+    counts = [-1]
+
+    def quiet() -> bool:
+        counts.append(total(metrics(host), "pmtud_received_total"))
+        time.sleep(0.2)
+        return counts[-1] == counts[-2]
+    assert poll(quiet, 30), counts
+    return counts[-1]
+
+
+def test_nflog_overrun_is_counted_exactly(cluster: Cluster) -> None:
+    """More errors than the receive buffer holds: received + lost = sent, and the loop goes on."""
+    node, sent = cluster.nodes[ingress(cluster, 4)], 20_000
+    with daemons(cluster.nodes, "--peers", ALL_PEERS, *UNLIMITED) as processes:
+        process = processes[cluster.nodes.index(node)]
+        os.kill(process.pid, signal.SIGSTOP)
+        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=sent))
+        os.kill(process.pid, signal.SIGCONT)
+        assert settled(node) > 1000
+        inject(cluster.router, 4, flow_errors(4, count=1))
+
+        def counted() -> int:
+            samples = metrics(node)
+            return total(samples, "pmtud_received_total") + total(samples, "pmtud_nflog_lost_total")
+        assert poll(lambda: counted() == sent + 1, 5), counted()
+        assert 1000 < total(metrics(node), "pmtud_nflog_lost_total") < sent
+        assert_served(cluster)
+
+
+STEAL = """
+import pmtud, sys
+for command in (2, 4):  # NFULNL_CFG_CMD_UNBIND, NFULNL_CFG_CMD_PF_UNBIND
+    with pmtud.Netlink(pmtud.NETLINK_NETFILTER) as thief:
+        payload = bytes(pmtud.nfgenmsg(2, 0, 33)) + pmtud.attribute(pmtud.NFULA_CFG_CMD, bytes([command]))
+        kind = pmtud.NFNL_SUBSYS_ULOG << 8 | pmtud.NFULNL_MSG_CONFIG
+        try:
+            thief.request("unbind", kind, 0, payload)
+            print("taken")
+        except pmtud.NetlinkError as problem:
+            print(problem)
+"""
+
+
+def test_another_process_wants_the_group(cluster: Cluster) -> None:
+    """It cannot bind our group, nor unbind it; its own failure names us, and we notice nothing."""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        for node in cluster.nodes:
+            code, output = run_to_end(node, "--metrics-port", "0")
+            assert code == 1 and "NFLOG group 33 is taken" in output
+            env = {"PYTHONPATH": str(HERE)}
+            thief = node.start(sys.executable, "-c", STEAL, env=env)
+            assert poll(partial(lambda thief: thief.returncode() is not None, thief), 5)
+            assert "unbind: Operation not permitted" in thief.output()
+        assert_served(cluster)
+
+
+UNOWNED = QUICK.replace("\nsys.exit", """
+opened = pmtud.Firewall.__init__
+pmtud.Firewall.__init__ = lambda self, config, ifaces: opened(self, config, ifaces, owned=False)
+sys.exit""")  # fmt: skip
+
+
+def test_flush_ruleset_where_tables_cannot_be_owned() -> None:
+    """Kernels before 5.12: what `nft flush ruleset` removed is noticed at the next look and installed again."""
+    with Cluster(conntrack=False) as plain, quick_daemons(
+        plain.nodes, "--peers", ALL_PEERS, script=UNOWNED
+    ) as processes:
+        for node in plain.nodes:
+            node.run("nft", "flush", "ruleset")
+        for process in processes:
+            process.wait_for("our rules are gone, someone flushed them: installing them again")
+        for node in plain.nodes:
+            assert poll(partial(lambda node: "log group 33" in node.run("nft", "list", "ruleset"), node), 3)
+        assert_served(plain, ((4, "host"), (6, "host")))
+        assert not [process for process in processes if "cannot replace our rules" in process.output()]
+
+
+def conntrack_entry(number: int) -> bytes:
+    """IPCTNL_MSG_CT_NEW of an established, assured TCP connection that no packet belongs to."""
+    def part(kind: int, *ports: int) -> bytes:
+        addresses = (number.to_bytes(4, "big"), bytes([198, 18, 0, 1]))[:: 1 if kind == 1 else -1]
+        ip = pmtud.nested(1, *(pmtud.attribute(1 + n, a) for n, a in enumerate(addresses)))
+        proto = pmtud.attribute(1, b"\x06") + b"".join(pmtud.be16(2 + n, port) for n, port in enumerate(ports))
+        return pmtud.nested(kind, ip, pmtud.nested(2, proto))
+    state = pmtud.nested(4, pmtud.nested(1, pmtud.attribute(1, b"\x03")))  # TCP, ESTABLISHED
+    body = bytes(pmtud.nfgenmsg(socket.AF_INET, 0, 0)) + part(1, 1, 2) + part(2, 2, 1)
+    body += pmtud.be32(3, 0b1110) + pmtud.be32(7, 600) + state  # IPS_SEEN_REPLY, ASSURED, CONFIRMED; ten minutes
+    return pmtud.message(NFNL_SUBSYS_CTNETLINK << 8, 0x400, 1, body)  # NLM_F_CREATE
+
+
+def fill_conntrack(entries: int) -> None:
+    """Connections until there is no room for another one, in the namespace of the calling thread."""
+    model, base = conntrack_entry(0x0BADCAFE), 0x0C000000
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+        for start in range(base, base + entries, 256):
+            addresses = (number.to_bytes(4, "big") for number in range(start, start + 256))
+            netlink.send(b"".join(model.replace(b"\x0b\xad\xca\xfe", address) for address in addresses))
+            with suppress(OSError):  # what the kernel refuses when the table is full
+                while netlink.recv(1 << 16, socket.MSG_DONTWAIT):
+                    pass
+
+
+def test_conntrack_table_full(cluster: Cluster) -> None:
+    """Errors need no entry and copies are not tracked: all are acted on; transfers finish once there is room."""
+    first = ingress(cluster, 4)
+    node, peer = cluster.nodes[first], cluster.nodes[(first + 1) % 3]
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        room = int(node.read("/proc/sys/net/netfilter/nf_conntrack_max"))
+        node.inside(partial(fill_conntrack, room + 1024))
+        assert int(node.read(pmtud.CONNTRACK_COUNT)) >= room
+        with Capture(cluster.fabric) as wire:
+            blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4))
+            assert poll(lambda: len(node_packets(wire.packets(), 4)) == 2 * ERRORS, 3)
+        node.inside(flush_conntrack)  # no new connection until then, a scrape's neither
+        assert drops(received(node, ERRORS)) == drops(received(peer, ERRORS)) == {}
+        assert metrics(node)['pmtud_delivered_total{family="ipv4",result="owner"}'] == ERRORS
+        assert_served(cluster)
+
+
+# -- faults: what happens to the process
+
+
+def test_file_source_failing_in_each_way(cluster: Cluster, tmp_path: Path) -> None:
+    """Gone, unreadable, a directory, a FIFO, too big, not UTF-8, not addresses: the last good peers stay in force."""
+    path = tmp_path / "peers"
+    path.write_text(ALL_PEERS)
+    node, name = cluster.nodes[0], f'pmtud_peers{{source="file:{path}"}}'
+    with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
+        for make, problem in FILE_PROBLEMS.values():
+            path.unlink() if path.is_file() or path.is_fifo() or path.is_symlink() else path.rmdir()
+            make(path)
+            os.kill(processes[0].pid, signal.SIGHUP)
+            processes[0].wait_for(problem.replace('"', "'"))
+            assert metrics(node)[name] == 4
+            if not path.exists():
+                path.touch()
+        assert metrics(node)[f'pmtud_peer_refresh_failures_total{{source="file:{path}"}}'] >= len(FILE_PROBLEMS)
+        assert_served(cluster)
+
+
+def test_metrics_port_of_another_program(cluster: Cluster) -> None:
+    """Taken by somebody else: a warning, no metrics, and every error is handled."""
+    with contextlib.ExitStack() as stack:
+        def occupy() -> socket.socket:
+            return socket.create_server(("::", 30040), family=socket.AF_INET6, dualstack_ipv6=True)
+        for node in cluster.nodes:
+            stack.enter_context(node.inside(occupy))
+        processes = stack.enter_context(daemons(cluster.nodes, "--peers", ALL_PEERS))
+        assert_served(cluster)
+        assert all("Address already in use); running without metrics" in process.output() for process in processes)
+
+
+def connect(host: Host, count: int, data: bytes = b"", patience: float = 0.02) -> list[socket.socket]:
+    """Connections to the host's metrics port that say this much and no more."""
+    def dial() -> list[socket.socket]:
+        clients = [socket.socket() for _ in range(count)]
+        for client in clients:
+            client.settimeout(patience)  # the backlog is short: some will never be accepted
+            with suppress(OSError):
+                client.connect(("127.0.0.1", 30040))
+                client.sendall(data)  # or hung up already: all places are taken
+        return clients
+    return host.inside(dial)
+
+
+HTTP_ATTACKS: dict[str, tuple[int, bytes]] = {
+    "silent": (16, b""),
+    "many": (100, b"GET /metrics HTTP/1.1\r\n"),
+    "huge header": (8, b"GET / HTTP/1.1\r\nA: " + b"a" * (1 << 20)),
+    "endless headers": (8, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000),
+    "huge request line": (8, b"GET /" + b"a" * (1 << 20)),
+    "binary": (8, bytes(range(256)) * 64),
+}
+
+
+@pytest.mark.parametrize("attack", HTTP_ATTACKS)
+def test_http_clients_that_mean_no_good(cluster: Cluster, attack: str) -> None:
+    """Errors are handled all the while, memory and threads are bounded, and the port answers again within seconds."""
+    count, data = HTTP_ATTACKS[attack]
+    with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+        clients = [client for node in cluster.nodes for client in connect(node, count, data)]
+        assert_served(cluster, [(4, "pod")])
+        assert all(usage(process)["Threads"] <= 16 + 4 for process in processes)
+        for node in cluster.nodes:
+            assert poll(partial(is_ready, node), 8)
+        assert all(usage(process)["VmRSS"] < 100_000 for process in processes)
+        for client in clients:
+            client.close()
+
+
+def drip(clients: Sequence[socket.socket], stop: threading.Event) -> None:
+    """Slowloris: one byte of a header every half second on each connection."""
+    while not stop.wait(0.5):
+        for client in clients:
+            with suppress(OSError):
+                client.send(b"a")
+
+
+def test_slowloris(cluster: Cluster) -> None:
+    """Clients that never stop talking lose their places after five seconds all the same."""
+    node = cluster.nodes[0]
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        clients = connect(node, 16, b"GET /metrics HTTP/1.1\r\nA: ", patience=2.0)
+        stop = threading.Event()
+        dripping = threading.Thread(target=drip, args=(clients, stop))
+        dripping.start()
+        assert get(node, "/readyz")[0] == "000"
+        assert_served(cluster, [(4, "pod")])
+        answers = poll(partial(is_ready, node), 8)
+        stop.set()
+        dripping.join()
+        for client in clients:
+            client.close()
+        assert answers
+
+
+def usage(process: Process) -> dict[str, int]:
+    """RSS in kB, threads, descriptors, and CPU time used in ticks."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = {name: int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads")}
+    times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return {**found, "fds": len(os.listdir(f"/proc/{process.pid}/fd")), "cpu": int(times[11]) + int(times[12])}
+
+
+def test_standard_streams_closed(cluster: Cluster) -> None:
+    """No standard input, output or error: nothing to log to, everything else works."""
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-')):
+        assert_served(cluster)
+
+
+def test_standard_error_is_a_full_pipe(cluster: Cluster, tmp_path: Path) -> None:
+    """Whoever reads our log has stopped: lines are lost, errors are not; when reading goes on, so does the log."""
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    start = ("sh", "-c", f'exec "$0" "$@" 2>{shlex.quote(str(fifo))}')
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start) as processes:
+        assert_served(cluster)
+        while b"SIGHUP" not in os.read(reader, 1 << 20):
+            os.kill(processes[0].pid, signal.SIGHUP)
+            time.sleep(0.1)
+    os.close(writer)
+    os.close(reader)
+
+
+def test_standard_error_without_a_reader(cluster: Cluster, tmp_path: Path) -> None:
+    """A broken pipe is no reason to stop, nor to end with an error."""
+    with contextlib.ExitStack() as stack:
+        fifo = tmp_path / "log"
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        start = ("sh", "-c", f'exec "$0" "$@" 2>{shlex.quote(str(fifo))}')
+        processes = stack.enter_context(quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start))
+        os.close(reader)
+        for process in processes:
+            os.kill(process.pid, signal.SIGHUP)
+        assert_served(cluster)
+
+
+def limit_descriptors(process: Process, number: int) -> None:
+    """What `ulimit -n` would do, to a running process."""
+    _, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (number, hard))
+
+
+def test_file_descriptors_exhausted(cluster: Cluster, tmp_path: Path) -> None:
+    """None left: errors are handled, no CPU is burnt; a peer change waits until there are some again."""
+    path = tmp_path / "peers"
+    path.write_text("10.0.0.77\n")
+    with quick_daemons(cluster.nodes, "--peers", f"file:{path},{ALL_PEERS}") as processes:
+        assert_served(cluster)
+        for process in processes:
+            limit_descriptors(process, usage(process)["fds"])
+        clients = [client for node in cluster.nodes for client in connect(node, 3, b"GET /metrics HTTP/1.1\r\n\r\n")]
+        before = [usage(process)["cpu"] for process in processes]
+        for node in cluster.nodes:  # an address change whose meaning cannot be worked out
+            node.ip("addr add 10.0.0.77/32 dev lo")
+        time.sleep(1.0)
+        assert_served(cluster)
+        assert [usage(p)["cpu"] - n < 100 for p, n in zip(processes, before)] == [True] * 3
+        for process in processes:
+            limit_descriptors(process, 1024)
+        for client in clients:
+            client.close()
+        name = f'pmtud_peers{{source="file:{path}"}}'
+        try:
+            assert poll(lambda: all(metrics(node)[name] == 0 for node in cluster.nodes), 5)
+        finally:
+            for node in cluster.nodes:
+                node.ip("addr del 10.0.0.77/32 dev lo")
+        assert_served(cluster)
+
+
+def test_sighup_storm(cluster: Cluster, tmp_path: Path) -> None:
+    """Thousands of SIGHUPs, while the peer file is rewritten and errors come in."""
+    path = tmp_path / "peers"
+    path.write_text(ALL_PEERS)
+    with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
+        for number in range(3000):
+            os.kill(processes[number % 3].pid, signal.SIGHUP)
+            if number % 100 == 0:
+                path.write_text(ALL_PEERS + ",10.0.0.77" * (number % 200 == 0))
+        path.write_text(ALL_PEERS)
+        name = f'pmtud_peers{{source="file:{path}"}}'
+        assert poll(lambda: all(metrics(node)[name] == 4 for node in cluster.nodes), 5)
+        assert_served(cluster)
+        assert all(len(process.output()) < 200_000 for process in processes)
+
+
+def test_stopped_and_continued(cluster: Cluster) -> None:
+    """SIGSTOP: what came meanwhile waits in the kernel and is acted on at SIGCONT; the flows it is about recover."""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        assert len(cluster.download("pod", deadline=1.0)) < 23
+        for process in processes:
+            threading.Timer(2.0, os.kill, (process.pid, signal.SIGCONT)).start()
+        cluster.flush()
+        assert len(cluster.download("pod", deadline=8.0)) == 23  # begun while we were stopped
+        assert all(get(node, "/healthz")[0] == "200" for node in cluster.nodes)
+        assert_served(cluster)
+
+
+def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
+    """`ulimit -v` leaves 512 MB: a spoofed flood, scrapes and everything else stay within it."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    start = ("sh", "-c", 'ulimit -v 524288; exec "$0" "$@"')
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, *UNLIMITED, start=start) as processes:
+        process = processes[cluster.nodes.index(node)]
+        flood = [mtu_error(V4, src=f"198.{18 + n % 2}.{n // 256 % 256}.{n % 256}", dst="10.96.0.1",
+                           quoted_src="10.96.0.1", quoted_dst="10.9.0.1", transport=tcp_start(80, n % 65536))
+                 for n in range(20_000)]  # fmt: skip
+        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flood)
+        assert get(node, "/metrics")[0] == "200"
+        assert poll(lambda: total(metrics(node), "pmtud_received_total") > 1000, 5)
+        assert usage(process)["VmRSS"] < 200_000
+        assert_served(cluster)
+
+
+STEPPED_CLOCK = """
+import itertools, pmtud, sys, time
+steps, real = itertools.cycle((0, 1e8, -1e8, -2e9)), time.time
+time.time = lambda: real() + next(steps)
+sys.exit(pmtud.main(sys.argv[1:]))
+"""
+
+
+def test_wall_clock_stepped(cluster: Cluster) -> None:
+    """Years forth and back at every look: limits, health and timers go by the monotonic clock."""
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, script=STEPPED_CLOCK):
+        assert_served(cluster)
+        assert all(get(node, "/healthz")[0] == "200" for node in cluster.nodes)
+
+
+# -- when things go wrong: the README's table, row by row
+
+FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
+    "The interface goes down and comes up": (test_interface_down_and_up,),
+    "The interface is deleted and created again": (test_interface_deleted_and_created_again,),
+    "A node's address changes": (test_address_changed, test_an_address_that_moves_here_is_removed_from_the_peers),
+    "No default route at the start": (test_start_failures_are_one_line,),
+    "The default route goes, or moves": (test_default_route_gone_and_moved,),
+    "A peer cannot be reached": (test_peers_that_cannot_be_reached, test_one_bad_peer_does_not_starve_the_others),
+    "A firewall refuses our copies": (test_a_firewall_that_refuses_copies,),
+    "A copy is larger than the path to a peer": (test_copies_larger_than_the_path_to_a_peer,),
+    "The send buffer is full": (test_queues_full_of_copies_nobody_takes,),
+    "Errors come faster than we read": (test_nflog_overrun_is_counted_exactly,),
+    "The NFLOG socket breaks": (test_a_broken_nflog_socket_is_opened_again,),
+    "Another process wants our NFLOG group": (
+        test_another_process_wants_the_group, test_second_daemon_names_the_holder),
+    "`nft flush ruleset`, a firewall reload": (
+        test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
+    "Conntrack comes into use after us": (test_conntrack_that_comes_later_is_noticed,),
+    "The conntrack table is full": (test_conntrack_table_full,),
+    "A peer file is missing or bad": (test_file_source_failing_in_each_way, test_start_failures_are_one_line),
+    "The metrics port is taken": (test_metrics_port_of_another_program, test_metrics_port_taken),
+    "Slow, huge or many HTTP clients": (test_http_clients_that_mean_no_good, test_slowloris),
+    "Standard error is closed, or nobody reads it": (
+        test_standard_streams_closed, test_standard_error_is_a_full_pipe, test_standard_error_without_a_reader),
+    "No file descriptors left": (test_file_descriptors_exhausted,),
+    "A storm of SIGHUPs": (test_sighup_storm,),
+    "SIGSTOP, or no CPU for a while": (test_stopped_and_continued,),
+    "A memory limit, and a flood": (test_memory_limit_under_a_flood,),
+    "The wall clock is stepped": (test_wall_clock_stepped,),
+    "SIGKILL, a crash": (test_sigkill_leaves_nothing,),
+}  # fmt: skip
+
+
+def test_every_row_of_when_things_go_wrong_is_proven() -> None:
+    """The README's table and the tests above name the same faults, in the same order."""
+    chapter = (HERE / "README.md").read_text().split("\n## When things go wrong\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split(" | ") for line in chapter.splitlines() if line.startswith("| ")][1:]
+    assert [row[0][2:] for row in rows] == list(FAULT_TESTS)
+    assert all(len(row) == 3 and all(row) for row in rows)
+
+
+# -----------------------------------------------------------------------------
 # Section: documentation -- what the README says is what the program does
 
 README = (HERE / "README.md").read_text()
@@ -2810,7 +5300,7 @@ def test_option_table() -> None:
     """Every option is there and nothing else, with the default that Config or the help text has."""
     rows = table("option")
     options = {action.option_strings[0]: action for action in pmtud.build_parser()._actions if action.option_strings}
-    assert set(rows) == set(options) - {"-h", "--help", "--version"}
+    assert set(rows) == set(options) - {"-h", "--version", "--json", "--no-color"}
     config = pmtud.Config()
     for option, field in (("--nflog-group", config.nflog_group), ("--metrics-port", config.metrics_port),
                           ("--ttl", config.ttl), ("--rules", config.rules), ("--flow-interval", config.flow_interval),
@@ -2850,6 +5340,63 @@ def test_go_pmtud_options_exist_with_their_defaults() -> None:
     assert (config.nflog_group, config.metrics_port, config.ttl) == (33, 30040, 10)
     known = {action.option_strings[0][2:] for action in pmtud.build_parser()._actions if action.option_strings}
     assert {"peers", "iface", "nodename", "nflog-group", "metrics-port", "ttl", "ignore-networks"} <= known
+
+
+def code_blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_alerts_and_queries(tmp_path: Path) -> None:
+    """promtool takes them, and every metric and label value in them exists."""
+    (rules,), queries = code_blocks("yaml"), [line for text in code_blocks("promql") for line in text.splitlines()]
+    assert (rules.count("- alert:"), len(queries)) == (6, 5)
+    recorded = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
+    (tmp_path / "queries").write_text(json.dumps({"groups": [{"name": "queries", "rules": recorded}]}))
+    (tmp_path / "alerts").write_text(rules)
+    for name in ("alerts", "queries"):
+        assert "SUCCESS" in execute("promtool", "check", "rules", str(tmp_path / name))
+    used = set(re.findall(r"\bpmtud_\w+", "\n".join([rules, *queries])))
+    assert used <= {*METRIC_LABELS}
+    assert set(re.findall(r'(?:origin|result)="(\w+)"', "\n".join(queries))) == {"router", "peer", "owner"}
+
+
+def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
+    """Names, units, help texts: no complaint, with every metric on the page."""
+    node = cluster.nodes[0]
+    with daemons([node], "--peers", PEER_LISTS[4]):
+        inject(cluster.router, 4, flow_errors(4, count=3))
+        page = node.run("curl", "-sS", "http://127.0.0.1:30040/metrics")
+    done = subprocess.run(["promtool", "check", "metrics"], input=page, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_log_tells_routers_and_mtus(cluster: Cluster) -> None:
+    """The README's sed, on a daemon's log."""
+    (expression,) = re.findall(r"sed -n '(.*)' \| sort", README)
+    node = cluster.nodes[ingress(cluster, 4)]
+    with daemons([node]) as [process]:
+        inject(cluster.router, 4, flow_errors(4, count=2) + flow_errors(4, count=1, src="172.20.20.2", mtu=1300))
+        received(node, 3)
+        process.wait_for("mtu=1300")
+        found = execute("sed", "-n", expression, input=process.output())
+    assert sorted(found.splitlines()) == ["10.8.0.1 1400", "10.8.0.1 1400", "172.20.20.2 1300"]
+
+
+def test_what_was_learned_outlives_the_daemon(cluster: Cluster) -> None:
+    """The kernel keeps it; and transfers that start while one node after the other is replaced all finish."""
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+        assert len(cluster.download("host")) == 23
+    assert_learned(cluster, "host", 4)
+    cluster.flush()
+    processes = [daemon(node, "--peers", PEER_LISTS[4]) for node in cluster.nodes]
+    with ThreadPoolExecutor(1) as pool:
+        transfers = pool.submit(cluster.download, "host", 4, 23, 8.0)
+        for number, node in enumerate(cluster.nodes):
+            assert processes[number].stop() == 0
+            processes[number] = daemon(node, "--peers", PEER_LISTS[4])
+        assert len(transfers.result()) == 23
+    assert [process.stop() for process in processes] == [0, 0, 0]
 
 
 def test_links_and_files() -> None:
@@ -3811,6 +6358,34 @@ def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
     os.close(parent)
     text = b"".join(chunks).decode()
     assert "s left" in text and ("\033[" in text) == (not argv)
+
+
+def test_check_gives_the_labs_own_answers() -> None:
+    """In each state of the lab `check` says what the seed lab's troubleshooting table says, and how to repair it."""
+    def answers(host: str, *hosts: str) -> list[tuple[str, str, str]]:
+        options = ("check", "--iface", "eth1", "--json", *hosts)
+        report = net.at[host].run(sys.executable, str(PROGRAM), *options, check=False)
+        return [(entry["status"], entry["found"], entry["fix"]) for entry in json.loads(report)["checks"]]
+
+    with MtuLab() as net:
+        net.bring(BASIC)
+        patch = """kubectl patch installation default --type=merge -p '{"spec":{"calicoNetwork":{"mtu":8950}}}'"""
+        text = "vxlan.calico 1450 < eth1 9000 - 50 = 8950: jumbo frames left unused"
+        assert ("WARN", text, patch) in answers("worker")
+        net.bring(JUMBO)
+        assert ("OK", "vxlan.calico 8950 = eth1 9000 - 50", "") in answers("worker")
+        net.bring(BROKEN)
+        text = ("10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500; "
+                "the report arrived here and was dropped by rp_filter")  # fmt: skip
+        found = answers("control-plane", "10.10.20.20")[-1]
+        assert found[:2] == ("FAIL", text) and found[2].endswith("pmtud.py --iface eth1")
+        net.bring(LOOSE)
+        text = "10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500"
+        assert answers("control-plane", "10.10.20.20")[-1] == ("OK", text, "")
+        net.bring(BROKEN)
+        net.start_daemon()
+        text = "10.10.20.20: path MTU 1500, 172.20.20.2, through pmtud, reports 1500"
+        assert answers("control-plane", "10.10.20.20")[-1] == ("OK", text, "")
 
 
 # -----------------------------------------------------------------------------
