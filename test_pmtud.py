@@ -3,6 +3,7 @@
 
     sudo python3 test_pmtud.py               all tests (arguments are pytest's: -k udp, -x, -v)
     sudo python3 test_pmtud.py lab           the MTU lab, told step by step (--keep, --only 2.4, --no-color)
+    sudo python3 test_pmtud.py bench         how fast, against a C floor in the same run (--only fanout)
 
 The first run makes a virtual environment beside this file (.venv) with what the tests need. The namespace
 tests need root and what the README says to install.
@@ -19,7 +20,8 @@ HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "pmtud.py"
 VENV = HERE / ".venv"
 REQUIREMENTS = ("pytest>=8,<10", "hypothesis>=6,<7", "scapy>=2.5,<3", "prometheus-client>=0.16,<1",
-                "kubernetes-validate==1.37.0", "PyYAML>=6,<7")  # fmt: skip
+                "kubernetes-validate==1.37.0", "PyYAML>=6,<7",
+                'atheris>=2.3,<4; platform_machine == "x86_64" and python_version < "3.14"')  # what it has wheels for
 
 
 def prepare() -> None:
@@ -49,6 +51,7 @@ import ctypes
 import errno
 import importlib.util
 import json
+import math
 import pty
 import re
 import resource
@@ -69,6 +72,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from ipaddress import ip_address, ip_network
+from random import Random
 from types import TracebackType
 from typing import Any, Callable, ClassVar, NamedTuple, Optional, TypeVar, Union
 
@@ -5066,11 +5070,14 @@ HTTP_ATTACKS: dict[str, tuple[int, bytes]] = {
 }
 
 
+HURRIED = QUICK.replace("\nsys.exit", "\npmtud.StatusHandler.timeout = 2.0\nsys.exit")
+
+
 @pytest.mark.parametrize("attack", HTTP_ATTACKS)
 def test_http_clients_that_mean_no_good(cluster: Cluster, attack: str) -> None:
     """Errors are handled all the while, memory and threads are bounded, and the port answers again within seconds."""
     count, data = HTTP_ATTACKS[attack]
-    with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, script=HURRIED) as processes:
         clients = [client for node in cluster.nodes for client in connect(node, count, data)]
         assert_served(cluster, [(4, "pod")])
         assert all(usage(process)["Threads"] <= 16 + 4 for process in processes)
@@ -5105,6 +5112,25 @@ def test_slowloris(cluster: Cluster) -> None:
         for client in clients:
             client.close()
         assert answers
+
+
+def test_a_connection_without_a_thread_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can be started, twenty times, the server still has all its places."""
+    config = pmtud.Config(metrics_addr="127.0.0.1", metrics_port=0)
+    server = pmtud.open_status_server(config, lambda: b"", lambda: True, lambda: True)
+    with server, monkeypatch.context() as m:
+        def fail(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+        m.setattr(threading.Thread, "start", fail)
+        for _ in range(pmtud.StatusServer.CONNECTIONS_MAX + 4):
+            with socket.create_connection(("127.0.0.1", server.socket.getsockname()[1])) as client:
+                server.handle_request()
+                assert client.recv(1) == b""
+        m.undo()
+        with socket.create_connection(("127.0.0.1", server.socket.getsockname()[1])) as client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            server.handle_request()
+            assert client.makefile("rb").read().endswith(b"ok\n")
 
 
 def usage(process: Process) -> dict[str, int]:
@@ -5173,8 +5199,9 @@ def test_file_descriptors_exhausted(cluster: Cluster, tmp_path: Path) -> None:
         for node in cluster.nodes:  # an address change whose meaning cannot be worked out
             node.ip("addr add 10.0.0.77/32 dev lo")
         time.sleep(1.0)
+        burnt = [usage(process)["cpu"] - ticks for process, ticks in zip(processes, before)]
+        assert max(burnt) < 20, burnt  # of 100 in a second
         assert_served(cluster)
-        assert [usage(p)["cpu"] - n < 100 for p, n in zip(processes, before)] == [True] * 3
         for process in processes:
             limit_descriptors(process, 1024)
         for client in clients:
@@ -5289,6 +5316,529 @@ def test_every_row_of_when_things_go_wrong_is_proven() -> None:
     rows = [line.split(" | ") for line in chapter.splitlines() if line.startswith("| ")][1:]
     assert [row[0][2:] for row in rows] == list(FAULT_TESTS)
     assert all(len(row) == 3 and all(row) for row in rows)
+
+
+# -- no weakening: what a forger gains through us that he did not have already
+
+
+def caches(cluster: Cluster) -> dict[str, list[str]]:
+    """Every learned path MTU in the cluster, by namespace."""
+    found = {}
+    for host in cluster.nodes + cluster.pods:
+        text = "".join(execute("ip", family, "-n", host.namespace, "route", "show", "cache") for family in ("-4", "-6"))
+        found[host.name] = [line for line in text.splitlines() if "mtu" in line]
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def forged_copies(family: int, service: str, **fields: Any) -> list[bytes]:
+    """Errors to each node that look like a copy from its neighbour."""
+    nodes = [Cluster.node_address(i, family) for i in (1, 2, 3)]
+    return [packet for node, peer in zip(nodes, nodes[1:] + nodes[:1])
+            for packet in flow_errors(family, service, src=peer, dst=node, **fields)]  # fmt: skip
+
+
+@pytest.mark.parametrize("service", ["host", "pod"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_forged_errors_about_flows_that_do_not_exist(cluster: Cluster, family: int, service: str) -> None:
+    """As a router's and as copies: all are acted on, and no cache in any node or pod changes."""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS):
+        assert_served(cluster, [(family, service)])
+        assert caches(cluster)  # the control: what is learned shows here
+        cluster.flush()
+        assert not caches(cluster)
+        before = acted(cluster)
+        inject(cluster.router, family, flow_errors(family, service, src={4: "203.0.113.66", 6: "2001:db8::66"}[family]))
+        inject(cluster.router, family, forged_copies(family, service, mtu=1399))
+        assert poll(lambda: acted(cluster) - before == ERRORS * 3 + ERRORS * 3, 3), acted(cluster) - before
+        assert not caches(cluster)
+
+
+def acted(cluster: Cluster) -> int:
+    """Errors acted on by all daemons together."""
+    return sum(total(metrics(node), "pmtud_acted_total") for node in cluster.nodes)
+
+
+IDLE_SERVER = """
+import socket, time
+listener = socket.create_server(("::", 81), family=socket.AF_INET6, dualstack_ipv6=True)
+print("listening", flush=True)
+open_ones = []
+while True:
+    open_ones.append(listener.accept()[0])
+    open_ones[-1].sendall(b"x" * 100)
+"""
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_RECV_QUEUE = 19, 20, 21, 1  # linux/tcp.h
+
+
+def next_sequence(client: socket.socket) -> int:
+    """The sequence number that the other side sends next."""
+    client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE)
+    number = client.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ)
+    client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 0)
+    return number & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("service", ["host", "pod"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_forged_errors_outside_the_tcp_window(cluster: Cluster, family: int, service: str) -> None:
+    """A real connection, a wrong sequence number: TCP itself refuses it on the owner. The right one is believed."""
+    servers = [host.start(sys.executable, "-c", IDLE_SERVER) for host in cluster.nodes + cluster.pods]
+    for server in servers:
+        server.wait_for("listening")
+    vip, address = Cluster.vip(service, family), Cluster.client_address(7, family)
+
+    def dial() -> socket.socket:
+        return socket.create_connection((vip, 81), 5, (address, 0))
+
+    def forge(sequence: int, mtu: int) -> list[bytes]:
+        tcp = struct.pack("!HHII", 81, client.getsockname()[1], sequence, 0) + bytes(8)
+        source = {4: "203.0.113.66", 6: "2001:db8::66"}[family]
+        return [mtu_error((V4, V6)[family == 6], src=source, dst=vip, quoted_src=vip, quoted_dst=address, mtu=mtu,
+                          transport=tcp)]
+
+    with daemons(cluster.nodes, "--peers", ALL_PEERS), cluster.client.inside(dial) as client:
+        assert len(client.recv(1000)) == 100
+        sequence = next_sequence(client)
+        inject(cluster.router, family, forge((sequence + 100_000) & 0xFFFFFFFF, 1300))
+        inject(cluster.router, family, forge((sequence - 100_000) & 0xFFFFFFFF, 1301))
+        assert poll(lambda: acted(cluster) == 6, 3), acted(cluster)
+        assert not caches(cluster)
+        inject(cluster.router, family, forge(sequence, 1302))
+        assert poll(lambda: caches(cluster), 3)
+        kind = "node" if service == "host" else "pod"
+        [owner] = [lines for name, lines in caches(cluster).items() if name.startswith(kind)]
+        assert "mtu 1302" in owner[0]
+    for server in servers:
+        server.stop()
+
+
+@pytest.mark.parametrize("options", [["--ports", "443"], ["--service-networks", "192.0.2.0/24,2001:db8::/32"]])
+def test_what_the_options_close_stays_closed(cluster: Cluster, options: list[str]) -> None:
+    """No copy and no delivery of what is not served: as a router's, as copies, without ports, both families."""
+    with daemons(cluster.nodes, "--peers", ALL_PEERS, *options), Capture(cluster.fabric) as wire:
+        for family in (4, 6):
+            for protocol in (6, 17, 50, {4: 1, 6: 58}[family]):
+                inject(cluster.router, family, flow_errors(family, protocol=protocol), gap=0)
+                inject(cluster.router, family, forged_copies(family, "pod", protocol=protocol), gap=0)
+        wanted = 2 * 4 * (ERRORS + 3 * ERRORS)
+        assert poll(lambda: sum(total(metrics(n), "pmtud_dropped_total") for n in cluster.nodes) == wanted, 3)
+        assert acted(cluster) == 0
+        genuine = {packed(Cluster.node_address(i, family)) for i in (1, 2, 3) for family in (4, 6)}
+        sources = [s.packet[12:16] if s.packet[0] >> 4 == 4 else s.packet[8:24] for s in wire.settle()
+                   if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING]  # fmt: skip
+        assert not genuine & set(sources)
+
+
+BOUNDS = {
+    # options, changes to the flood, errors a second that may be acted on
+    "rate": (["--rate", "50", "--source-rate", "0"], 50),
+    "source rate": (["--source-rate", "20", "--rate", "0"], 20),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_amplification_is_bounded(cluster: Cluster, bound: str) -> None:
+    """A flood of valid errors: copies on the wire <= peers x limit x (seconds + 1), none below the MTU floor."""
+    options, limit = BOUNDS[bound]
+    node = cluster.nodes[ingress(cluster, 4)]
+    flood = flow_errors(4, count=3000) + flow_errors(4, count=3000, mtu=551)
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[4], *options), Capture(cluster.fabric) as wire:
+        begun = time.monotonic()
+        for start in range(0, len(flood), 500):
+            blast(cluster.fabric, f"to-{node.name}", node, "eth0", flood[start : start + 500])
+            time.sleep(0.1)
+        copies = [s.packet for s in node_packets(wire.settle(), 4)]
+        seconds = time.monotonic() - begun
+    assert 2 * limit <= len(copies) <= 2 * limit * (seconds + 1)
+    assert {struct.unpack_from("!H", copy, 26)[0] for copy in copies} == {1400}
+
+
+FLOWLESS = {"echo reply": (58, b"\x81" + bytes(7)), "unconnected UDP": (17, struct.pack("!HHHH", 5353, 9, 100, 0))}
+
+
+@pytest.mark.parametrize("quoted", FLOWLESS)
+def test_what_the_kernel_believes_without_a_flow(cluster: Cluster, quoted: str) -> None:
+    """As the README says: one node without us, every node with us, no node of ours with --ports."""
+    protocol, transport = FLOWLESS[quoted]
+    vip = Cluster.vip("host", 6)
+    forged = [mtu_error(V6, src="2001:db8::66", dst=vip, quoted_src=vip, quoted_dst=Cluster.client_address(3, 6),
+                        protocol=protocol, transport=transport)]
+    with contextlib.ExitStack() as stack:
+        for node in cluster.nodes:
+            unconnected = stack.enter_context(node.inside(lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)))
+            unconnected.bind(("::", 5353))
+        inject(cluster.router, 6, forged)
+        assert poll(lambda: len(caches(cluster)) == 1, 2), "the kernel of the node that the fabric chose"
+        for options, believing in (([], 3), (["--ports", "80"], 1)):
+            cluster.flush()
+            with daemons(cluster.nodes, "--peers", ALL_PEERS, *options):
+                inject(cluster.router, 6, forged)
+                assert poll(lambda: any(total(metrics(n), "pmtud_received_total") for n in cluster.nodes), 2)
+                assert poll(lambda wanted=believing: len(caches(cluster)) == wanted, 1)  # type: ignore[misc]
+
+
+# -- hostile input: malformed, truncated, spoofed and absurd, through a real NFLOG group
+
+
+class Range(Net):
+    """Whoever means harm is in `outside`; the node's only peer is in `inside` and runs nothing.
+
+    outside -- eth0 (node) eth1 -- inside (10.0.0.12, fd00::12)
+    """
+
+    VIPS = ("203.0.113.10/32", "2001:db8:2::10/128")
+
+    def build(self) -> None:
+        self.outside, self.node, self.inside = (self.host(name) for name in ("outside", "node", "inside"))
+        self.link(self.outside, self.node, names=("eth0", "eth0"))
+        self.link(self.inside, self.node, names=("eth1", "eth1"))
+        self.node.ip("addr add 10.0.1.1/24 dev eth0", "addr add fd01::1/64 dev eth0",
+                     "route add default via 10.0.1.2", "route add ::/0 via fd01::2",
+                     "addr add 10.0.0.11/24 brd + dev eth1", "addr add fd00::11/64 dev eth1",
+                     *(f"addr add {vip} dev lo" for vip in self.VIPS))
+        self.outside.ip("addr add 10.0.1.2/24 dev eth0", "addr add fd01::2/64 dev eth0")
+        self.inside.ip("addr add 10.0.0.12/24 dev eth1", "addr add fd00::12/64 dev eth1")
+
+
+HOSTILE_OPTIONS = ("--iface", "eth0", "--peers", "10.0.0.12,fd00::12", "--ignore-networks", "10.9.0.0/16,fd09::/64",
+                   "--ports", "443,8000-8999", "--service-networks",
+                   "203.0.113.0/24,2001:db8:2::/64,10.0.0.11,fd00::11", *UNLIMITED)  # fmt: skip
+
+
+def any_address(random: Random, net: Plan) -> str:
+    """Some router on the Internet."""
+    if net is V4:
+        return f"{random.choice((1, 8, 100, 185, 198, 223))}.{random.randrange(256)}.{random.randrange(256)}.7"
+    return f"2600:{random.randrange(1, 65536):x}::{random.randrange(1, 65536):x}"
+
+
+def any_mtu(random: Random, net: Plan) -> int:
+    """An MTU that is believed."""
+    return random.randrange(552 if net is V4 else 1280, 1500)
+
+
+def hostile_kinds(random: Random, net: Plan) -> list[tuple[str, dict[str, Any]]]:
+    """What to build with mtu_error() and what must become of it: a Reason's value or an action."""
+    transport = tcp_start(443, 7, 8)
+    loopback = "127.0.0.1" if net is V4 else "::1"
+    junk = random.randbytes(random.randrange(60))
+    inner = net.wrap(net.vip, net.client, 6, transport, length=1500)
+    bad_protocol = random.choice([n for n in range(61, 256) if n not in net.family.protocols])
+    copy = {"src": net.peer, "dst": net.node}
+    return [
+        ("replicate", {}), ("replicate", {"quoted_length": 60_000}),
+        ("replicate", {"transport": tcp_start(443) + junk}),
+        ("replicate", {"quoted_dst": any_address(random, net)}), ("replicate", {"protocol": 17}),
+        ("deliver", copy), ("deliver", {**copy, "transport": tcp_start(8443) + junk}),
+        ("deliver", {"dst": net.node, "quoted_src": net.node}),
+        ("bad_checksum", {"checksum": random.randrange(1, 0xFFFF)}),
+        ("quoted_short", {"quoted": inner[: random.randrange(len(inner))]}), ("quoted_short", {"quoted": b""}),
+        ("quoted_family", {"quoted": bytes([random.choice((0, 1, 5, 9, 15)) << 4]) + inner[1:]}),
+        ("quoted_fragment", {"inner": {"fragment": random.randrange(1, 0x2000)}} if net is V4 else
+         {"inner": {"extensions": [fragment_header(random.randrange(1, 0x2000), False)]}}),
+        ("quoted_proto", {"protocol": bad_protocol}),
+        ("mtu_too_small", {"mtu": random.randrange(552 if net is V4 else 1280)}),
+        ("mtu_not_smaller", {"mtu": random.randrange(1500, 0xFFFF)}),
+        ("port_not_listed", {"transport": tcp_start(random.randrange(1, 443), 7, 8)}),
+        ("port_not_listed", {"protocol": 50}), ("port_not_listed", {"protocol": net.family.icmp_protocol}),
+        ("not_service", {"dst": any_address(random, net), "quoted_src": "", "same": True}),
+        ("not_service", {**copy, "quoted_src": any_address(random, net)}),
+        ("own", {"src": net.node}), ("own", {"src": net.vip}), ("own", {"src": net.node, "dst": net.node}),
+        ("ignored_network", {"src": net.inside}), ("ignored_network", {"src": net.peer}),
+        ("misaddressed", {"dst": net.node}), ("misaddressed", {"quoted_src": any_address(random, net)}),
+        ("misaddressed", {**copy, "quoted_src": loopback}),
+        ("truncated", {"payload": bytes(net.error) + bytes(random.randrange(6))}),
+        ("truncated", {"outer": {"fragment": 0x2000}} if net is V4 else
+         {"outer": {"extensions": [fragment_header(0, True)]}}),
+    ]  # fmt: skip
+
+
+class Template(NamedTuple):
+    """One hostile packet; `vary` is where its quoted destination port is, 0 where nothing may change."""
+
+    packet: bytes
+    fate: str
+    vary: int
+
+
+def hostile_templates(random: Random, net: Plan) -> Iterator[Template]:
+    """One packet of each kind, with the fate that the RFCs and the options give it."""
+    for fate, changes in hostile_kinds(random, net):
+        fields: dict[str, Any] = {"src": any_address(random, net), "mtu": any_mtu(random, net), **changes}
+        if fields.pop("same", False):
+            fields["quoted_src"] = fields["dst"]
+        fields.setdefault("transport", tcp_start(443, 7))
+        packet = mtu_error(net, **fields)
+        plain = set(changes) <= {"src", "dst", "quoted_src", "quoted_dst", "transport"}
+        quoted_at = 2 * (20 if net is V4 else 40) + 8
+        yield Template(packet, fate, quoted_at + 2 if plain else 0)
+        for _ in range(2):  # and twice with some bytes of the message overwritten: what it is now, parse() must say
+            start = 20 if net is V4 else 48 if packet[6] == FRAGMENT else 40
+            wild = bytearray(packet)
+            for _ in range(random.randrange(1, 6)):
+                if len(wild) > start + 2:
+                    wild[random.randrange(start + 2, len(wild))] = random.randrange(256)
+            yield Template(bytes(wild), "", 0)
+
+
+def fate_of(packet: bytes, policy: pmtud.Policy) -> str:
+    """What the pure functions say."""
+    error = pmtud.parse(packet)
+    if isinstance(error, Reason):
+        return error.value
+    return str(pmtud.decide(error, policy, 0.0)[1].value)
+
+
+def varied(template: Template, number: int) -> bytes:
+    """Another flow under the same checksum: one word takes from a sequence number what the port gets."""
+    packet, at = template.packet, template.vary
+    if not at:
+        return packet
+    port, sequence = struct.unpack_from("!HH", packet, at)
+    other = number % 65000 + 1
+    return packet[:at] + struct.pack("!HH", other, (sequence + port - other - 1) % 0xFFFF + 1) + packet[at + 4:]
+
+
+def hostile_policy() -> pmtud.Policy:
+    """The policy of the daemon on the range, out of its own command line."""
+    config = pmtud.parse_args(HOSTILE_OPTIONS, {}).config
+    own = [packed(text.partition("/")[0]) for text in
+           ("10.0.1.1", "fd01::1", "10.0.0.11", "fd00::11", *Range.VIPS, "127.0.0.1", "::1")]  # fmt: skip
+    node = frozenset((packed("10.0.0.11"), packed("fd00::11")))
+    view = pmtud.View(own=frozenset(own), node=node, groups=frozenset((packed("10.0.0.255"),)),
+                      peers=frozenset(peer.packed for peer in config.peers),
+                      networks=pmtud.Membership(config.ignore_networks))  # fmt: skip
+    return pmtud.Policy(config, view)
+
+
+def test_hostile_packets_are_what_they_claim() -> None:
+    """The generator against parse() and decide(): each kind meets its fate, varied or not."""
+    policy, random = hostile_policy(), Random(7)
+    for net in (V4, V6):
+        for _ in range(50):
+            for template in hostile_templates(random, net):
+                if template.fate:
+                    assert fate_of(template.packet, policy) == template.fate, template
+                    number = random.randrange(1 << 20)
+                    assert fate_of(varied(template, number), policy) == template.fate, template
+
+
+class Arsenal:
+    """An endless, seeded supply of hostile packets, and the account of what must become of them."""
+
+    def __init__(self, seed: int, rounds: int) -> None:
+        random, policy = Random(seed), hostile_policy()
+        templates = [t for net in (V4, V6) for _ in range(rounds) for t in hostile_templates(random, net)]
+        self.templates = [t._replace(fate=t.fate or fate_of(t.packet, policy)) for t in templates]
+        random.shuffle(self.templates)
+        self.sent = 0
+        self.fates: Counter[str] = Counter()
+        self.copies: Counter[bytes] = Counter()
+
+    def take(self, count: int) -> list[bytes]:
+        """The next packets."""
+        found = []
+        for number in range(self.sent, self.sent + count):
+            template = self.templates[number % len(self.templates)]
+            packet = varied(template, number)
+            found.append(packet)
+            self.fates[template.fate] += 1
+            if template.fate == "replicate":
+                self.copies[message_of(packet)] += 1
+        self.sent += count
+        return found
+
+
+def message_of(packet: bytes) -> bytes:
+    """The ICMP message without its checksum, which covers addresses over IPv6."""
+    start = 20 if packet[0] >> 4 == 4 else 40
+    return packet[start : start + 2] + packet[start + 4 :]
+
+
+def unread(process: Process) -> int:
+    """Bytes that wait in the daemon's netlink sockets."""
+    rows = Path(f"/proc/{process.pid}/net/netlink").read_text().splitlines()[1:]
+    return sum(int(row.split()[4]) for row in rows if row.split()[1] == str(NETLINK_NETFILTER))
+
+
+def test_hostile_flood() -> None:
+    """Every packet has exactly one fate, counted; at the peer arrive exactly the copies of the good ones.
+
+    PMTUD_TEST_PACKETS=1000000 for the long one.
+    """
+    wanted = int(os.environ.get("PMTUD_TEST_PACKETS", "100000"))
+    arsenal = Arsenal(2026, rounds=wanted // 5000)
+    with Range() as net, daemons([net.node], *HOSTILE_OPTIONS) as [process], Capture(net.outside) as outside:
+        metrics(net.node)  # imports what a scrape needs
+        usages: list[dict[str, int]] = []
+        with Capture(net.inside) as inside, Frames(net.outside, "eth0", net.node, "eth0") as frames:
+            while arsenal.sent < wanted:
+                frames.send(arsenal.take(1000))
+                assert poll(lambda: unread(process) < 1 << 20, 30)
+                usages.append(usage(process))
+            assert settled(net.node) == arsenal.sent
+            samples = metrics(net.node)
+            copies = [s.packet for s in inside.settle() if s.kind == socket.PACKET_HOST]
+        assert total(samples, "pmtud_nflog_lost_total") == total(samples, "pmtud_copy_errors_total") == 0
+        dropped = Counter(drops(samples))
+        actions = Counter({a: int(samples[f'pmtud_acted_total{{action="{a}"}}']) for a in ("replicate", "deliver")})
+        assert dropped + actions == arsenal.fates
+        unmet = {"not_frag_needed", "limited_flow", "limited_source", "limited_total", "dry_run"}  # by rule and options
+        assert set(arsenal.fates) == {reason.value for reason in Reason} - unmet | {"replicate", "deliver"}
+        assert {packet[12:16] if packet[0] >> 4 == 4 else packet[8:24] for packet in copies} == {
+            packed("10.0.0.11"), packed("fd00::11")}  # fmt: skip
+        assert Counter(map(message_of, copies)) == arsenal.copies
+        assert not [s for s in outside.packets() if s.kind == socket.PACKET_HOST]
+        assert_flat(usages)
+
+
+def assert_flat(usages: Sequence[dict[str, int]]) -> None:
+    """No growth: descriptors and threads as at the first fifth, RSS within 4 MB of it."""
+    early, late = usages[len(usages) // 5], usages[-1]
+    print(f"first fifth {early}, end {late}")
+    assert late["fds"] <= early["fds"] and late["Threads"] <= early["Threads"]
+    assert late["VmRSS"] < early["VmRSS"] + 4096
+
+
+FUZZ = """
+import atheris, sys
+with atheris.instrument_imports(include=["pmtud"]):
+    import pmtud
+config = pmtud.Config(flow_interval=0, source_rate=0, rate=0, service_networks=pmtud.parse_networks("203.0.113.0/24"))
+view = pmtud.View(peers=frozenset((bytes([10, 0, 0, 12]),)), own=frozenset((bytes([10, 0, 0, 11]),)))
+policy = pmtud.Policy(config, view)
+summed = pmtud.checksum_holds
+def judge(packet):
+    found = pmtud.parse(packet)
+    assert isinstance(found, (pmtud.MtuError, pmtud.Reason))
+    if isinstance(found, pmtud.MtuError):
+        assert found.icmp in packet and str(found)
+        origin, what = pmtud.decide(found, policy, 0.0)
+        assert isinstance(what, (pmtud.Action, pmtud.Reason))
+def once(data):
+    for pmtud.checksum_holds in (summed, lambda *_: True):  # no fuzzer guesses a checksum
+        judge(data)
+    for logged in pmtud.parse_nflog(data):
+        judge(logged.packet)
+    assert sum(map(len, pmtud.attributes(data).values())) <= len(data)
+    assert sum(len(payload) for _, _, payload in pmtud.messages(data)) <= len(data)
+    pmtud.error_number(data), pmtud.route_interfaces(pmtud.attributes(data))
+atheris.Setup(sys.argv, once)
+atheris.Fuzz()
+"""
+
+
+def test_coverage_guided_fuzzing(tmp_path: Path) -> None:
+    """libFuzzer through atheris on the parsers and the netlink codec; PMTUD_FUZZ_SECONDS, by default 5."""
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip(f"there is no atheris for Python {sys.version_info[:2]} on {os.uname().machine}")
+    seconds, corpus = int(os.environ.get("PMTUD_FUZZ_SECONDS", "5")), tmp_path / "corpus"
+    corpus.mkdir()
+    for number, packet in enumerate(packet for net in (V4, V6) for packet, _, _ in hostile_templates(Random(1), net)):
+        (corpus / f"packet{number}").write_bytes(packet)
+        (corpus / f"nflog{number}").write_bytes(nflog_message(packet, number, b"pmtud rpf"))
+    done = subprocess.run([sys.executable, "-c", FUZZ, f"-max_total_time={seconds}", "-seed=1", "-timeout=5",
+                           f"-artifact_prefix={tmp_path}/", str(corpus)], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=seconds + 60)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    [runs] = re.findall(r"Done (\d+) runs", done.stderr)
+    print(f"{runs} runs in {seconds} s")
+    assert int(runs) > 1000
+
+
+# -- long runs, and two versions side by side
+
+
+def churn(random: Random, path: Path) -> None:
+    """Some of the peers, some addresses of nobody, one of them listed twice, renamed into place."""
+    peers = [*ALL_PEERS.split(","), *(f"10.0.0.{random.randrange(100, 200)}" for _ in range(random.randrange(30)))]
+    chosen = random.sample(peers, random.randrange(1, len(peers)))
+    new = path.with_suffix(".new")
+    new.write_text("\n".join([*chosen, chosen[0]]))
+    new.rename(path)
+
+
+def account(samples: dict[str, float]) -> tuple[int, int]:
+    """Received, and acted + dropped: what must be equal."""
+    names = ("received", "acted", "dropped")
+    counts = {name: total(samples, f"pmtud_{name}_total") for name in names}
+    return counts["received"], counts["acted"] + counts["dropped"]
+
+
+def load(cluster: Cluster, random: Random) -> None:
+    """Between nothing and some thousand errors, of both families, through the fabric or straight to a node."""
+    family, node = random.choice((4, 6)), random.choice(cluster.nodes)
+    errors = flow_errors(family, random.choice(("host", "pod")), random.choice((0, 1, 100, 3000)),
+                         mtu=random.randrange(1280, 1500))  # fmt: skip
+    blast(cluster.fabric, f"to-{node.name}", node, "eth0", errors)
+
+
+def test_soak(cluster: Cluster, tmp_path: Path) -> None:
+    """Peers churn, load varies, scrapes come in: no growth, and the accounts balance. PMTUD_SOAK_SECONDS, here 15."""
+    path, random, seconds = tmp_path / "peers", Random(4), float(os.environ.get("PMTUD_SOAK_SECONDS", "15"))
+    path.write_text(ALL_PEERS)
+    with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
+        usages: list[list[dict[str, int]]] = [[], [], []]
+        before, end = [0, 0, 0], time.monotonic() + seconds
+        while time.monotonic() < end:
+            churn(random, path)
+            load(cluster, random)
+            if random.random() < 0.05:
+                os.kill(random.choice(processes).pid, signal.SIGHUP)
+            samples = [metrics(node) for node in cluster.nodes]
+            now = [account(s)[0] for s in samples]
+            assert all(map(int.__le__, before, now))
+            before = now
+            for process, row in zip(processes, usages):
+                row.append(usage(process))
+        path.write_text(ALL_PEERS)
+        assert all(settled(node) for node in cluster.nodes)
+        accounts = [account(metrics(node)) for node in cluster.nodes]
+        print(f"{len(usages[0])} rounds, received and accounted for: {accounts}")
+        assert all(got == judged > 0 for got, judged in accounts)
+        assert poll(lambda: all(metrics(n)[f'pmtud_peers{{source="file:{path}"}}'] == 4 for n in cluster.nodes), 5)
+        for process, row in zip(processes, usages):
+            time.sleep(0.1)
+            assert_flat([*row, usage(process)])
+        assert_served(cluster)
+
+
+GO_PMTUD_2020 = """
+import pmtud, select, sys
+config = pmtud.parse_args(sys.argv[1:], {}).config
+nflog, firewall, raw = pmtud.Nflog(33), pmtud.Firewall(config, ("eth0",)), pmtud.IcmpSocket(pmtud.IPV4, 0, 10)
+print("limits:", flush=True)
+while True:
+    select.select([nflog], [], [])
+    for packet, _, _ in nflog.read(64):
+        error = pmtud.parse(packet)
+        if error.dst == error.quoted_src:  # else another node sent it
+            for peer in config.peers:
+                raw.deliver(error.icmp, peer.packed)
+"""
+
+
+@pytest.mark.parametrize("old_is_first", [True, False])
+def test_side_by_side_with_the_go_pmtud_of_2020(cluster: Cluster, old_is_first: bool) -> None:
+    """Its wire format: outer source the node, outer destination the peer, the message intact; both ways.
+
+    What it sends we deliver, to pods too. What we send reaches the sockets of a node that runs it.
+    """
+    service = "pod" if old_is_first else "host"
+    first = ingress(cluster, 4, service)
+    with contextlib.ExitStack() as stack:
+        for i, node in enumerate(cluster.nodes):
+            if (i == first) == old_is_first:
+                others = ",".join(Cluster.node_address(j, 4) for j in (1, 2, 3) if j != i + 1)
+                old = node.start(sys.executable, "-c", GO_PMTUD_2020, "--peers", others, env={"PYTHONPATH": str(HERE)})
+                stack.callback(old.stop)
+                old.wait_for("limits:")
+            else:
+                stack.enter_context(daemons([node], "--peers", PEER_LISTS[4]))
+        cluster.flush()
+        assert len(cluster.download(service)) == 23
+        assert_learned(cluster, service, 4)
 
 
 # -----------------------------------------------------------------------------
@@ -6397,7 +6947,601 @@ def test_check_gives_the_labs_own_answers() -> None:
 
 
 # -----------------------------------------------------------------------------
-# Section: command line -- all tests, or the lab
+# Section: bench -- how fast, against a C floor on the same traffic in the same run, counted where it arrives
+
+# The floor: NFLOG in, one raw copy per peer out, nothing else. No parsing, no limits, no delivery, no counters.
+FLOOR = r"""
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_log.h>
+#include <linux/netlink.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+static struct { struct nlmsghdr h; struct nfgenmsg g; char attributes[64]; } request;
+static void put(int kind, const void *data, int size) {
+    struct nlattr *a = (void *)((char *)&request + NLMSG_ALIGN(request.h.nlmsg_len));
+    a->nla_type = kind; a->nla_len = sizeof *a + size; memcpy(a + 1, data, size);
+    request.h.nlmsg_len = NLMSG_ALIGN(request.h.nlmsg_len) + a->nla_len;
+}
+static int open_nflog(int group) {
+    int s = socket(AF_NETLINK, SOCK_RAW, NETLINK_NETFILTER), size = 4 << 20;
+    struct nfulnl_msg_config_cmd bind_group = {NFULNL_CFG_CMD_BIND};
+    struct nfulnl_msg_config_mode mode = {htonl(0xffff), NFULNL_COPY_PACKET};
+    unsigned int threshold = htonl(1);
+    setsockopt(s, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size);
+    request.h = (struct nlmsghdr){NLMSG_LENGTH(sizeof request.g), NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG,
+                                  NLM_F_REQUEST};
+    request.g.res_id = htons(group);
+    put(NFULA_CFG_CMD, &bind_group, sizeof bind_group);
+    put(NFULA_CFG_MODE, &mode, sizeof mode);
+    put(NFULA_CFG_QTHRESH, &threshold, sizeof threshold);
+    if (send(s, &request, request.h.nlmsg_len, 0) < 0) { perror("nflog"); exit(1); }
+    return s;
+}
+static char buffer[1 << 16];
+static struct sockaddr_in peers[1024];
+static struct mmsghdr copies[1024];
+int main(int argc, char **argv) {
+    int log = open_nflog(atoi(argv[1])), out = socket(AF_INET, SOCK_RAW, IPPROTO_ICMP), count = argc - 2;
+    int size = 4 << 20, nothing = -1;
+    struct iovec body;
+    setsockopt(out, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size);
+    setsockopt(out, 255, 1, &nothing, sizeof nothing); /* SOL_RAW, ICMP_FILTER: receive nothing here */
+    for (int i = 0; i < count; i++) {
+        peers[i].sin_family = AF_INET;
+        inet_pton(AF_INET, argv[i + 2], &peers[i].sin_addr);
+        copies[i].msg_hdr = (struct msghdr){&peers[i], sizeof peers[i], &body, 1};
+    }
+    puts("ready"); fflush(stdout);
+    for (;;) {
+        int left = recv(log, buffer, sizeof buffer, 0);
+        for (struct nlmsghdr *h = (void *)buffer; left > 0 && NLMSG_OK(h, left); h = NLMSG_NEXT(h, left)) {
+            char *end = (char *)h + h->nlmsg_len;
+            if (h->nlmsg_type != (NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET)) continue;
+            for (struct nlattr *a = (void *)((char *)h + NLMSG_LENGTH(sizeof(struct nfgenmsg))); (char *)a < end;
+                 a = (void *)((char *)a + NLMSG_ALIGN(a->nla_len))) {
+                if (a->nla_type != NFULA_PAYLOAD) continue;
+                char *packet = (char *)(a + 1);
+                int header = (packet[0] & 15) * 4;
+                body = (struct iovec){packet + header, a->nla_len - sizeof *a - header};
+                for (int done = 0, sent; done < count; done += sent > 0 ? sent : 1)
+                    sent = sendmmsg(out, copies + done, count - done, 0);
+            }
+        }
+    }
+}
+"""
+FLOOR_RULES = ("table inet bench {{ chain c {{ type filter hook prerouting priority raw; "
+               "icmp type 3 log group {0}\n}}\n}}")  # fmt: skip
+SINK_RULES = ('table netdev bench {{ chain {0} {{ type filter hook ingress device "{0}" priority 0; '
+              "icmp type 3 drop\n}}\n}}")  # fmt: skip
+PACKET_QDISC_BYPASS, SO_TIMESTAMPNS = 20, 35  # linux/if_packet.h, asm-generic/socket.h
+libc.sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+BENCH_VIP, BENCH_OWNER_PORT = "10.96.0.1", 4433
+FANOUT_TARGETS = {1: 0.6, 10: 0.85, 100: 0.92, 1000: 0.92}
+NO_LIMITS = ("--flow-interval=0", "--source-rate=0", "--rate=0")
+
+
+def varied_errors(count: int, sources: int, mac: bytes) -> bytes:
+    """Frames with errors, each about another flow, from this many routers in turn; 0: from one each.
+
+    All sums stay right: what is added to the client's address and port is taken from the sequence number.
+    """
+    transport = struct.pack("!HHIIBBHHH", 443, 0, 0xFFFFFFFF, 0, 0x50, 0x10, 512, 0, 0)
+    plain = mtu_error(V4, src="0.0.0.0", dst=BENCH_VIP, quoted_src=BENCH_VIP, quoted_dst="100.64.0.0",
+                      transport=transport)  # fmt: skip
+    words = ~int.from_bytes(plain[10:12], "big") & 0xFFFF  # the header's sum without its source
+    frames = []
+    for number in range(count):
+        router = number % sources if sources else int.from_bytes(os.urandom(4), "big") % (1 << 26)
+        high, low = 0x2000 + (router >> 16), router & 0xFFFF
+        total = words + high + low
+        total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+        host, port = number & 0xFFFF, number * 40503 & 0xFFFF
+        frames.append(mac + b"\x02\0\0\0\0\x01\x08\0" + plain[:10] + struct.pack("!HHH", total, high, low)
+                      + plain[16:46] + struct.pack("!H", host) + plain[48:50]
+                      + struct.pack("!HHH", port, 0xFFFF - host, 0xFFFF - port) + plain[56:])  # fmt: skip
+    return b"".join(frames)
+
+
+class Traffic:
+    """Errors sent from the router's end of a link as fast as can be, or at a rate: prepared frames, sendmmsg()."""
+
+    CALL = 256  # frames in one system call
+
+    def __init__(self, host: Host, interface: str, mac: bytes, sources: int = 1, count: int = 1 << 15) -> None:
+        self._frames = ctypes.create_string_buffer(frames := varied_errors(count, sources, mac), len(frames))
+        self._size, self._count, self._at = len(frames) // count, count, 0
+        start = ctypes.addressof(self._frames)
+        parts = b"".join(struct.pack("@PN", start + n * self._size, self._size) for n in range(count))
+        self._parts = ctypes.create_string_buffer(parts, len(parts))
+        first = ctypes.addressof(self._parts)  # of struct iovec; below: mmsghdr
+        heads = b"".join(struct.pack("@PIxxxxPNPNixxxxIxxxx", 0, 0, first + 16 * n, 1, 0, 0, 0, 0)
+                         for n in range(count))  # fmt: skip
+        self._heads = ctypes.create_string_buffer(heads, len(heads))
+        self._socket = host.inside(lambda: self._open(interface))
+        self.sent = 0
+
+    @staticmethod
+    def _open(interface: str) -> socket.socket:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        sock.bind((interface, 0))
+        sock.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, 1)
+        return sock
+
+    def burst(self, count: int) -> None:
+        """The next `count` errors, at most CALL of them, at once."""
+        count = min(count, self._count - self._at)
+        done = libc.sendmmsg(self._socket.fileno(), ctypes.addressof(self._heads) + 64 * self._at, count, 0)
+        if done < 0:
+            raise OSError(ctypes.get_errno(), "sendmmsg")
+        self._at = (self._at + done) % self._count
+        self.sent += done
+
+    def run(self, seconds: float, rate: float = 0) -> float:
+        """For a while, at `rate` errors per second, 0: as fast as can be; the rate reached."""
+        begin = now = time.monotonic()
+        before = self.sent
+        while (now := time.monotonic()) < begin + seconds:
+            due = int((now - begin) * rate) - (self.sent - before) if rate else self.CALL
+            if due > 0:
+                self.burst(min(due, self.CALL))
+            else:
+                time.sleep(0.0005)
+        return (self.sent - before) / (now - begin)
+
+    def during(self, seconds: float, rate: float = 0) -> threading.Thread:
+        """run() in a thread, on the first processor: the daemon has the last one."""
+        def work() -> None:
+            os.sched_setaffinity(0, {0})
+            self.run(seconds, rate)
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Contender(NamedTuple):
+    """A daemon under test, on a node of its own with a link to the routers and a link to its peers."""
+
+    name: str
+    number: int
+    node: Host
+
+
+class BenchNet(Net):
+    """routers --eth0-- node K --peers-- sink: each contender has a node, so they take turns without a restart.
+
+    Node K is 10.5.K.2 on eth0 and 10.K+100.255.254 among its 1,000 peers 10.K+100.x.y, static neighbours that all
+    are the sink's end of the link. The sink drops every error in its ingress hook, after its interface counted it.
+    """
+
+    MAC_NODE, MAC_SINK = "02:00:00:00:05:{0:02x}", "02:00:00:00:06:{0:02x}"
+
+    def __init__(self, names: Sequence[str], floor: str = "", against: str = "") -> None:
+        """`floor`: path of the compiled floor; `against`: the other daemon's command."""
+        super().__init__()
+        self.names, self.floor, self.against = names, floor, against
+
+    def build(self) -> None:
+        self.routers, self.sink = self.host("routers"), self.host("sink")
+        self.contenders = {name: Contender(name, k, self.host(name)) for k, name in enumerate(self.names)}
+        for host in self.hosts:
+            host.sysctls({"net.ipv6.conf.all.disable_ipv6": 1, "net.ipv6.conf.default.disable_ipv6": 1})
+        for one in self.contenders.values():
+            self._build_node(one)
+
+    def _build_node(self, one: Contender) -> None:
+        k, node = one.number, one.node
+        self.link(self.routers, node, names=(f"n{k}", "eth0"))
+        self.link(self.sink, node, names=(f"n{k}", "peers"))
+        self.sink.ip(f"link set n{k} address {self.MAC_SINK.format(k)}")
+        self.sink.run("nft", "-f", "-", input=SINK_RULES.format(f"n{k}"))
+        node.ip(f"link set eth0 address {self.MAC_NODE.format(k)}", f"addr add 10.5.{k}.2/24 dev eth0",
+                f"addr add {self.address(one)}/16 brd + dev peers", f"addr add {BENCH_VIP}/32 dev lo",
+                "route add 100.64.0.0/10 dev peers",
+                *(f"neigh add {peer} lladdr {self.MAC_SINK.format(k)} dev peers nud permanent"
+                  for peer in self.peers(one, 1000)))  # fmt: skip
+
+    @staticmethod
+    def peers(one: Contender, count: int) -> list[str]:
+        return [f"10.{100 + one.number}.{1 + n // 250}.{1 + n % 250}" for n in range(count)]
+
+    @staticmethod
+    def address(one: Contender) -> str:
+        """The node's address as its peers know it."""
+        return f"10.{100 + one.number}.255.254"
+
+    def traffic(self, one: Contender, sources: int = 1, count: int = 1 << 13) -> Traffic:
+        """Errors on their way to a contender's node."""
+        mac = bytes.fromhex(self.MAC_NODE.format(one.number).replace(":", ""))
+        return Traffic(self.routers, f"n{one.number}", mac, sources, count)
+
+    def arrived(self, one: Contender) -> int:
+        """Packets that the peers of a contender have received so far."""
+        def read() -> int:
+            with open("/proc/thread-self/net/dev") as file:
+                rows = (line.split(":") for line in file if ":" in line)
+                return next(int(fields.split()[1]) for name, fields in rows if name.strip() == f"n{one.number}")
+        return self.sink.inside(read)
+
+    def start(self, one: Contender, count: int, *options: str) -> Process:
+        """Its daemon with this many peers, ready, on the last processor; errors come from NFLOG group 33."""
+        last, peers = ("taskset", "-c", str((os.cpu_count() or 1) - 1)), self.peers(one, count)
+        if one.name == "pmtud":
+            listed = ",".join((self.address(one), *peers))
+            process = one.node.start(*last, sys.executable, SCRIPT, "--iface=eth0", f"--peers={listed}",
+                                     *(options or NO_LIMITS))  # fmt: skip
+            process.wait_for("limits:")
+            return process
+        one.node.run("nft", "-f", "-", input=FLOOR_RULES.format(33))
+        if one.name == "floor":
+            process = one.node.start(*last, self.floor, "33", *peers)
+            process.wait_for("ready")
+        else:
+            process = one.node.start(*last, *shlex.split(self.against.format(iface="eth0", group=33)))
+            time.sleep(1)
+        return process
+
+    def stop(self, one: Contender, process: Process) -> None:
+        """End a daemon and take away the rule that fed it."""
+        process.stop(signal.SIGKILL)
+        one.node.run("nft", "flush", "ruleset")
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_mb(pid: int) -> float:
+    """VmRSS."""
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(match[1]) / 1024 if match else 0.0
+
+
+def median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def mark(good: bool) -> str:
+    return "ok" if good else "MISSED"
+
+
+def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Intercept and slope of the line with the least relative error through (x, y)."""
+    weights = [1 / y**2 for _, y in points]
+    total = sum(weights)
+    mean_x = sum(w * x for w, (x, _) in zip(weights, points)) / total
+    mean_y = sum(w * y for w, (_, y) in zip(weights, points)) / total
+    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, points))
+    slope = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points)) / spread
+    return mean_y - slope * mean_x, slope
+
+
+class Sample(NamedTuple):
+    """One measurement under full load."""
+
+    copies: float  # arrived per second
+    cpu: float  # seconds of the daemon's processor time per copy
+
+
+def measure_copies(net: BenchNet, one: Contender, process: Process, traffic: Traffic, seconds: float) -> Sample:
+    """Copies that arrive per second while errors come faster than they can be handled."""
+    load = traffic.during(seconds + 0.4)
+    time.sleep(0.2)
+    begin, before, cpu = time.monotonic(), net.arrived(one), cpu_seconds(process.pid)
+    time.sleep(seconds)
+    copies, spent = net.arrived(one) - before, cpu_seconds(process.pid) - cpu
+    elapsed = time.monotonic() - begin
+    load.join()
+    return Sample(copies / elapsed, spent / max(copies, 1))
+
+
+def bench_fanout(net: BenchNet, seconds: float) -> None:
+    """Copies per second; the contenders take turns, medians of three rounds."""
+    print(f"   peers   ratio  target          copies/s: {', '.join(net.contenders)}; us of processor time per error")
+    traffic, costs = {name: net.traffic(one) for name, one in net.contenders.items()}, []
+    for count, target in FANOUT_TARGETS.items():
+        running = {name: net.start(one, count) for name, one in net.contenders.items()}
+        rounds = [{name: measure_copies(net, net.contenders[name], process, traffic[name], seconds)
+                   for name, process in running.items()} for _ in range(3)]  # fmt: skip
+        for name, process in running.items():
+            net.stop(net.contenders[name], process)
+        ratio = median([one["pmtud"].copies / one["floor"].copies if "floor" in one else math.nan for one in rounds])
+        rates = "".join(f"{median([one[name].copies for one in rounds]):10,.0f}" for name in running)
+        cpu = {name: median([one[name].cpu for one in rounds]) * count * 1e6 for name in running}
+        costs.append((float(count), cpu["pmtud"]))
+        print(f"   {count:5}   {ratio:5.2f}  {target:4.2f} {mark(ratio >= target):6} {rates}   "
+              + "".join(f"{cost:9.1f}" for cost in cpu.values()), flush=True)  # fmt: skip
+    base, each = fit(costs)
+    print(f"   growth: {base:.1f} us + {each:.2f} us x peers")
+
+
+def flow_error(number: int, **fields: Any) -> bytes:
+    """An error about the UDP flow VIP:4433 -> 100.64.200.NUMBER:NUMBER."""
+    transport = struct.pack("!HHHH", BENCH_OWNER_PORT, number, 1480, 0)
+    return mtu_error(V4, **{"src": f"198.51.100.{number}", "dst": BENCH_VIP, "quoted_src": BENCH_VIP, "mtu": 1400,
+                            "quoted_dst": f"100.64.200.{number}", "protocol": UDP_PROTOCOL, "transport": transport,
+                            **fields})  # fmt: skip
+
+
+RETRANSMISSIONS = (0.0,) * 10 + (0.2, 0.6, 1.4, 3.0)  # seconds: a window at once, then with exponential backoff
+
+
+def rescue(net: BenchNet, one: Contender, number: int, times: Sequence[float], **fields: Any) -> float:
+    """Seconds from the first of some errors about a flow of the node to its socket knowing; 9.0 if it never does."""
+    def connect() -> socket.socket:
+        flow = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        flow.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        flow.setsockopt(socket.IPPROTO_IP, pmtud.IP_MTU_DISCOVER, 2)  # IP_PMTUDISC_DO
+        flow.bind((BENCH_VIP, BENCH_OWNER_PORT))
+        flow.connect((f"100.64.200.{number}", number))
+        return flow
+    mac = bytes.fromhex(BenchNet.MAC_NODE.format(one.number).replace(":", ""))
+    frame = mac + b"\x02\0\0\0\0\x01\x08\0" + flow_error(number, **fields)
+    with one.node.inside(connect) as flow, net.routers.inside(lambda: Traffic._open(f"n{one.number}")) as wire:
+        begin, todo = time.monotonic(), list(times)
+        while (now := time.monotonic() - begin) < 3.2:
+            while todo and todo[0] <= now:
+                wire.send(frame)
+                del todo[0]
+            if flow.getsockopt(socket.IPPROTO_IP, 14) == 1400:  # IP_MTU
+                return now
+            time.sleep(0.002)
+    return 9.0
+
+
+class Flood(NamedTuple):
+    """What a daemon with default limits does under a flood from this many routers; 0: each error from another."""
+
+    sources: int
+    rate: float  # errors per second that came
+    core: float  # share of a processor the daemon took
+    resident: float  # MB afterwards
+    rescues: list[float]  # seconds until a flow that another router reports is rescued
+    copies: list[float]  # the same for one that a peer reports, with a single copy
+
+
+def flood(net: BenchNet, one: Contender, process: Process, sources: int, seconds: float) -> Flood:
+    """Flood it, and report genuine flows meanwhile, each by a router (or a peer) of its own."""
+    one.node.sysctl("net.ipv4.route.flush", 1)  # what the flood before taught
+    traffic = net.traffic(one, sources, 1 << 13 if sources else 1 << 16)
+    begin, cpu = time.monotonic(), cpu_seconds(process.pid)
+    load = traffic.during(seconds)
+    time.sleep(1)
+    numbers = range(10 * (sources % 7), 10 * (sources % 7) + 5)
+    with ThreadPoolExecutor(10) as pool:
+        routers = [pool.submit(rescue, net, one, 1 + n, RETRANSMISSIONS) for n in numbers]
+        peers = [pool.submit(rescue, net, one, 101 + n, [0.3], src=net.peers(one, 1)[0], dst=net.address(one))
+                 for n in numbers]  # fmt: skip
+    load.join()
+    core = (cpu_seconds(process.pid) - cpu) / (time.monotonic() - begin)
+    traffic.close()
+    return Flood(sources, traffic.sent / seconds, core, resident_mb(process.pid),
+                 [f.result() for f in routers], [f.result() for f in peers])  # fmt: skip
+
+
+def bench_flood(net: BenchNet, seconds: float) -> None:
+    """With default limits and strict rp_filter, so that only pmtud can rescue; last without our rules."""
+    one = net.contenders["pmtud"]
+    one.node.sysctls({f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")})
+    print("   sources    errors/s  core < 5 %    memory   rescued within 3 s: router's, peer's copy  slowest")
+    for rules, kinds in (("auto", (1, 1000, 0)), ("off", (0,))):
+        process = net.start(one, 3, "--metrics-port=0", f"--rules={rules}")
+        if rules == "off":
+            one.node.run("nft", "-f", "-", input=FLOOR_RULES.format(33))
+        for sources in kinds:
+            got = flood(net, one, process, sources, 4.5)
+            saved = [sum(t <= 3 for t in times) for times in (got.rescues, got.copies)]
+            print(f"   {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}   {got.resident:4.1f} MB   "
+                  f"{saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} {max(got.rescues):29.2f} s  "
+                  + (mark(got.core < 0.05 and saved == [5, 5]) if rules == "auto" else "--rules off"))  # fmt: skip
+        net.stop(one, process)
+
+
+class Clocked:
+    """Times single errors from the router's wire to the first copy on the peers' wire, by the kernel's time stamps."""
+
+    def __init__(self, net: BenchNet, one: Contender) -> None:
+        self._traffic = net.traffic(one, 1, 1024)
+        self._wire = net.sink.inside(lambda: self._open(f"n{one.number}"))
+
+    @staticmethod
+    def _open(interface: str) -> socket.socket:
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+        wire.bind((interface, ETH_P_ALL))
+        wire.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        wire.settimeout(0.5)
+        return wire
+
+    def once(self) -> float:
+        """Seconds for one error; 0.5 if no copy came."""
+        self._wire.setblocking(False)
+        with suppress(BlockingIOError):
+            while self._wire.recv(2048):  # the other copies of the last error
+                pass
+        self._wire.settimeout(0.5)
+        begin = time.time_ns()
+        self._traffic.burst(1)
+        try:
+            _, control, _, _ = self._wire.recvmsg(2048, 64)
+        except TimeoutError:
+            return 0.5
+        seconds, nanoseconds = struct.unpack("@qq", control[0][2])
+        return float(seconds * 10**9 + nanoseconds - begin) / 1e9
+
+    def close(self) -> None:
+        self._traffic.close()
+        self._wire.close()
+
+
+def latencies(net: BenchNet, names: Sequence[str], samples: int) -> dict[str, list[float]]:
+    """So many times of single errors for each running contender, in turns, 60 ms apart: nobody is busy."""
+    clocks = {name: Clocked(net, net.contenders[name]) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(samples):
+        for name, clock in clocks.items():
+            time.sleep(0.06 / len(clocks))
+            found[name].append(clock.once())
+    for clock in clocks.values():
+        clock.close()
+    return {name: sorted(times) for name, times in found.items()}
+
+
+def scrape_often(net: BenchNet, one: Contender, seconds: float) -> threading.Thread:
+    """A scrape of its metrics each second, for a while."""
+    def scrape_once() -> None:
+        with socket.create_connection(("127.0.0.1", 30040), 5) as client:
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            while client.recv(1 << 16):
+                pass
+
+    def work() -> None:
+        for _ in range(int(seconds)):
+            one.node.inside(scrape_once)
+            time.sleep(1)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def bench_latency(net: BenchNet, seconds: float) -> None:
+    """Single errors; `scraped` is pmtud while its metrics are read once a second."""
+    running = {name: net.start(one, 2, "--log-level=info") for name, one in net.contenders.items()}
+    found = latencies(net, list(running), 80)
+    scraper = scrape_often(net, net.contenders["pmtud"], 5)
+    found["scraped"] = latencies(net, ["pmtud"], 80)["pmtud"]
+    scraper.join()
+    for name, process in running.items():
+        net.stop(net.contenders[name], process)
+    floor, mine = median(found.get("floor", [math.nan])), median(found["pmtud"])
+    print(f"   ratio {mine / floor:.2f} (at most 1.5: {mark(mine <= 1.5 * floor)}), "
+          f"median {mine * 1e6:.0f} us (at most 300: {mark(mine <= 0.0003)})")  # fmt: skip
+    for name, times in found.items():
+        most = times[len(times) * 9 // 10]
+        print(f"   {name:8} median {median(times) * 1e6:5.0f} us, 9 of 10 within {most * 1e6:5.0f} us")
+
+
+def bench_start(net: BenchNet, seconds: float) -> None:
+    """From exec to ready, and resident memory, with metrics (scraped once) and without; medians of five."""
+    one = net.contenders["pmtud"]
+    for name, option, limit in (("with metrics", "--log-level=info", 35), ("without", "--metrics-port=0", 22)):
+        times, sizes = [], []
+        for _ in range(5):
+            begin = time.monotonic()
+            process = net.start(one, 3, option)
+            times.append(time.monotonic() - begin)
+            if limit == 35:
+                scrape_often(net, one, 1).join()
+            sizes.append(resident_mb(process.pid))
+            net.stop(one, process)
+        ready, resident = median(times), median(sizes)
+        print(f"   {name:13} ready after {ready * 1000:4.0f} ms (at most 300: {mark(ready <= 0.3)}), "
+              f"resident {resident:4.1f} MB (at most {limit}: {mark(resident <= limit)})")  # fmt: skip
+
+
+def bench_broadcast(net: BenchNet, seconds: float) -> None:
+    """Processor time per error with 100 nodes: a copy to each, and one copy to the subnet's broadcast address."""
+    one, cost = net.contenders["pmtud"], []
+    traffic = net.traffic(one)
+    for count, peers in ((100, []), (0, [f"--peers=10.{100 + one.number}.255.255"])):
+        process = net.start(one, count, *NO_LIMITS, "--metrics-port=0", *peers)
+        cost.append(measure_copies(net, one, process, traffic, seconds).cpu * max(count, 1) * 1e6)
+        net.stop(one, process)
+    print(f"   ratio {cost[1] / cost[0]:.3f}: {cost[0]:.1f} us per error with 100 addresses, {cost[1]:.1f} us with one")
+
+
+def bench_growth(net: BenchNet, seconds: float) -> None:
+    """Limits that count but never bite, one peer."""
+    one = net.contenders["pmtud"]
+    process = net.start(one, 1, "--rate=1e9", "--source-rate=1e9", "--metrics-port=0")
+    for what, points in (("errors/s", ((300, 1), (1000, 1), (3000, 1), (10000, 1))),
+                         ("routers", ((5000, 1), (5000, 1000), (5000, 60000)))):  # fmt: skip
+        costs = []
+        for rate, sources in points:
+            traffic, cpu = net.traffic(one, sources, 1 << 16), cpu_seconds(process.pid)
+            traffic.run(seconds, rate)
+            time.sleep(0.1)
+            spent = (cpu_seconds(process.pid) - cpu) / traffic.sent * 1e6
+            costs.append((float(rate if what == "errors/s" else sources), spent))
+            traffic.close()
+        base, each = fit(costs)
+        print(f"   {what:9}" + "".join(f"{amount:7,.0f}: {cost:5.1f} us " for amount, cost in costs)
+              + f"  fit: {base:.1f} us {each * 1000:+.3f} us per 1,000")  # fmt: skip
+    net.stop(one, process)
+
+
+def bench_suppression(net: BenchNet, seconds: float) -> None:
+    """200 downloads through the black hole of the test cluster, windows and retransmissions included."""
+    with Cluster() as cluster, daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+        cluster.client.ip(*(f"addr add {Cluster.client_address(k)}/24 dev to-router" for k in range(24, 201)))
+        with Capture(cluster.fabric) as wire:
+            done = cluster.download("host", count=200, deadline=4)
+            seen = wire.settle()
+        errors = sum(s.interface == "to-router" and s.kind != socket.PACKET_OUTGOING for s in seen)
+        copies = len(node_packets(seen, 4))
+    print(f"   {copies / max(errors, 1):.2f} copies per error: {errors} errors came, {copies} copies left (2 peers); "
+          f"{len(done)} of 200 flows\n   finished ({mark(len(done) == 200)}), the slowest after "
+          f"{max(done, default=0):.2f} s")  # fmt: skip
+
+
+BENCHES: dict[str, tuple[str, Callable[[BenchNet, float], None]]] = {
+    "fanout": ("copies per second against the C floor, limits off", bench_fanout),
+    "latency": ("one error at a time, from the router's wire to the peers' wire", bench_latency),
+    "flood": ("spoofed errors, default limits, strict rp_filter", bench_flood),
+    "suppression": ("a page of 200 hung flows through the test cluster", bench_suppression),
+    "broadcast": ("100 nodes, an address each or one for all", bench_broadcast),
+    "start": ("from exec to ready, and resident memory", bench_start),
+    "growth": ("processor time per error, one peer, default flow interval", bench_growth),
+}
+
+
+def bench_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="test_pmtud.py bench", description="Measures pmtud.py, in namespaces.")
+    parser.add_argument("--only", action="append", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES))
+    parser.add_argument("--seconds", type=float, default=0.7, help="for each measurement under full load")
+    parser.add_argument("--against", default="", metavar="COMMAND", help="another daemon on the same traffic, from an "
+                        "NFLOG rule; {iface} {group} {peers} in it are filled in")  # fmt: skip
+    options = parser.parse_args(argv)
+    if os.geteuid():
+        parser.error("network namespaces need root: sudo python3 test_pmtud.py bench")
+    return options
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Measure and print, ratios first; 0 whatever the numbers: they belong to this machine."""
+    options = bench_arguments(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        floor, names = f"{folder}/floor", ["pmtud"]
+        if shutil.which("gcc"):
+            subprocess.run(["gcc", "-O2", "-x", "c", "-o", floor, "-"], input=FLOOR, text=True, check=True)
+            names.insert(0, "floor")
+        else:
+            print("no gcc: no C floor to compare with, its ratios are nan (apt-get install gcc)")
+        if options.against:
+            names.append("against")
+            print("--against shows what another daemon makes of the same errors: copies that arrive, and their cost.\n"
+                  "It does not show whether they help: it may deliver or validate nothing, or copy to one address.")
+        print(f"Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} processors (errors come "
+              f"on the first,\ndaemons have the last), load {os.getloadavg()[0]:.1f}")
+        for name in options.only or BENCHES:
+            text, section = BENCHES[name]
+            print(f"{name}: {text}", flush=True)
+            with BenchNet(names, floor, options.against) as net:
+                section(net, options.seconds)
+    return 0
+
+
+# -----------------------------------------------------------------------------
+# Section: command line -- all tests, the lab, or the bench
 
 
 class Verdict:
@@ -6418,9 +7562,11 @@ class Verdict:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the lab, or the tests."""
+    """Run the lab, the bench, or the tests."""
     if argv[:1] == ["lab"]:
         return lab(argv[1:])
+    if argv[:1] == ["bench"]:
+        return bench(argv[1:])
     options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning",
                "-W", "ignore::pytest.PytestAssertRewriteWarning", str(Path(__file__)), *argv]
     return int(pytest.main(options, plugins=[Verdict()]))
