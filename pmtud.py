@@ -91,6 +91,7 @@ NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 NLMSG_ALIGNTO = 4
 NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr, to read in place: length, type, flags, sequence, port id
 NLATTR = struct.Struct("=HH")  # struct nlattr, to read in place: length, type
+NLMSG_HEAD = struct.Struct("=IH")  # the first two of them
 NLMSG_HDRLEN, NLA_HDRLEN = NLMSGHDR.size, NLATTR.size
 NETLINK_BUFFER_BYTES = 1 << 16
 
@@ -160,12 +161,13 @@ NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 # linux/netfilter/nfnetlink_log.h
 NFULNL_MSG_PACKET, NFULNL_MSG_CONFIG = 0, 1
 NFULA_PREFIX, NFULA_PAYLOAD, NFULA_SEQ = 10, 9, 12
-NFULA_CFG_CMD, NFULA_CFG_MODE, NFULA_CFG_QTHRESH, NFULA_CFG_FLAGS = 1, 2, 5, 6
+NFULA_CFG_CMD, NFULA_CFG_MODE, NFULA_CFG_NLBUFSIZ, NFULA_CFG_TIMEOUT = 1, 2, 3, 4
+NFULA_CFG_QTHRESH, NFULA_CFG_FLAGS = 5, 6
 NFULNL_CFG_CMD_BIND = 1
 NFULNL_COPY_PACKET = 2
 NFULNL_CFG_F_SEQ = 1
 NFGENMSG_LEN = ctypes.sizeof(nfgenmsg)
-NFLOG_PACKET = NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET
+NFLOG_PACKET, NFLOG_CONFIG = NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET, NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG
 
 # linux/netfilter/nf_tables.h, linux/netfilter.h
 NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
@@ -227,6 +229,8 @@ IPV6_FRAGMENT = struct.Struct("!BxH4x")  # next header, offset (13 bits) + reser
 ICMPV4_FRAG_NEEDED = struct.Struct("!BBHxxH")  # type, code, checksum, unused, next-hop MTU (RFC 1191 section 4)
 ICMPV6_TOO_BIG = struct.Struct("!BBHI")  # type, code, checksum, MTU (RFC 4443 section 3.2)
 ICMP_HEADER_LEN = 8
+# All of an IPv4 error that has no options: the fields of IPV4_HEADER, ICMPV4_FRAG_NEEDED, IPV4_HEADER and PORTS
+PLAIN_IPV4_ERROR = struct.Struct("!BxHxxHxBxx4s4s H4xH BxHxxHxBxx4s4s HH")
 QUOTED_TRANSPORT_MIN = 8  # RFC 792: the quoted header plus 64 bits
 PORTS = struct.Struct("!HH")  # source and destination port: TCP, UDP, DCCP, SCTP
 PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
@@ -554,7 +558,8 @@ class MtuError(NamedTuple):
 def checksum_holds(family: Family, src: bytes, dst: bytes, icmp: bytes) -> bool:
     """Whether the ICMP checksum is right (RFC 1071: words sum to 0 modulo 65535, 0.6 us for 556 bytes).
 
-    Copies to IPv6 peers leave with a checksum made by the kernel, so a corrupt error must end here.
+    IPv6 copies leave with a checksum made by the kernel, so a corrupt error must end here. IPv4 ones keep theirs,
+    and the kernel of the owner refuses it (1 us less on each).
     """
     total = int.from_bytes(icmp, "big") << 8 * (len(icmp) & 1)
     if family.pseudo_header:
@@ -562,8 +567,29 @@ def checksum_holds(family: Family, src: bytes, dst: bytes, icmp: bytes) -> bool:
     return total % 0xFFFF == 0
 
 
+def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
+    """What walk_error() finds in an error without IP options, None for any other packet: 1.6 -> 0.9 us."""
+    if len(packet) < PLAIN_IPV4_ERROR.size:
+        return None
+    (start, end, fragment, protocol, src, dst, kind, mtu, quoted_start, length, quoted_fragment, quoted_protocol,
+     quoted_src, quoted_dst, source_port, destination_port) = PLAIN_IPV4_ERROR.unpack_from(packet)  # fmt: skip
+    if (
+        start != 0x45 or quoted_start != 0x45 or protocol != socket.IPPROTO_ICMP or kind != 0x0304
+        or fragment & (IPV4_OFFSET_MASK | IPV4_MORE_FRAGMENTS) or quoted_fragment & IPV4_OFFSET_MASK
+        or quoted_protocol not in PROTOCOLS_WITH_PORTS or not PLAIN_IPV4_ERROR.size + 4 <= end <= len(packet)
+    ):  # fmt: skip
+        return None
+    return MtuError(IPV4, src, dst, quoted_src, quoted_dst, quoted_protocol, length, source_port, destination_port,
+                    mtu, packet[IPV4_HEADER_LEN:end])  # fmt: skip
+
+
 def parse(packet: bytes) -> Union[MtuError, Reason]:
     """The error in a raw IP packet, or the first Reason it is not one. Never raises, whatever the bytes."""
+    return plain_ipv4_error(packet) or walk_error(packet)
+
+
+def walk_error(packet: bytes) -> Union[MtuError, Reason]:
+    """What parse() gives, for any headers."""
     family = IPV6 if packet and packet[0] >> 4 == 6 else IPV4
     outer = family.header(packet, 0, len(packet))
     if outer is None:
@@ -579,7 +605,7 @@ def parse(packet: bytes) -> Union[MtuError, Reason]:
     if (kind, code) != family.error:
         return Reason.NOT_FRAG_NEEDED
     icmp = packet[at:end]
-    if not checksum_holds(family, src, dst, icmp):
+    if family.pseudo_header and not checksum_holds(family, src, dst, icmp):
         return Reason.BAD_CHECKSUM
     quoted_at = at + ICMP_HEADER_LEN
     if end > quoted_at and packet[quoted_at] >> 4 != family.version:
@@ -647,16 +673,24 @@ def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += length + -length % NLMSG_ALIGNTO
 
 
-def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
-    """The attributes from offset `at` on, last one of a type wins; ends at the first one that does not fit."""
-    found: dict[int, bytes] = {}
+def attribute_places(data: bytes, at: int = 0) -> dict[int, tuple[int, int]]:
+    """Where the value of each attribute from offset `at` on starts and ends; the last one of a type wins.
+
+    Ends at the first attribute that does not fit.
+    """
+    found: dict[int, tuple[int, int]] = {}
     while len(data) - at >= NLA_HDRLEN:
         length, kind = NLATTR.unpack_from(data, at)
         if not NLA_HDRLEN <= length <= len(data) - at:
             break
-        found[kind & NLA_TYPE_MASK] = data[at + NLA_HDRLEN : at + length]
+        found[kind & NLA_TYPE_MASK] = (at + NLA_HDRLEN, at + length)
         at += length + -length % NLMSG_ALIGNTO
     return found
+
+
+def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
+    """The values that attribute_places() finds."""
+    return {kind: data[start:end] for kind, (start, end) in attribute_places(data, at).items()}
 
 
 def error_number(payload: bytes) -> int:
@@ -664,48 +698,64 @@ def error_number(payload: bytes) -> int:
     return -int.from_bytes(payload[:4], sys.byteorder, signed=True) if len(payload) >= 4 else errno.EBADMSG
 
 
-class Logged(NamedTuple):
-    """One packet from NFLOG: the raw IP packet, its sequence number in the group, and whether RPF drops it."""
-
-    packet: bytes
-    sequence: Optional[int]
-    rpf: bool
+Logged = tuple[bytes, bytes, bool]  # a raw IP packet, its number in the group (big-endian or empty), if RPF drops it
 
 
-def parse_nflog(data: bytes) -> list[Logged]:
-    """The packets in one NFLOG datagram (nfnetlink_log.h); other messages are skipped."""
-    found = []
-    for kind, _, payload in messages(data):
-        if kind != NFLOG_PACKET:
-            continue
-        attrs = attributes(payload, NFGENMSG_LEN)
-        sequence = attrs.get(NFULA_SEQ)
-        rpf = attrs.get(NFULA_PREFIX, b"").startswith(RPF_PREFIX.encode())
-        number = int.from_bytes(sequence, "big") if sequence else None
-        found.append(Logged(attrs.get(NFULA_PAYLOAD, b""), number, rpf))
-    return found
+class NflogParser:
+    """Takes the datagrams of an NFLOG group apart (linux/netfilter/nfnetlink_log.h).
+
+    Messages of one rule look alike, so what is wanted is sought where the last message had it: 3.1 -> 0.6 us each.
+    """
+
+    def __init__(self) -> None:
+        self._layout = struct.Struct("=65536xsxxxxHH")  # longer than any message, until one has been seen
+        self._prefix, self._rpf, self._packet_at = b"", False, 0
+
+    def parse(self, data: bytes) -> list[Logged]:
+        """The packets in one datagram; other messages are skipped, the first one that does not fit is the end."""
+        found, at = [], 0
+        while len(data) - at >= NLMSG_HDRLEN:
+            length, kind = NLMSG_HEAD.unpack_from(data, at)
+            if not NLMSG_HDRLEN <= length <= len(data) - at:
+                break
+            if kind == NFLOG_PACKET:
+                found.append(self._take_alike(data, at, length) or self._take(data[at : at + length]))
+            at += length + -length % NLMSG_ALIGNTO
+        return found
+
+    def _take_alike(self, data: bytes, at: int, length: int) -> Optional[Logged]:
+        """What the message at this offset holds, None if it is not laid out like the last one."""
+        if length < self._layout.size:
+            return None
+        prefix, number, size, kind = self._layout.unpack_from(data, at)
+        end = self._packet_at + size - NLA_HDRLEN
+        if kind != NFULA_PAYLOAD or prefix != self._prefix or end + -end % NLMSG_ALIGNTO != length:
+            return None
+        return data[at + self._packet_at : at + end], number, self._rpf
+
+    def _take(self, message: bytes) -> Logged:
+        """What a message holds, wherever it is; the usual order, prefix, number, packet, is remembered."""
+        places = attribute_places(message, NLMSG_HDRLEN + NFGENMSG_LEN)
+        (text, text_end), (number, number_end), (packet, packet_end) = (
+            places.get(kind, (0, 0)) for kind in (NFULA_PREFIX, NFULA_SEQ, NFULA_PAYLOAD))  # fmt: skip
+        prefix, rpf = message[text:text_end], message.startswith(RPF_PREFIX.encode(), text)
+        if text and text_end < number < packet and number_end - number == 4:
+            layout = f"={text}x{len(prefix)}s{number - text_end}x4s{packet - NLA_HDRLEN - number_end}xHH"
+            self._layout, self._prefix, self._rpf, self._packet_at = struct.Struct(layout), prefix, rpf, packet
+        return message[packet:packet_end], message[number:number_end], rpf
 
 
 # -----------------------------------------------------------------------------
 # Section: policy -- whose error it is, whether it is believed, and how often, pure
 
 
-class Origin(str, enum.Enum):
-    """Who sent an error to this node."""
-
-    ROUTER = "router"
-    PEER = "peer"
-
-
-class Action(str, enum.Enum):
-    """What to do with an error."""
-
-    REPLICATE = "replicate"  # a copy to every peer, and deliver here
-    DELIVER = "deliver"  # deliver here only
+ROUTER, PEER = ORIGINS = ("router", "peer")  # who sent an error to this node
+KNOWN_MAX = 4096  # answers about addresses that are remembered
+REPLICATE, DELIVER = "replicate", "deliver"  # a copy to every peer and deliver here; deliver here only
 
 
 class Membership:
-    """Whether a packed address is in any of some networks; answers are remembered, at most 4096 of them."""
+    """Whether a packed address is in any of some networks; answers are remembered, at most KNOWN_MAX of them."""
 
     def __init__(self, networks: Iterable[Network] = ()) -> None:
         self._networks = tuple(networks)
@@ -718,7 +768,7 @@ class Membership:
         if answer is None:
             address = ipaddress.ip_address(packed)
             answer = any(address in network for network in self._networks)
-            if len(self._known) >= 4096:
+            if len(self._known) >= KNOWN_MAX:
                 self._known.clear()
             self._known[packed] = answer
         return answer
@@ -735,6 +785,7 @@ class View:
     networks: Membership = field(default_factory=Membership)  # --ignore-networks
     neighbours: Membership = field(default_factory=Membership)  # the networks that broadcast and multicast peers reach
     routers: frozenset[bytes] = frozenset()  # gateways of the default routes, neighbours that are no nodes
+    known: dict[tuple[bytes, bytes, bytes], tuple[str, Optional[Reason]]] = field(default_factory=dict)  # classify()'s
 
 
 class Recent:
@@ -788,6 +839,7 @@ class Policy:
         self._min_mtu = {4: config.min_mtu[0], 6: config.min_mtu[1]}
         self._ports = config.ports
         self._services = Membership(config.service_networks) if config.service_networks else None
+        self._limits = config.flow_interval or config.source_rate or config.rate
         self._interval = config.flow_interval
         self._flows = Recent(config.flow_interval, capacity=32768)
         self._sources = TokenBuckets(config.source_rate)
@@ -807,8 +859,10 @@ class Policy:
             return Reason.NOT_SERVICE
         return None
 
-    def limited(self, error: MtuError, origin: Origin, now: float) -> Optional[Reason]:
+    def limited(self, error: MtuError, origin: str, now: float) -> Optional[Reason]:
         """The limit this error exceeds, None if it may pass; peers and routers have separate budgets."""
+        if not self._limits:
+            return None
         flow = (origin, error.quoted_src, error.quoted_dst, error.quoted_protocol,
                 error.source_port, error.destination_port, error.mtu)  # fmt: skip
         last = self._flows.get(flow)
@@ -835,7 +889,7 @@ def is_link_local(packed: bytes) -> bool:
     return packed[:2] == b"\xa9\xfe" if len(packed) == 4 else packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
 
 
-def classify(error: MtuError, view: View) -> tuple[Origin, Optional[Reason]]:
+def classify(error: MtuError, view: View) -> tuple[str, Optional[Reason]]:
     """Who sent this error, by its addresses alone, and why it is dropped if it is.
 
     Only an error whose outer destination equals its quoted source and that comes from outside the
@@ -844,9 +898,9 @@ def classify(error: MtuError, view: View) -> tuple[Origin, Optional[Reason]]:
     src, quoted_src = error.src, error.quoted_src
     node = src in view.peers or src in view.networks
     neighbour = src in view.neighbours
-    origin = Origin.PEER if node or neighbour else Origin.ROUTER
+    origin = PEER if node or neighbour else ROUTER
     if src in view.own:
-        return Origin.PEER, Reason.OWN
+        return PEER, Reason.OWN
     # A forged error must not reach flows on 127.0.0.1, which the kernel shields as martians.
     if is_martian(src) or is_martian(quoted_src) or is_link_local(quoted_src):
         return origin, Reason.MISADDRESSED
@@ -854,21 +908,27 @@ def classify(error: MtuError, view: View) -> tuple[Origin, Optional[Reason]]:
         # Neighbours of a broadcast or multicast peer are nodes, but not all of them: the gateway is not, and nodes
         # send errors of their own from routed addresses, so that a link-local source is a first-hop router.
         if node or (neighbour and src not in view.routers and not is_link_local(src)):
-            return Origin.PEER, Reason.IGNORED_NETWORK
-        return Origin.ROUTER, None
+            return PEER, Reason.IGNORED_NETWORK
+        return ROUTER, None
     if (node or neighbour) and (error.dst in view.own or error.dst in view.groups):
-        return Origin.PEER, None
+        return PEER, None
     return origin, Reason.MISADDRESSED
 
 
-def decide(error: MtuError, policy: Policy, now: float) -> tuple[Origin, Union[Action, Reason]]:
+def decide(error: MtuError, policy: Policy, now: float) -> tuple[str, Union[str, Reason]]:
     """Who sent the error, and what to do with it or why to drop it; `now` in seconds of a monotonic clock."""
-    origin, reason = classify(error, policy.view)
+    view, addresses = policy.view, (error.src, error.dst, error.quoted_src)
+    who = view.known.get(addresses)
+    if who is None:
+        if len(view.known) >= KNOWN_MAX:
+            view.known.clear()
+        who = view.known[addresses] = classify(error, view)
+    origin, reason = who
     reason = reason or policy.invalid(error) or policy.limited(error, origin, now)
     if reason is not None:
         return origin, reason
-    alone = origin is Origin.PEER or error.quoted_src in policy.view.node  # a node's own address has one owner
-    return origin, Action.DELIVER if alone else Action.REPLICATE
+    alone = origin is PEER or error.quoted_src in view.node  # a node's own address has one owner
+    return origin, DELIVER if alone else REPLICATE
 
 
 # -----------------------------------------------------------------------------
@@ -888,10 +948,10 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value that came so many times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     def cumulative(self) -> list[tuple[str, float]]:
         """The (le, count) pairs Prometheus expects."""
@@ -928,7 +988,7 @@ class Counters:
     """Everything counted since the start."""
 
     def __init__(self) -> None:
-        self.received = {(f.name, o.value): 0 for f in FAMILIES for o in Origin}
+        self.received = {(f.name, o): 0 for f in FAMILIES for o in ORIGINS}
         self.dropped = dict.fromkeys(Reason, 0)
         self.acted = dict.fromkeys(ACTIONS, 0)
         self.delivered = {(f.name, result): 0 for f in FAMILIES for result in DELIVERY_RESULTS}
@@ -1303,13 +1363,17 @@ class Nflog(Descriptor):
     """The receiving end of one NFLOG group."""
 
     RECEIVE_BUFFER_BYTES = 4 << 20  # some 2,000 errors while the process is not scheduled
+    COPY_BYTES = 16384  # of a packet; errors have at most 576 bytes (RFC 1812) or 1,280 (RFC 4443)
+    SINGLE_BYTES, GATHER_BYTES, GATHER_SECONDS = 4096, 32000, 0.05  # the kernel's buffer for one datagram, and its time
+    DATAGRAM_BYTES = 1 << 15  # what the kernel makes of that; a larger buffer here is paged in each time: 0.2 us
 
     def __init__(self, group: int) -> None:
         self.lost = 0  # errors, counted by gaps in the group's sequence numbers
-        self._expected: Optional[int] = None
+        self._last: Optional[int] = None
+        self._group, self._parser = group, NflogParser()
         netlink = Netlink(NETLINK_NETFILTER)
         self.socket = netlink.socket
-        mode = nfulnl_msg_config_mode(0xFFFF, NFULNL_COPY_PACKET, 0)
+        mode = nfulnl_msg_config_mode(self.COPY_BYTES, NFULNL_COPY_PACKET, 0)
         payload = b"".join((
             bytes(nfgenmsg(socket.AF_UNSPEC, 0, group)),
             attribute(NFULA_CFG_CMD, bytes([NFULNL_CFG_CMD_BIND])),
@@ -1319,8 +1383,7 @@ class Nflog(Descriptor):
         ))  # fmt: skip
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, self.RECEIVE_BUFFER_BYTES)
-            kind = NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG
-            netlink.request(f"bind NFLOG group {group}", kind, 0, payload)
+            netlink.request(f"bind NFLOG group {group}", NFLOG_CONFIG, 0, payload)
             self.socket.setblocking(False)
         except (NetlinkError, PermissionError) as problem:
             self.close()
@@ -1339,29 +1402,30 @@ class Nflog(Descriptor):
         return PmtudError(f"NFLOG group {group} cannot be bound: {os.strerror(number)}; "
                           "is CONFIG_NETFILTER_NETLINK_LOG in this kernel (modprobe nfnetlink_log)?")  # fmt: skip
 
-    def read(self, datagrams: int) -> list[Logged]:
-        """What has arrived, from at most this many datagrams; raises OSError if the socket is broken."""
-        found: list[Logged] = []
-        for _ in range(datagrams):
-            try:
-                logged = parse_nflog(self.socket.recv(NETLINK_BUFFER_BYTES))
-            except BlockingIOError:
-                break
-            except OSError as problem:
-                if problem.errno != errno.ENOBUFS:  # ENOBUFS: the kernel dropped some; the sequence tells how many
-                    raise
-                continue
-            for item in logged:
-                self._count_gap(item.sequence)
-            found.extend(logged)
-        return found
+    def gather(self, errors: int) -> None:
+        """Let the kernel gather up to this many errors, but none for longer than GATHER_SECONDS; 1: do not wait."""
+        size = self.GATHER_BYTES if errors > 1 else self.SINGLE_BYTES
+        payload = b"".join((
+            be32(NFULA_CFG_NLBUFSIZ, size), be32(NFULA_CFG_QTHRESH, errors),
+            be32(NFULA_CFG_TIMEOUT, int(100 * self.GATHER_SECONDS)),
+        ))  # fmt: skip
+        self.socket.send(message(NFLOG_CONFIG, 0, 0, bytes(nfgenmsg(socket.AF_UNSPEC, 0, self._group)) + payload))
 
-    def _count_gap(self, sequence: Optional[int]) -> None:
-        if sequence is None:
-            return
-        if self._expected is not None:
-            self.lost += (sequence - self._expected) & 0xFFFFFFFF
-        self._expected = (sequence + 1) & 0xFFFFFFFF
+    def read(self) -> list[Logged]:
+        """What one datagram brought, nothing if none is there; raises OSError if the socket is broken."""
+        try:
+            logged = self._parser.parse(self.socket.recv(self.DATAGRAM_BYTES))
+        except OSError as problem:
+            if problem.errno in (errno.EAGAIN, errno.ENOBUFS):  # ENOBUFS: errors were lost, the numbers tell how many
+                return []
+            raise
+        numbers = [number for _, number, _ in logged if number]
+        if numbers:
+            last = int.from_bytes(numbers[-1], "big")
+            if self._last is not None:
+                self.lost += (last - self._last - len(numbers)) & 0xFFFFFFFF
+            self._last = last
+        return logged
 
 
 class Rule(NamedTuple):
@@ -1735,7 +1799,6 @@ class Fanout:
     """
 
     def __init__(self, sender: IcmpSocket, peers: Sequence[PeerAddress], counts: CopyCounts) -> None:
-        self.sender = sender
         self.peers = tuple(peers)
         self.counts = counts
         self._slots = max(1, min(64, UIO_MAXIOV // max(1, len(self.peers))))  # errors in one call
@@ -1749,6 +1812,7 @@ class Fanout:
             entry.msg_hdr.msg_namelen = len(raw)
             entry.msg_hdr.msg_iov = ctypes.pointer(self._bodies[number // len(self.peers)])
             entry.msg_hdr.msg_iovlen = 1
+        self._fileno, self._first = sender.fileno(), ctypes.addressof(self._messages)
         self._sendmmsg = ctypes.CDLL(None, use_errno=True).sendmmsg
         self._sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
         self._sendmmsg.restype = ctypes.c_int
@@ -1760,25 +1824,18 @@ class Fanout:
             batch = bodies[start : start + self._slots]
             for slot, body in zip(self._bodies, batch):
                 slot.iov_base, slot.iov_len = body, len(body)
-            for number, code in self._transmit(len(batch) * len(self.peers)):
-                peer = number % len(self.peers)
-                self.counts.refused[peer] += 1
-                refused.append((self.peers[peer], code))
+            done, count = 0, len(batch) * len(self.peers)
+            while done < count:
+                at = self._first + done * ctypes.sizeof(mmsghdr)
+                sent = self._sendmmsg(self._fileno, at, min(count - done, UIO_MAXIOV), 0)
+                if sent <= 0 and ctypes.get_errno() != errno.EINTR:  # the first of these failed: go on with the next
+                    peer = done % len(self.peers)
+                    self.counts.refused[peer] += 1
+                    refused.append((self.peers[peer], ctypes.get_errno()))
+                    sent = 1
+                done += max(sent, 0)
             self.counts.rounds += len(batch)
         return refused
-
-    def _transmit(self, count: int) -> Iterator[tuple[int, int]]:
-        """Send the first `count` prepared messages; yields (message number, errno) of those that failed."""
-        start, size, done = ctypes.addressof(self._messages), ctypes.sizeof(mmsghdr), 0
-        while done < count:
-            sent = self._sendmmsg(self.sender.fileno(), start + done * size, min(count - done, UIO_MAXIOV), 0)
-            if sent > 0:
-                done += sent
-                continue
-            code = ctypes.get_errno()
-            if code != errno.EINTR:  # the first of these failed: name it, go on with the next
-                yield done, code
-                done += 1
 
 
 # -----------------------------------------------------------------------------
@@ -2353,8 +2410,8 @@ class ServiceManager:
 class Service:
     """The running daemon: owns every descriptor, turns the loop, acts on each error as decide() says."""
 
-    BATCH, BATCH_COPIES = 64, 6400  # errors and copies per turn: signals and timers are never starved by a flood
-    TURNS, PAUSE = 20, 0.05  # turns per second taken at once; beyond that errors gather for this many seconds
+    BUSY = 100  # errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core takes 3 %
+    BATCH, BATCH_COPIES = 40, 6400  # errors and copies per turn then: signals and timers are never starved by a flood
     TICK = 1.0  # seconds between housekeeping
     SLOW_TICKS = 10  # every tenth: default route, guard
     SUMMARY = 60.0  # seconds between summaries in the log
@@ -2369,7 +2426,7 @@ class Service:
         self._outlets: dict[str, Outlet] = {}
         self._arrangement = Arrangement({}, (), {}, {}, View())
         self._routers: list[bytes] = []  # gateways of the default routes
-        self._turns, self._backlog = TokenBuckets(self.TURNS), False
+        self._recent, self._gathering = 0, 1  # errors since the last tick; how many the kernel hands over at a time
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -2580,6 +2637,9 @@ class Service:
     def _tick(self, now: float) -> None:
         """Housekeeping, once a second."""
         self._ticks += 1
+        if self._gathering > 1 and self._recent <= self.BUSY:
+            self._gather(1)
+        self._recent = 0
         self._open_outlets()
         self._stale = self._stale or "peers" in self._complaints
         if self._ticks % self.SLOW_TICKS == 0:
@@ -2625,8 +2685,10 @@ class Service:
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
             wake_at = min(tick_at, self._manager.watchdog_at)
-            ready = {number for number, _ in self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1))}
+            ready = dict(self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1)))
             self._turned = now = time.monotonic()
+            if self._nflog.fileno() in ready:
+                self._handle_batch(now)
             self._manager.turned(now)
             if self._wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -2639,8 +2701,6 @@ class Service:
                 self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 self.peers.reload()
                 self._manager.tell("READY=1", self._status())
-            if self._nflog.fileno() in ready:
-                self._handle_batch(now)
             if now >= tick_at:
                 tick_at = now + self.TICK
                 self._tick(now)
@@ -2686,66 +2746,76 @@ class Service:
 
     def _handle_batch(self, now: float) -> None:
         """Take what arrived, decide on each error, send the copies together, then deliver here."""
-        if not self._backlog and not self._turns.take(None, now):
-            time.sleep(self.PAUSE)  # 20 turns a second, not 1,000: a flood that took 10 % of a core takes 3 %
-            now = time.monotonic()
-        counters = self.counters
-        copies: dict[str, list[bytes]] = {family.name: [] for family in FAMILIES}
-        deliveries: list[tuple[MtuError, bool]] = []
-        acted: list[tuple[MtuError, Origin]] = []
-        logged = self._read_nflog()
-        self._backlog = len(logged) >= self._batch()
+        counters, policy, logged = self.counters, self.policy, self._read_nflog()
+        copies: dict[str, list[bytes]] = {name: [] for name, outlet in self._outlets.items() if outlet.fanout}
+        acted: list[tuple[MtuError, str, bool]] = []
         for packet, _, rpf in logged:
             error = parse(packet)
             if isinstance(error, Reason):
-                family = IPV6 if packet and packet[0] >> 4 == 6 else IPV4
-                counters.received[family.name, Origin.ROUTER.value] += 1
+                counters.received[(IPV6 if packet[:1] >= b"\x60" else IPV4).name, ROUTER] += 1
                 counters.dropped[error] += 1
                 continue
-            origin, what = decide(error, self.policy, now)
-            counters.received[error.family.name, origin.value] += 1
+            origin, what = decide(error, policy, now)
+            name = error.family.name
+            counters.received[name, origin] += 1
             if isinstance(what, Reason):
                 counters.dropped[what] += 1
                 self._explain_drop(error, what, now)
-                continue
-            acted.append((error, origin))
-            if self.config.dry_run:
+            elif self.config.dry_run:
                 counters.dropped[Reason.DRY_RUN] += 1
-                log("info", f"dry run: would {what.value}", origin=origin.value, error=error)
-                continue
-            counters.reported_mtu.observe(error.mtu)
-            replicate = what is Action.REPLICATE and self._has_peers(error.family)
-            deliver = origin is Origin.PEER or self.config.rescue
-            counters.acted["replicate" if replicate else "deliver" if deliver else "none"] += 1
-            if replicate:
-                copies[error.family.name].append(error.icmp)
-            if deliver:
-                deliveries.append((error, rpf))
+                log("info", f"dry run: would {what}", origin=origin, error=error)
+            else:
+                acted.append((error, origin, rpf))
+                if what is REPLICATE and name in copies:
+                    copies[name].append(error.icmp)
         for name, bodies in copies.items():
             if bodies:
                 self._replicate(name, bodies)
-        for error, rpf in deliveries:
+        deliveries = acted if self.config.rescue else [one for one in acted if one[1] is PEER]
+        for error, _, rpf in deliveries:
             self._deliver(error, rpf)
-        for error, origin in acted:  # last: a log line costs as much as ten copies
-            self._note(error, origin, now)
+        self._account(acted, len(deliveries), sum(map(len, copies.values())), now)
         if logged:
             counters.last_error_received = time.time()
             counters.batch_duration.observe(time.monotonic() - now)
+        self._recent += len(logged)
+        if self._recent > self.BUSY and self._gathering == 1:
+            most = max(map(len, self._arrangement.targets.values()), default=0)
+            self._gather(max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most))))
 
-    def _batch(self) -> int:
-        """How many errors this turn may take."""
-        most = max(map(len, self._arrangement.targets.values()), default=0)
-        return max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+    def _account(self, acted: Sequence[tuple[MtuError, str, bool]], delivered: int, replicated: int,
+                 now: float) -> None:  # fmt: skip
+        """Count and log what was done, after all of it: a log line costs as much as ten copies."""
+        counters = self.counters
+        deliver = delivered - (replicated if self.config.rescue else 0)
+        for action, count in zip(ACTIONS, (replicated, deliver, len(acted) - replicated - deliver)):
+            counters.acted[action] += count
+        mtus: dict[int, int] = {}
+        debug = LOGGER.isEnabledFor(logging.DEBUG)
+        for error, origin, _ in acted:
+            mtus[error.mtu] = mtus.get(error.mtu, 0) + 1
+            if debug:
+                log("debug", "error", origin=origin, error=error)
+            if origin is ROUTER and self._known.get((error.src, error.quoted_dst, error.mtu)) is None:
+                self._note(error, now)
+        for mtu, count in mtus.items():
+            counters.reported_mtu.observe(mtu, count)
+
+    def _gather(self, errors: int) -> None:
+        """From now on the kernel hands over this many errors at a time; 1: each at once."""
+        with contextlib.suppress(OSError):
+            self._nflog.gather(errors)
+            self._gathering = errors
 
     def _read_nflog(self) -> list[Logged]:
         """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if that fails."""
         before = self._nflog.lost
         try:
-            return self._nflog.read(self._batch())
+            return self._nflog.read()
         except OSError as problem:
             self._poll.unregister(self._nflog)
             self._nflog.close()
-            self._nflog = Nflog(self.config.nflog_group)
+            self._nflog, self._gathering = Nflog(self.config.nflog_group), 1
             self._poll.register(self._nflog, select.POLLIN)
             log("error", "the NFLOG socket broke and was opened again", problem=problem.strerror)
             before = self._nflog.lost
@@ -2753,14 +2823,9 @@ class Service:
         finally:
             self.counters.nflog_lost += self._nflog.lost - before
 
-    def _has_peers(self, family: Family) -> bool:
-        outlet = self._outlets.get(family.name)
-        return outlet is not None and outlet.fanout is not None
-
     def _replicate(self, family_name: str, bodies: Sequence[bytes]) -> None:
         fanout = self._outlets[family_name].fanout
-        assert fanout is not None  # _has_peers() said so in this same turn
-        for peer, code in fanout.send(bodies):
+        for peer, code in fanout.send(bodies) if fanout else ():
             log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
 
     def _deliver(self, error: MtuError, rpf: bool) -> None:
@@ -2779,14 +2844,9 @@ class Service:
         self.counters.delivered[name, result] += 1
         self.counters.rpf_rescued += rpf and result == "owner"
 
-    def _note(self, error: MtuError, origin: Origin, now: float) -> None:
+    def _note(self, error: MtuError, now: float) -> None:
         """One log line for a (router, destination, MTU) not seen in the last hour."""
-        if LOGGER.isEnabledFor(logging.DEBUG):
-            log("debug", "error", origin=origin.value, error=error)
-        key = (error.src, error.quoted_dst, error.mtu)
-        if origin is Origin.PEER or self._known.get(key) is not None:
-            return
-        self._known.put(key, now, now)
+        self._known.put((error.src, error.quoted_dst, error.mtu), now, now)
         if self._news_left:
             self._news_left -= 1
             log("info", "a router reports an MTU", router=ipaddress.ip_address(error.src),

@@ -428,9 +428,9 @@ PACKET_CASES = (
     Broken(Reason.NOT_FRAG_NEEDED, "another type", lambda n: mtu_error(n, kind=8 if n is V4 else 128)),
     Broken(Reason.NOT_FRAG_NEEDED, "another code", lambda n: mtu_error(n, code=1)),
     Broken(Reason.NOT_FRAG_NEEDED, "encrypted", lambda n: mtu_error(n, outer_protocol=50)),
-    Broken(Reason.BAD_CHECKSUM, "MTU changed", lambda n: corrupt(mtu_error(n), HEADER[n.family.name] + 7)),
-    Broken(Reason.BAD_CHECKSUM, "last byte changed", lambda n: corrupt(mtu_error(n), len(mtu_error(n)) - 1)),
-    Broken(Reason.BAD_CHECKSUM, "zero", lambda n: mtu_error(n, checksum=0)),
+    Broken(Reason.BAD_CHECKSUM, "MTU changed", lambda n: corrupt(mtu_error(n), HEADER[n.family.name] + 7), (V6,)),
+    Broken(Reason.BAD_CHECKSUM, "last byte changed", lambda n: corrupt(mtu_error(n), len(mtu_error(n)) - 1), (V6,)),
+    Broken(Reason.BAD_CHECKSUM, "zero", lambda n: mtu_error(n, checksum=0), (V6,)),
     Broken(Reason.BAD_CHECKSUM, "address changed", lambda n: corrupt(mtu_error(n), 39), (V6,)),
     Broken(Reason.QUOTED_FAMILY, "the other family", lambda n: mtu_error(n, quoted=quote(other(n)))),
     Broken(Reason.QUOTED_FAMILY, "no family", lambda n: mtu_error(n, quoted=bytes(60))),
@@ -594,10 +594,12 @@ def test_error_number(payload: bytes, number: int) -> None:
     assert pmtud.error_number(payload) == number
 
 
-def nflog_message(packet: bytes, sequence: Optional[int] = None, prefix: bytes = b"", kind: int = 0x400) -> bytes:
-    """What nfnetlink_log sends for one packet, its message padded."""
-    attrs = [(10, prefix)] * bool(prefix) + [(9, packet)]
+def nflog_message(packet: bytes, sequence: Optional[int] = None, prefix: bytes = b"", kind: int = 0x400,
+                  between: Sequence[bytes] = (b"\0\0\0\1",)) -> bytes:  # fmt: skip
+    """What nfnetlink_log sends for one packet, its message padded; `between` stands for interface and hardware."""
+    attrs = [(10, prefix)] * bool(prefix) + [(4, data) for data in between]
     attrs += [(12, struct.pack("!I", sequence))] if sequence is not None else []
+    attrs += [(9, packet)]
     body = struct.pack("!BBH", 2, 0, 33)
     body += b"".join(nla(4 + len(data), number) + data + bytes(-len(data) % 4) for number, data in attrs)
     return nlmsg(16 + len(body), kind, 0, 0, 0) + body
@@ -607,19 +609,16 @@ def test_nflog_datagram_with_several_messages() -> None:
     data = (nflog_message(b"first", 0x01020304, b"pmtud rpf\0") + nflog_message(b"other", 5, kind=0x401)
             + nflog_message(b"second", 6, b"pmtud\0") + nflog_message(b"third")
             + nlmsg(20, 3, 2, 0, 0) + bytes(4))  # fmt: skip
-    assert pmtud.parse_nflog(data) == [
-        pmtud.Logged(b"first", 0x01020304, True),
-        pmtud.Logged(b"second", 6, False),
-        pmtud.Logged(b"third", None, False),
-    ]
-    assert pmtud.parse_nflog(data[:-30]) == pmtud.parse_nflog(data)[:2]
+    found = [(b"first", b"\1\2\3\4", True), (b"second", b"\0\0\0\6", False), (b"third", b"", False)]
+    assert pmtud.NflogParser().parse(data) == found
+    assert pmtud.NflogParser().parse(data[:-30]) == found[:2]
 
 
 def test_nflog_message_without_payload_is_an_empty_packet() -> None:
     """It is counted as truncated and not lost."""
-    logged = pmtud.parse_nflog(nlmsg(20, 0x400, 0, 0, 0) + struct.pack("!BBH", 2, 0, 33))
-    assert logged == [pmtud.Logged(b"", None, False)]
-    assert pmtud.parse(logged[0].packet) is Reason.TRUNCATED
+    logged = pmtud.NflogParser().parse(nlmsg(20, 0x400, 0, 0, 0) + struct.pack("!BBH", 2, 0, 33))
+    assert logged == [(b"", b"", False)]
+    assert pmtud.parse(logged[0][0]) is Reason.TRUNCATED
 
 
 # -----------------------------------------------------------------------------
@@ -648,11 +647,11 @@ class WhoCase(NamedTuple):
     dst: str
     quoted_src: str
     origin: str
-    decision: Union[pmtud.Action, pmtud.Reason]
+    decision: Union[str, pmtud.Reason]
     nets: tuple[Plan, ...] = (V4, V6)
 
 
-DELIVER, REPLICATE = pmtud.Action.DELIVER, pmtud.Action.REPLICATE
+DELIVER, REPLICATE = pmtud.DELIVER, pmtud.REPLICATE
 GATEWAYS = (("10.77.0.1", V4), ("fd77::1", V6), ("fe80::1", V6))  # of the default routes, and a neighbour of the link
 NEIGHBOURS = (("10.77.0.5", V4), ("fd77::5", V6))
 LINK_LOCAL = ("169.254.7.7", "fe80::7", "febf::7")
@@ -699,14 +698,14 @@ def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
     src, dst, quoted_src = (getattr(net, name, name) for name in (case.src, case.dst, case.quoted_src))
     found = parsed(net, src=src, dst=dst, quoted_src=quoted_src)
     policy = make_policy(net)
-    assert pmtud.decide(found, policy, 1.0) == (pmtud.Origin(case.origin), case.decision)
+    assert pmtud.decide(found, policy, 1.0) == (case.origin, case.decision)
     expected = case.decision if isinstance(case.decision, Reason) else None
-    assert pmtud.classify(found, policy.view) == (pmtud.Origin(case.origin), expected)
+    assert pmtud.classify(found, policy.view) == (case.origin, expected)
 
 
 @both_families
 def test_without_peers_an_error_is_still_a_routers(net: Plan) -> None:
-    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) == (pmtud.Origin.ROUTER, None)
+    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) == (pmtud.ROUTER, None)
 
 
 class InvalidCase(NamedTuple):
@@ -1706,7 +1705,7 @@ def test_no_bytes_break_a_parser(first: bytes, rest: bytes) -> None:
     assert isinstance(pmtud.parse(data), (pmtud.MtuError, Reason))
     assert sum(16 + len(payload) for _, _, payload in pmtud.messages(data)) <= len(data)
     assert sum(4 + len(value) for value in pmtud.attributes(data).values()) <= len(data)
-    assert len(pmtud.parse_nflog(data)) <= len(data) // 16
+    assert len(pmtud.NflogParser().parse(data)) <= len(data) // 16
     assert isinstance(pmtud.error_number(data), int)
 
 
@@ -1735,8 +1734,23 @@ def test_a_damaged_error_is_an_error_or_a_reason(net: Plan, data: st.DataObject)
 @given(nets, st.binary(max_size=64), st.data())
 def test_nflog_survives_damage(net: Plan, prefix: bytes, data: st.DataObject) -> None:
     datagram = nflog_message(mtu_error(net), 1, prefix) + nflog_message(mtu_error(net), 2)
-    for logged in pmtud.parse_nflog(data.draw(damaged(datagram))):
-        assert isinstance(pmtud.parse(logged.packet), (pmtud.MtuError, Reason))
+    parser = pmtud.NflogParser()
+    assert len(parser.parse(datagram)) == 2
+    for packet, _, _ in parser.parse(data.draw(damaged(datagram))):
+        assert isinstance(pmtud.parse(packet), (pmtud.MtuError, Reason))
+
+
+sizes = st.lists(st.binary(max_size=9), max_size=3)
+nflog_messages = st.builds(nflog_message, st.binary(max_size=40), st.none() | st.integers(0, 2**32 - 1),
+                           st.sampled_from([b"", b"\0", b"pmtud rpf\0", b"pmtud rpg\0", b"mine\0"]), between=sizes)
+
+
+@given(st.lists(nflog_messages, max_size=8))
+def test_nflog_layout_memory_changes_nothing(messages: list[bytes]) -> None:
+    """A parser that has seen other messages finds in each what a new one finds."""
+    fresh = [one for message in messages for one in pmtud.NflogParser().parse(message)]
+    parser = pmtud.NflogParser()
+    assert parser.parse(b"".join(messages)) == fresh == parser.parse(b"".join(messages))
 
 
 @given(nets, st.binary(min_size=8, max_size=600), st.binary(max_size=30), st.booleans())
@@ -2716,20 +2730,49 @@ def test_conntrack_that_comes_later_is_noticed(cluster: Cluster, family: int) ->
         assert any("ct state related" in node.run("nft", "list", "ruleset") for node in cluster.nodes)
 
 
+def open_sender(family: int) -> socket.socket:
+    """A UDP socket from the VIP to a client, with DF."""
+    level, discover, do = ((socket.IPPROTO_IP, 10, 2), (socket.IPPROTO_IPV6, 23, 2))[family == 6]  # IP_PMTUDISC_DO
+    sender = socket.socket(AF[family], socket.SOCK_DGRAM)
+    sender.setsockopt(level, discover, do)
+    sender.bind((Cluster.vip("host", family), 0))
+    sender.connect((Cluster.client_address(5, family), 9))
+    return sender
+
+
+def known_mtu(sender: socket.socket) -> int:
+    """What the kernel knows of the path of a connected socket: IP_MTU, IPV6_MTU."""
+    ipv4 = sender.family == socket.AF_INET
+    return sender.getsockopt(socket.IPPROTO_IP if ipv4 else socket.IPPROTO_IPV6, 14 if ipv4 else 24)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_corrupt_error_teaches_nobody(cluster: Cluster, family: int) -> None:
+    """IPv4: passed on with its wrong checksum, which the owner's kernel refuses. IPv6: dropped, not mended."""
+    node = cluster.nodes[0]
+    with daemons([node], "--peers", PEER_LISTS[family]), node.inside(partial(open_sender, family)) as sender:
+        def report(**fields: Any) -> None:
+            ports = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
+            packet = mtu_error((V4, V6)[family == 6], src={4: "10.8.0.1", 6: "fd08::1"}[family], mtu=1400,
+                               dst=Cluster.vip("host", family), quoted_src=Cluster.vip("host", family),
+                               quoted_dst=Cluster.client_address(5, family), protocol=UDP_PROTOCOL, transport=ports,
+                               **fields)  # fmt: skip
+            blast(cluster.fabric, f"to-{node.name}", node, "eth0", [packet])
+        report(checksum=1)
+        samples = received(node, 1)
+        assert drops(samples) == ({} if family == 4 else {"bad_checksum": 1})
+        if family == 4:
+            refused = dict(zip(*(line.split() for line in node.read("/proc/net/snmp").splitlines() if "Icmp:" in line)))
+            assert int(refused["InCsumErrors"]) >= 2  # the router's own packet, and our delivery
+        assert known_mtu(sender) == 1500
+        time.sleep(0.2)  # the flow's interval
+        report()
+        assert poll(lambda: known_mtu(sender) == 1400, 2)
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_udp_socket_gets_emsgsize(cluster: Cluster, family: int) -> None:
     """A connected UDP socket that sends DF datagrams from the VIP learns the MTU on whichever node it is."""
-    discover, do, mtu_option = ((10, 2, 14), (23, 2, 24))[family == 6]  # IP_MTU_DISCOVER, IP_PMTUDISC_DO, IP_MTU
-    level = socket.IPPROTO_IP if family == 4 else socket.IPPROTO_IPV6
-    client = Cluster.client_address(5, family)
-
-    def open_sender() -> socket.socket:
-        sender = socket.socket(AF[family], socket.SOCK_DGRAM)
-        sender.setsockopt(level, discover, do)
-        sender.bind((Cluster.vip("host", family), 0))
-        sender.connect((client, 9))
-        return sender
-
     def refused(sender: socket.socket) -> bool:
         try:
             sender.send(bytes(1410))
@@ -2740,13 +2783,13 @@ def test_udp_socket_gets_emsgsize(cluster: Cluster, family: int) -> None:
 
     with contextlib.ExitStack() as stack:
         def open_senders() -> list[socket.socket]:
-            return [stack.enter_context(node.inside(open_sender)) for node in cluster.nodes]
+            return [stack.enter_context(node.inside(partial(open_sender, family))) for node in cluster.nodes]
         assert sum([poll(partial(refused, s), 0.5) for s in open_senders()]) == 1, "only the node the fabric chose"
         cluster.flush()
         with daemons(cluster.nodes, "--peers", PEER_LISTS[family]):
             for sender in open_senders():
                 assert poll(partial(refused, sender), 2.5)
-                assert sender.getsockopt(level, mtu_option) == 1400
+                assert known_mtu(sender) == 1400
                 sender.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # a second report of the same error
                 assert sender.send(bytes(1400 - (28 if family == 4 else 48))) > 0
 
@@ -3693,11 +3736,11 @@ BROKEN_SOCKET = """
 import errno, pmtud, sys
 class Breaking(pmtud.Nflog):
     left = 1
-    def read(self, datagrams):
+    def read(self):
         if Breaking.left:
             Breaking.left -= 1
             raise OSError(errno.EIO, "broken by the test")
-        return super().read(datagrams)
+        return super().read()
 pmtud.Nflog = Breaking
 pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
 """
@@ -5532,7 +5575,7 @@ def hostile_kinds(random: Random, net: Plan) -> list[tuple[str, dict[str, Any]]]
         ("replicate", {"quoted_dst": any_address(random, net)}), ("replicate", {"protocol": 17}),
         ("deliver", copy), ("deliver", {**copy, "transport": tcp_start(8443) + junk}),
         ("deliver", {"dst": net.node, "quoted_src": net.node}),
-        ("bad_checksum", {"checksum": random.randrange(1, 0xFFFF)}),
+        ("replicate" if net is V4 else "bad_checksum", {"checksum": random.randrange(1, 0xFFFF)}),
         ("quoted_short", {"quoted": inner[: random.randrange(len(inner))]}), ("quoted_short", {"quoted": b""}),
         ("quoted_family", {"quoted": bytes([random.choice((0, 1, 5, 9, 15)) << 4]) + inner[1:]}),
         ("quoted_fragment", {"inner": {"fragment": random.randrange(1, 0x2000)}} if net is V4 else
@@ -5585,9 +5628,8 @@ def hostile_templates(random: Random, net: Plan) -> Iterator[Template]:
 def fate_of(packet: bytes, policy: pmtud.Policy) -> str:
     """What the pure functions say."""
     error = pmtud.parse(packet)
-    if isinstance(error, Reason):
-        return error.value
-    return str(pmtud.decide(error, policy, 0.0)[1].value)
+    fate = error if isinstance(error, Reason) else pmtud.decide(error, policy, 0.0)[1]
+    return fate.value if isinstance(fate, Reason) else fate
 
 
 def varied(template: Template, number: int) -> bytes:
@@ -5651,7 +5693,7 @@ class Arsenal:
 
 
 def message_of(packet: bytes) -> bytes:
-    """The ICMP message without its checksum, which covers addresses over IPv6."""
+    """The ICMP message without its checksum, which covers addresses over IPv6; a wrong one over IPv4 stays wrong."""
     start = 20 if packet[0] >> 4 == 4 else 40
     return packet[start : start + 2] + packet[start + 4 :]
 
@@ -5708,22 +5750,23 @@ with atheris.instrument_imports(include=["pmtud"]):
 config = pmtud.Config(flow_interval=0, source_rate=0, rate=0, service_networks=pmtud.parse_networks("203.0.113.0/24"))
 view = pmtud.View(peers=frozenset((bytes([10, 0, 0, 12]),)), own=frozenset((bytes([10, 0, 0, 11]),)))
 policy = pmtud.Policy(config, view)
-summed = pmtud.checksum_holds
+summed, used = pmtud.checksum_holds, pmtud.NflogParser()
 def judge(packet):
     found = pmtud.parse(packet)
     assert isinstance(found, (pmtud.MtuError, pmtud.Reason))
     if isinstance(found, pmtud.MtuError):
         assert found.icmp in packet and str(found)
         origin, what = pmtud.decide(found, policy, 0.0)
-        assert isinstance(what, (pmtud.Action, pmtud.Reason))
+        assert origin in pmtud.ORIGINS and isinstance(what, str)
 def once(data):
     for pmtud.checksum_holds in (summed, lambda *_: True):  # no fuzzer guesses a checksum
         judge(data)
-    for logged in pmtud.parse_nflog(data):
-        judge(logged.packet)
+    for parser in (pmtud.NflogParser(), used):
+        for packet, _, _ in parser.parse(data):
+            judge(packet)
     assert sum(map(len, pmtud.attributes(data).values())) <= len(data)
     assert sum(len(payload) for _, _, payload in pmtud.messages(data)) <= len(data)
-    pmtud.error_number(data), pmtud.route_interfaces(pmtud.attributes(data))
+    pmtud.error_number(data), pmtud.route_hops(pmtud.attributes(data))
 atheris.Setup(sys.argv, once)
 atheris.Fuzz()
 """
@@ -5811,7 +5854,7 @@ nflog, firewall, raw = pmtud.Nflog(33), pmtud.Firewall(config, ("eth0",)), pmtud
 print("limits:", flush=True)
 while True:
     select.select([nflog], [], [])
-    for packet, _, _ in nflog.read(64):
+    for packet, _, _ in nflog.read():
         error = pmtud.parse(packet)
         if error.dst == error.quoted_src:  # else another node sent it
             for peer in config.peers:
@@ -7185,7 +7228,8 @@ class BenchNet(Net):
             process = one.node.start(*last, self.floor, "33", *peers)
             process.wait_for("ready")
         else:
-            process = one.node.start(*last, *shlex.split(self.against.format(iface="eth0", group=33)))
+            process = one.node.start(*last, *shlex.split(self.against.format(iface="eth0", group=33,
+                                                                                  peers=",".join(peers))))
             time.sleep(1)
         return process
 
