@@ -707,8 +707,10 @@ class NflogParser:
     Messages of one rule look alike, so what is wanted is sought where the last message had it: 3.1 -> 0.6 us each.
     """
 
+    NUMBER_HEAD = bytes(nlattr(NLA_HDRLEN + 4, NFULA_SEQ))
+
     def __init__(self) -> None:
-        self._layout = struct.Struct("=65536xsxxxxHH")  # longer than any message, until one has been seen
+        self._layout = struct.Struct("=65536xsIIHH")  # longer than any message, until one has been seen
         self._prefix, self._rpf, self._packet_at = b"", False, 0
 
     def parse(self, data: bytes) -> list[Logged]:
@@ -727,9 +729,11 @@ class NflogParser:
         """What the message at this offset holds, None if it is not laid out like the last one."""
         if length < self._layout.size:
             return None
-        prefix, number, size, kind = self._layout.unpack_from(data, at)
+        prefix, number_head, number, size, kind = self._layout.unpack_from(data, at)
         end = self._packet_at + size - NLA_HDRLEN
-        if kind != NFULA_PAYLOAD or prefix != self._prefix or end + -end % NLMSG_ALIGNTO != length:
+        if prefix != self._prefix or number_head != self.NUMBER_HEAD or kind != NFULA_PAYLOAD:
+            return None
+        if end + -end % NLMSG_ALIGNTO != length:  # the packet comes last
             return None
         return data[at + self._packet_at : at + end], number, self._rpf
 
@@ -739,8 +743,8 @@ class NflogParser:
         (text, text_end), (number, number_end), (packet, packet_end) = (
             places.get(kind, (0, 0)) for kind in (NFULA_PREFIX, NFULA_SEQ, NFULA_PAYLOAD))  # fmt: skip
         prefix, rpf = message[text:text_end], message.startswith(RPF_PREFIX.encode(), text)
-        if text and text_end < number < packet and number_end - number == 4:
-            layout = f"={text}x{len(prefix)}s{number - text_end}x4s{packet - NLA_HDRLEN - number_end}xHH"
+        if 0 < text_end < number < packet and number_end - number == 4:
+            layout = f"={text}x{len(prefix)}s{number - NLA_HDRLEN - text_end}x4s4s{packet - NLA_HDRLEN - number_end}xHH"
             self._layout, self._prefix, self._rpf, self._packet_at = struct.Struct(layout), prefix, rpf, packet
         return message[packet:packet_end], message[number:number_end], rpf
 

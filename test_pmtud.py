@@ -7290,21 +7290,28 @@ def measure_copies(net: BenchNet, one: Contender, process: Process, traffic: Tra
 
 
 def bench_fanout(net: BenchNet, seconds: float) -> None:
-    """Copies per second; the contenders take turns, medians of three rounds."""
-    print(f"   peers   ratio  target          copies/s: {', '.join(net.contenders)}; us of processor time per error")
-    traffic, costs = {name: net.traffic(one) for name, one in net.contenders.items()}, []
+    """Copies per second; the contenders take turns, medians of three rounds.
+
+    The floor delivers nothing, so pmtud does not either (--no-rescue); what delivery adds is measured by itself.
+    """
+    print(f"   peers   ratio  target          copies/s: {', '.join(net.contenders)};"
+          " us of processor time per error, and with delivery")  # fmt: skip
+    traffic, costs, mine = {name: net.traffic(one) for name, one in net.contenders.items()}, [], net.contenders["pmtud"]
     for count, target in FANOUT_TARGETS.items():
-        running = {name: net.start(one, count) for name, one in net.contenders.items()}
+        running = {name: net.start(one, count, *NO_LIMITS, "--no-rescue") for name, one in net.contenders.items()}
         rounds = [{name: measure_copies(net, net.contenders[name], process, traffic[name], seconds)
                    for name, process in running.items()} for _ in range(3)]  # fmt: skip
         for name, process in running.items():
             net.stop(net.contenders[name], process)
+        process = net.start(mine, count)
+        delivering = measure_copies(net, mine, process, traffic["pmtud"], seconds).cpu * count * 1e6
+        net.stop(mine, process)
         ratio = median([one["pmtud"].copies / one["floor"].copies if "floor" in one else math.nan for one in rounds])
         rates = "".join(f"{median([one[name].copies for one in rounds]):10,.0f}" for name in running)
         cpu = {name: median([one[name].cpu for one in rounds]) * count * 1e6 for name in running}
         costs.append((float(count), cpu["pmtud"]))
         print(f"   {count:5}   {ratio:5.2f}  {target:4.2f} {mark(ratio >= target):6} {rates}   "
-              + "".join(f"{cost:9.1f}" for cost in cpu.values()), flush=True)  # fmt: skip
+              + "".join(f"{cost:9.1f}" for cost in (*cpu.values(), delivering)), flush=True)  # fmt: skip
     base, each = fit(costs)
     print(f"   growth: {base:.1f} us + {each:.2f} us x peers")
 
