@@ -1791,7 +1791,7 @@ class Fanout:
         self.counts = counts
         self._socket = sender.socket
         self._places = [place(peer) for peer in peers]
-        self._slots = max(1, 64 // max(1, len(self.peers)))  # errors in one call: more headers would not stay in the cache
+        self._slots = max(1, 64 // max(1, len(self.peers)))  # errors in a call: more headers leave the cache
         self._bodies = (iovec * self._slots)()
         raw = [sockaddr(peer) for peer in peers]
         self._addresses = ctypes.create_string_buffer(b"".join(raw))  # in one piece: objects cost 0.1 us a copy more
