@@ -4173,9 +4173,9 @@ held = pmtud.Nflog(33); print('held', flush=True); time.sleep(60)
 """
 
 
-def test_nflog_group(node: Host) -> None:
+def test_nflog_group(node: Host, tmp_path: Path) -> None:
     """Taken by a stranger: FAIL names it; the fix takes the next group, which is then seen as pmtud's own."""
-    link = Path(tempfile.mkdtemp()) / "pmt"  # so that the stranger's command line does not have our name
+    link = tmp_path / "pmt"  # so that the stranger's command line does not have our name
     link.mkdir()
     (link / "stranger.py").write_text(HOLDER.format(str(HERE)))
     stranger = node.start(sys.executable, str(link / "stranger.py"))
