@@ -1512,7 +1512,7 @@ def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
     return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
 
 
-BUCKETS = 1 << 14  # routers are told apart by the last bits of their addresses: memory is bounded, no set is ever full
+BUCKETS = 1 << 15  # routers are told apart by the last bits of their addresses: memory is bounded, no set is ever full
 
 
 def burst_rule(chain: str, family: Family, per_second: int) -> Rule:

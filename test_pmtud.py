@@ -7665,7 +7665,7 @@ def bench_broadcast(net: BenchNet, seconds: float) -> None:
 def bench_growth(net: BenchNet, seconds: float) -> None:
     """Limits that count but never bite, one peer."""
     one = net.contenders["pmtud"]
-    process = net.start(one, 1, "--rate=1e9", "--source-rate=1e9", "--metrics-port=0")
+    process = net.start(one, 1, "--rate=1000000000", "--source-rate=1000000000", "--metrics-port=0")
     for what, points in (("errors/s", ((300, 1), (1000, 1), (3000, 1), (10000, 1))),
                          ("routers", ((5000, 1), (5000, 1000), (5000, 60000)))):  # fmt: skip
         costs = []
