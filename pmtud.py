@@ -2503,6 +2503,8 @@ class Service:
         for name in self.config.ifaces:
             if name not in existing:
                 raise UsageError(f"--iface: there is no interface {name}; there are {', '.join(existing)}")
+            if any(os.path.exists(f"/sys/class/net/{name}/{role}") for role in ("brport", "bonding_slave")):
+                log("warning", f"{name} belongs to a bridge or bond: errors come in on that one; name it with --iface")
         return self.config.ifaces
 
     def _open_status(self, stack: contextlib.ExitStack) -> None:

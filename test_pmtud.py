@@ -3301,6 +3301,25 @@ def test_start_failures_are_one_line(options: list[str], code: int, text: str) -
         assert run_to_end(net.host("bare"), *options) == (code, f"pmtud: {text}\n")
 
 
+@pytest.mark.parametrize("limit", [7, 9, 11])
+def test_too_few_file_descriptors_is_one_line(limit: int) -> None:
+    with Net() as net:
+        process = net.host("bare").start("sh", "-c", f"ulimit -n {limit}; exec {sys.executable} {SCRIPT} --iface lo")
+        assert poll(lambda: process.returncode() is not None, 10)
+        assert process.returncode() == 1
+        assert re.fullmatch("pmtud: .*(Too many open files).*\n", process.output()), process.output()
+
+
+def test_a_bridge_port_is_pointed_out() -> None:
+    """Its packets come in on the bridge as far as the rules can see."""
+    with Net() as net:
+        node = net.host("bare")
+        node.ip("link add br0 type bridge", "link add eth0 type veth peer name far", "link set eth0 master br0 up")
+        process = node.start(sys.executable, SCRIPT, "--iface", "eth0", "--metrics-port", "0")
+        process.wait_for("eth0 belongs to a bridge or bond: errors come in on that one; name it with --iface")
+        assert process.stop() == 0
+
+
 class NotifySocket:
     """Where a service manager listens; what it was told."""
 
