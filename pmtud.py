@@ -390,8 +390,8 @@ def parse_ports(text: str) -> frozenset[int]:
 
 def parse_min_mtu(text: str) -> tuple[int, int]:
     """IPV4 or IPV4,IPV6: the smallest MTUs believed, in bytes."""
-    items = text.split(",")
-    if not 1 <= len(items) <= 2:
+    items = [item.strip() for item in text.split(",")]
+    if not 1 <= len(items) <= 2 or not all(items):
         raise ValueError(f"{text!r} is not one MTU (IPv4) or two (IPv4,IPv6)")
     ipv4: int = number_between(IPV4_MIN_MTU, 65535)(items[0])
     ipv6: int = number_between(IPV6_MIN_MTU, 65535)(items[1]) if len(items) == 2 else IPV6_MIN_MTU
@@ -2602,7 +2602,7 @@ class Service:
                 self._outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
                 self.counters.copies[family.name] = self._outlets[family.name].counts
                 self._complaints.pop(family.name, None)
-            except (PmtudError, OSError) as problem:  # switched off, or duplicate detection on the source address
+            except OSError as problem:  # switched off in the kernel, or duplicate detection on the source address
                 if self._arrangement.targets[family.name]:
                     self._complain(family.name, f"no {family.name} sockets", problem)
 
@@ -2650,7 +2650,10 @@ class Service:
         if self._gathering > 1 and self._recent <= self.BUSY:
             self._gather(1)
         self._recent = 0
-        self._open_outlets()
+        try:
+            self._open_outlets()
+        except PmtudError as problem:
+            self._complain("sockets", "cannot open raw sockets any more", problem)
         self._stale = self._stale or "peers" in self._complaints
         if self._ticks % self.SLOW_TICKS == 0:
             self._follow_default_route()

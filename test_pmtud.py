@@ -2715,6 +2715,9 @@ def test_delivered_counts_tell_the_owner(cluster: Cluster) -> None:
     """Every error is owned exactly once in the cluster: the EPERM of the guard says so, per error."""
     with invalid_dropped(cluster), daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
         assert len(cluster.download("pod")) == 23
+        # The kernel serves its own flows at once; the daemon hears of these up to GATHER_SECONDS later.
+        assert poll(lambda: sum(total(metrics(node), "pmtud_acted_total") for node in cluster.nodes) >= 3 * 23, 2)
+        time.sleep(2 * pmtud.Nflog.GATHER_SECONDS)
         samples = [metrics(node) for node in cluster.nodes]
     owner = sum(s['pmtud_delivered_total{family="ipv4",result="owner"}'] for s in samples)
     other = sum(s['pmtud_delivered_total{family="ipv4",result="not_owner"}'] for s in samples)
@@ -3895,7 +3898,7 @@ def test_without_prometheus_client(cluster: Cluster) -> None:
     assert processes[0].output().count("prometheus-client is not installed: running without metrics") == 1
     code, output = run_to_end(cluster.nodes[0], "--metrics-port", "30040", python=python)
     assert code == 2
-    assert output == ("pmtud: --metrics-port needs prometheus-client: pip install prometheus-client, "
+    assert output == ("pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, "
                       "or --metrics-port 0\n")  # fmt: skip
 
 
