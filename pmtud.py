@@ -3504,7 +3504,7 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
     told = [answer.mtu for answer in reports if answer.mtu]
     if not low and not told:
         why = reports[0].router if reports else ""
-        named = shlex.quote(f"[{host}]:443" if ":" in host else f"{host}:443")
+        named = f"[{host}]:443" if ":" in host else f"{host}:443"
         fix = f"ip route get {shlex.quote(host.partition('%')[0])}" if why else program(node.config, "check", named)
         text = f"{host}: " + (f"unreachable, {why}" if why else "not measured, it answers nothing to UDP")
         return Finding("path", FAIL if why or refused else WARN, text + tail, fix if why or not port else "")
