@@ -3448,6 +3448,7 @@ class Prober(Descriptor):
         A silence costs a moment, an answer one of the few a host gives: so sizes are tried from the upper end.
         """
         first = self.probe(PROBE_MIN_BYTES)
+        first = self.probe(PROBE_MIN_BYTES) if first.kind == "silence" else first
         if first.kind == "error":
             return 0, False, [first]
         low, high, size, reports, silent = PROBE_MIN_BYTES, self.top + 1, self.top, list[Answer](), False
