@@ -2944,38 +2944,34 @@ def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, li
     return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
 
 
+def under_tunnel(attrs: tuple[int, ...], data: dict[int, bytes]) -> tuple[str, bool]:
+    """The interface that a tunnel's packets leave by: named, with its address, or the way to its peer; if over IPv6."""
+    known = [packed for packed in map(data.get, attrs[1:]) if packed and any(packed)]
+    own = {address.packed: [Hop(address.ifindex, b"")] for address in local_addresses()}
+    hops = [Hop(int.from_bytes(data.get(attrs[0], b""), sys.byteorder), b"")]
+    for packed in known:
+        with contextlib.suppress(NetlinkError):
+            hops += own.get(packed) or find_route(packed)[1]
+    return next((iface for iface in interfaces_of(hops) if iface != "lo"), ""), any(len(p) == 16 for p in known)
+
+
 def list_links() -> Iterator[Link]:
     """Every interface that is up (RTM_GETLINK)."""
     for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
         attrs, flags = attributes(payload, IFINFOMSG.size), IFINFOMSG.unpack_from(payload)[3]
         info = attributes(attrs.get(IFLA_LINKINFO, b""))
         name, kind = (os.fsdecode(a.rstrip(b"\0")) for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b"")))
-        mtu, data = int.from_bytes(attrs[IFLA_MTU], sys.byteorder), attributes(info.get(IFLA_INFO_DATA, b""))
-        named = (tunnel for tunnel in TUNNELS.values() if re.fullmatch(tunnel[0], name))
-        if not flags & IFF_UP:
-            continue
-        if tunnel := TUNNELS.get(kind) or next(named, None):
-            yield tunnel_link(name, mtu, tunnel, data if kind in TUNNELS else {})
-        elif re.match(NIC_NAMES, name) if kind == "veth" else kind in NIC_KINDS and not flags & IFF_LOOPBACK:
-            yield Link(name, mtu, "nic")
-        else:
-            is_pod = re.fullmatch(POD_NAMES, name) or (kind == "veth" and IFLA_LINK_NETNSID in attrs)
-            yield Link(name, mtu, "pod" if is_pod else "")
-
-
-def tunnel_link(name: str, mtu: int, tunnel: tuple[str, tuple[int, int], tuple[int, ...]],
-                data: dict[int, bytes]) -> Link:  # fmt: skip
-    """A tunnel with its overhead, and under it the interface it names, that of its address, or the way to its peer."""
-    _, overheads, (device, *addresses) = tunnel
-    known = [packed for packed in map(data.get, addresses) if packed and any(packed)]
-    own = {address.packed: [Hop(address.ifindex, b"")] for address in local_addresses()}
-    hops = [Hop(int.from_bytes(data.get(device, b""), sys.byteorder), b"")]
-    for packed in known:
-        with contextlib.suppress(NetlinkError):
-            hops += own.get(packed) or find_route(packed)[1]
-    over_ipv6 = "-v6" in name or any(len(packed) == 16 for packed in known)
-    under = next((iface for iface in interfaces_of(hops) if iface != "lo"), "")
-    return Link(name, mtu, "tunnel", overheads[over_ipv6], under)
+        tunnel = TUNNELS.get(kind) or next((t for t in TUNNELS.values() if re.fullmatch(t[0], name)), None)
+        is_nic = re.match(NIC_NAMES, name) if kind == "veth" else kind in NIC_KINDS and not flags & IFF_LOOPBACK
+        is_pod = re.fullmatch(POD_NAMES, name) or (kind == "veth" and IFLA_LINK_NETNSID in attrs)
+        role = "tunnel" if tunnel else "nic" if is_nic else "pod" if is_pod else ""
+        link = Link(name, int.from_bytes(attrs[IFLA_MTU], sys.byteorder), role)
+        if tunnel:
+            data = attributes(info.get(IFLA_INFO_DATA, b"")) if kind in TUNNELS else {}
+            under, over_ipv6 = under_tunnel(tunnel[2], data)
+            link = link._replace(overhead=tunnel[1][over_ipv6 or "-v6" in name], under=under)
+        if flags & IFF_UP:
+            yield link
 
 
 def firewall_rules() -> Iterator[tuple[str, str]]:
@@ -3001,13 +2997,11 @@ def firewall_rules() -> Iterator[tuple[str, str]]:
 
 def hooked(rules: Sequence[tuple[str, str]], hook: str) -> set[str]:
     """The places that packets reach from a hook (a regular expression), directly or by jumps."""
-    begins, jump = re.compile(rf"type \S+ hook {hook} |:{hook} "), re.compile(r"(?:\bjump|\bgoto|-[jg]) ([^\s,}]+)")
-    found: set[str] = set()
-    more = {place for place, text in rules if begins.match(text)}
-    while more:
+    found, more = set[str](), {place for place, text in rules if re.match(rf"type \S+ hook {hook} |:{hook} ", text)}
+    while more := more - found:
         found |= more
-        more = {f"{place.rpartition(' ')[0]} {target}" for place, text in rules if place in more
-                for target in jump.findall(text)} - found  # fmt: skip
+        texts = ((place.rpartition(" ")[0], text) for place, text in rules if place in more)
+        more = {f"{table} {t}" for table, text in texts for t in re.findall(r"(?:jump|goto|-[jg]) ([^\s,}]+)", text)}
     return found
 
 
@@ -3053,8 +3047,9 @@ def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bool
     return holder, not re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
 
 
-def check_privileges(node: Node) -> Iterator[Finding]:
-    """What only root can ask: if the kernel gives us sockets, a table and the group, and if the rules are right."""
+def check_kernel(node: Node) -> Iterator[Finding]:
+    """What only root can ask: whether we get sockets, a table and the NFLOG group; the daemon, its rule, its guard."""
+    group, start = node.config.nflog_group, program(node.config)
     try:
         with Netlink(NETLINK_NETFILTER), IcmpSocket(IPV4, MARK_DELIVER):
             yield Finding("privileges", OK, "raw sockets, marks and netlink are allowed")
@@ -3062,14 +3057,7 @@ def check_privileges(node: Node) -> Iterator[Finding]:
         text = f"{problem}. Daemon, group, rules and guard are not looked at"
         yield Finding("privileges", WARN, text, f"sudo {program(node.config, 'check')}")
         return
-    for probe in (check_kernel, check_rules, check_guard):
-        yield from probe(node)
-
-
-def check_kernel(node: Node) -> Iterator[Finding]:
-    """Whether the kernel takes our table and gives us the NFLOG group, which is bound and freed; who has it."""
-    refusal, group, start = nftables_refusal(NFT_TABLE_F_OWNER), node.config.nflog_group, program(node.config)
-    if not refusal:
+    if not (refusal := nftables_refusal(NFT_TABLE_F_OWNER)):
         yield Finding("nftables", OK, "the kernel takes a table, and removes it when its owner dies")
     elif not nftables_refusal(0):
         yield Finding("nftables", WARN, "no table ownership (Linux before 5.12): after SIGKILL our table stays")
@@ -3083,14 +3071,13 @@ def check_kernel(node: Node) -> Iterator[Finding]:
         taken, start = group_holder(group) is not None, ""
         fix = program(replace(node.config, nflog_group=group + 1)) if taken else "modprobe nfnetlink_log"
         yield Finding("nflog_group", FAIL, str(problem), fix)
-    if node.daemon:
-        text = f"running, {node.daemon}" if node.delivers else f"--dry-run or --no-rescue: {node.daemon}"
-        yield Finding("daemon", OK if node.delivers else WARN, text)
-    else:
-        yield Finding("daemon", WARN, "not running", start)
+    text = node.daemon and ("running, " if node.delivers else "--dry-run or --no-rescue: ") + node.daemon
+    yield Finding("daemon", OK if node.delivers else WARN, text or "not running", "" if node.daemon else start)
+    yield judge_rules(node)
+    yield judge_guard(node)
 
 
-def check_rules(node: Node) -> Iterator[Finding]:
+def judge_rules(node: Node) -> Finding:
     """Whether a rule feeds the group with ICMP errors from our interfaces, early enough."""
     import shutil
 
@@ -3105,34 +3092,29 @@ def check_rules(node: Node) -> Iterator[Finding]:
         if logs and ours and not other and place in early | late and not (auto and place.startswith(f"{table} ")):
             counter = re.search(r"^\[(\d+):| packets (\d+)", text)
             found[place] = f"{place}, " + (f"{counter[1] or counter[2]} packets so far" if counter else "no counter")
-    feeding, fix = "; ".join(found.values()), program(config, "rules")
-    if auto and found:
-        text = f"pmtud installs its own, and this one feeds every error in again: {feeding}"
-        yield Finding("nflog_rule", WARN, text, program(replace(config, rules="off")))
-    elif auto:
-        yield Finding("nflog_rule", OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own")
-    elif late & set(found):
-        yield Finding("nflog_rule", WARN, f"too late, rp_filter comes first: {feeding}", fix)
-    elif found:
-        yield Finding("nflog_rule", OK, feeding)
-    elif shutil.which("nft"):
-        yield Finding("nflog_rule", FAIL, f"--rules off, and nothing feeds group {config.nflog_group}", fix)
-    else:
-        yield Finding("nflog_rule", WARN, "--rules off, and what feeds the group cannot be seen: nft is not installed")
+    feeding, paste = "; ".join(found.values()), program(config, "rules")
+    verdicts = (
+        (auto and found, WARN, f"pmtud installs its own, and this one feeds every error in again: {feeding}",
+         program(replace(config, rules="off"))),
+        (auto, OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own", ""),
+        (late & set(found), WARN, f"too late, rp_filter comes first: {feeding}", paste),
+        (found, OK, feeding, ""),
+        (shutil.which("nft"), FAIL, f"--rules off, and nothing feeds group {config.nflog_group}", paste),
+        (True, WARN, "--rules off, and what feeds the group cannot be seen: nft is not installed", ""),
+    )  # fmt: skip
+    return next(Finding("nflog_rule", *verdict) for applies, *verdict in verdicts if applies)
 
 
-def check_guard(node: Node) -> Iterator[Finding]:
+def judge_guard(node: Node) -> Finding:
     """Whether something keeps errors about other nodes' flows inside."""
     if node.config.rules == "auto" and not node.daemon:
-        yield Finding("guard", OK, "pmtud installs it")
-        return
+        return Finding("guard", OK, "pmtud installs it")
     holds = {family.name: guard_holds(family, next(iter(node.ifaces), "lo")) for family in FAMILIES}
     missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
-    if missing:
-        text = f"none for {missing}: errors about other nodes' flows would leave this node"
-        yield Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
-    else:
-        yield Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+    if not missing:
+        return Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+    text = f"none for {missing}: errors about other nodes' flows would leave this node"
+    return Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
 
 
 def reverse_path_filter(node: Node, iface: str, version: int) -> str:
@@ -3173,19 +3155,19 @@ def check_interfaces(node: Node) -> Iterator[Finding]:
 
 def judge_ipv6(iface: str, mtu: int) -> Finding:
     """Whether IPv6 runs on an interface, and believes the MTU that routers advertise."""
-    conf = f"ipv6/conf/{iface}"
+    conf, name = f"ipv6/conf/{iface}", shlex.quote(iface)
     forwarding, accept, accept_mtu = (setting(f"{conf}/{key}") for key in ("forwarding", "accept_ra", "accept_ra_mtu"))
     listens = accept == 2 or (accept == 1 and not forwarding)
-    if mtu < IPV6_MIN_MTU:
-        fix = f"ip link set dev {shlex.quote(iface)} mtu {IPV6_MIN_MTU}"
-        return Finding("ipv6", FAIL, f"{iface}: cannot run, MTU {mtu} is under {IPV6_MIN_MTU}", fix)
-    if setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"):
-        return Finding("ipv6", OK, f"{iface}: switched off")
-    if listens and not accept_mtu:
-        fix = f"sysctl -w {shlex.quote(f'net/{conf}/accept_ra_mtu=1')}"
-        return Finding("ipv6", WARN, f"{iface}: the MTU in router advertisements is ignored", fix)
     heard = "believed" if listens else f"not read (forwarding {forwarding}, accept_ra {accept})"
-    return Finding("ipv6", OK, f"{iface}: router advertisements and their MTU are {heard}")
+    verdicts = (
+        (mtu < IPV6_MIN_MTU, FAIL, f"cannot run, MTU {mtu} is under {IPV6_MIN_MTU}",
+         f"ip link set dev {name} mtu {IPV6_MIN_MTU}"),
+        (setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"), OK, "switched off", ""),
+        (listens and not accept_mtu, WARN, "the MTU in router advertisements is ignored",
+         f"sysctl -w net/ipv6/conf/{name}/accept_ra_mtu=1"),
+        (True, OK, f"router advertisements and their MTU are {heard}", ""),
+    )  # fmt: skip
+    return next(Finding("ipv6", status, f"{iface}: {text}", fix) for applies, status, text, fix in verdicts if applies)
 
 
 SETTINGS: tuple[tuple[str, dict[int, tuple[str, str]]], ...] = (
@@ -3250,38 +3232,36 @@ def check_peers(node: Node) -> Iterator[Finding]:
         yield Finding("peers", OK, "; ".join([text, *(f"{peer} is this node" for peer in arrangement.removed)]))
 
 
-def mtu_command(name: str, mtu: int, nic: int, default: str = "") -> str:
-    """The command that gives an interface, or a CNI with this configuration file, its MTU."""
-    base = os.path.basename(name)
-    command = next((command for pattern, command in MTU_COMMANDS if re.search(pattern, base)), default)
-    return command.format(mtu=mtu, nic=nic, name=shlex.quote(name))
+def judge_mtu(names: Sequence[str], mtu: int, nic: Link, overhead: int, default: Optional[str] = "",
+              remake: str = "") -> Finding:  # fmt: skip
+    """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them.
 
-
-def judge_mtu(shown: str, mtu: int, nic: Link, overhead: int, fix: str, is_tunnel: bool = False) -> Finding:
-    """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them."""
+    The fix is the CNI's command, or the `default` of tunnels without a CNI (None: no command), and then `remake`.
+    """
     best, spare, formula = nic.mtu - overhead, nic.mtu - mtu, f"{nic.name} {nic.mtu} - {overhead}"
-    status, fix = (OK, "") if mtu == best else (WARN, fix)
-    if mtu == best:
-        text = f"= {formula}"
-    elif best < mtu <= nic.mtu and re.search(r"\blxc|\bcilium_", shown):
-        status, text, fix = OK, f"is right: Cilium subtracts the {overhead} in its routes", ""
-    elif mtu > best and is_tunnel:
-        status, text = FAIL, f"> {formula}: packets over {best} are fragmented or vanish (black hole)"
-    elif mtu > best:
-        text = f"> {formula}: only ICMP errors from this node tell pods that {best} is all"
-    elif overhead and spare == 2 * overhead:
-        text = f"= {formula} - {overhead}: the overhead is subtracted twice"
-    elif any(spare in overheads for _, overheads, _ in TUNNELS.values()):
-        status, text, fix = OK, f"= {nic.name} {nic.mtu} - {spare}, where {overhead} would do", ""
-    else:
-        lost = "jumbo frames" if best >= 1.5 * mtu else f"{best - mtu} bytes"
-        text = f"< {formula} = {best}: {lost} left unused"
-    return Finding("mtu", status, f"{shown} {mtu} {text}", fix)
+    lost = "jumbo frames" if best >= 1.5 * mtu else f"{best - mtu} bytes"
+    verdicts = (
+        (mtu == best, OK, f"= {formula}"),
+        (best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]), OK,
+         f"is right: Cilium subtracts the {overhead} in its routes"),
+        (mtu > best and default, FAIL, f"> {formula}: packets over {best} are fragmented or vanish (black hole)"),
+        (mtu > best, WARN, f"> {formula}: only ICMP errors from this node tell pods that {best} is all"),
+        (overhead and spare == 2 * overhead, WARN, f"= {formula} - {overhead}: the overhead is subtracted twice"),
+        (any(spare in overheads for _, overheads, _ in TUNNELS.values()), OK,
+         f"= {nic.name} {nic.mtu} - {spare}, where {overhead} would do"),
+        (True, WARN, f"< {formula} = {best}: {lost} left unused"),
+    )  # fmt: skip
+    status, text = next(verdict for applies, *verdict in verdicts if applies)
+    shown = names[0] if len(names) == 1 else f"{len(names)} pods ({names[0]}, ...)"
+    base = os.path.basename(names[0])
+    command = next((command for pattern, command in MTU_COMMANDS if re.search(pattern, base)), default or "")
+    fix = "" if default is None else command.format(mtu=best, nic=nic.mtu, name=shlex.quote(names[0]))
+    return Finding("mtu", status, f"{shown} {mtu} {text}", "" if status == OK else f"{fix}\n{remake}".strip())
 
 
 def cni_mtus(folder: str) -> Iterator[tuple[str, Union[int, str]]]:
     """Each MTU in the CNI configuration files of a folder (0 is automatic: left out), or why one cannot be read."""
-    paths = [folder] if os.path.exists(folder) else []  # to be opened only if it cannot be listed
+    paths = [folder] if os.path.exists(folder) else []  # opening it says why it cannot be listed
     if os.access(folder, os.R_OK | os.X_OK):
         names = (name for name in sorted(os.listdir(folder)) if name.endswith((".conf", ".conflist")))
         paths = [os.path.join(folder, name) for name in names]
@@ -3304,22 +3284,21 @@ def check_mtu(node: Node) -> Iterator[Finding]:
     if not nics:
         yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface", other)
         return
-    if nics[-1].mtu != nics[0].mtu:
-        text = "the NICs differ: " + ", ".join(f"{link.name} {link.mtu}" for link in nics)
-        low = [link.name for link in nics if link.mtu < nics[-1].mtu]
-        raises = "\n".join(f"ip link set dev {shlex.quote(name)} mtu {nics[-1].mtu}" for name in low)
-        yield Finding("mtu", WARN, text, raises)
+    low, high = nics[0], nics[-1]
+    if low.mtu < high.mtu:
+        fixes = [f"ip link set dev {shlex.quote(nic.name)} mtu {high.mtu}" for nic in nics if nic.mtu < high.mtu]
+        text = ", ".join(f"{link.name} {link.mtu}" for link in nics)
+        yield Finding("mtu", WARN, f"the NICs differ: {text}", "\n".join(fixes))
     tunnels = [link for link in node.links.values() if link.role == "tunnel"]
     for link in tunnels:
-        nic = node.links.get(link.under, nics[0])
-        fix = mtu_command(link.name, nic.mtu - link.overhead, nic.mtu, "ip link set dev {name} mtu {mtu}")
-        yield judge_mtu(link.name, link.mtu, nic, link.overhead, fix, is_tunnel=True)
-    pods = list(check_pods(node, nics[0], tunnels))
+        nic = node.links.get(link.under, low)
+        yield judge_mtu([link.name], link.mtu, nic, link.overhead, "ip link set dev {name} mtu {mtu}")
+    pods = list(check_pods(node, low, tunnels))
     yield from pods
     if not pods and not tunnels:
-        yield Finding("mtu", OK, f"{nics[0].name} {nics[0].mtu}, without tunnels and pods")
-    elif widest and widest.mtu > nics[-1].mtu and not node.config.ifaces and not all(link.under for link in tunnels):
-        text = f"{widest.name} has {widest.mtu}, judged is by {nics[0].name} {nics[0].mtu} of the default route"
+        yield Finding("mtu", OK, f"{low.name} {low.mtu}, without tunnels and pods")
+    elif widest and widest.mtu > high.mtu and not node.config.ifaces and not all(link.under for link in tunnels):
+        text = f"{widest.name} has {widest.mtu}, judged is by {low.name} {low.mtu} of the default route"
         yield Finding("mtu", WARN, f"{text}; if the nodes talk over {widest.name}, name it with --iface", other)
 
 
@@ -3328,12 +3307,12 @@ def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Findi
     own = [link for link in tunnels if any(re.fullmatch(names, link.name) for names, _, _ in TUNNELS.values())]
     bounds = [(node.links.get(link.under, nic), link.overhead) for link in own] or [(nic, 0)]
     nic, overhead = min(bounds, key=lambda bound: bound[0].mtu - bound[1])
-    best, given = nic.mtu - overhead, {link.mtu for link in own}
+    given = {link.mtu for link in own}
     for path, mtu in cni_mtus(node.cni_dir):
         if isinstance(mtu, str):
             yield Finding("mtu", WARN, f"{path}: {mtu}", f"ls -ld {shlex.quote(path)}")
         else:
-            yield judge_mtu(path, mtu, nic, overhead, mtu_command(path, best, nic.mtu))
+            yield judge_mtu([path], mtu, nic, overhead)
             given.add(mtu)
     groups: dict[int, list[str]] = {}
     for link in node.links.values():
@@ -3341,10 +3320,8 @@ def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Findi
             groups.setdefault(link.mtu, []).append(link.name)
     host = shlex.quote(node.config.nodename)
     remake = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
-    for mtu, pods in groups.items():
-        shown = pods[0] if len(pods) == 1 else f"{len(pods)} pods ({pods[0]}, ...)"
-        configure = "" if best in given else mtu_command(pods[0], best, nic.mtu)
-        yield judge_mtu(shown, mtu, nic, overhead, f"{configure}\n{remake}".strip())
+    for mtu, names in groups.items():  # where the CNI has the right value, pods that have not are older
+        yield judge_mtu(names, mtu, nic, overhead, None if nic.mtu - overhead in given else "", remake)
 
 
 # linux/in.h, linux/in6.h, linux/errqueue.h, asm-generic/socket.h, linux/if_ether.h, linux/tcp.h
@@ -3484,12 +3461,11 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
     with contextlib.suppress(NetlinkError, OSError):
         zone = socket.if_nametoindex(report.iface) if is_link_local(packed) else 0
         way = socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
-    family = family_of(packed)
-    culprit = reverse_path_filter(node, report.iface, family.version) if way != report.iface else ""
-    if culprit:
-        config = node.config if report.iface in node.ifaces else replace(node.config, ifaces=(report.iface,))
-        return culprit, program(config)
-    if family is IPV4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
+    version = family_of(packed).version
+    if way != report.iface and (culprit := reverse_path_filter(node, report.iface, version)):
+        ifaces = node.config.ifaces if report.iface in node.ifaces else (report.iface,)
+        return culprit, program(replace(node.config, ifaces=ifaces))
+    if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
         return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
     return "a firewall rule", "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
 
@@ -3503,16 +3479,16 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
         except OSError as problem:
             tail, refused = f"; TCP port {port}: {problem.strerror or problem}", True
     told = [answer.mtu for answer in reports if answer.mtu]
+    if reports and not told:
+        fix = f"ip route get {shlex.quote(host.partition('%')[0])}"
+        return Finding("path", FAIL, f"{host}: unreachable, {reports[0].router}{tail}", fix)
     if not low and not told:
-        why = reports[0].router if reports else ""
-        named = f"[{host}]:443" if ":" in host else f"{host}:443"
-        fix = f"ip route get {shlex.quote(host.partition('%')[0])}" if why else program(node.config, "check", named)
-        text = f"{host}: " + (f"unreachable, {why}" if why else "not measured, it answers nothing to UDP")
-        return Finding("path", FAIL if why or refused else WARN, text + tail, fix if why or not port else "")
+        again = program(node.config, "check", f"[{host}]:443" if ":" in host else f"{host}:443")
+        text = f"{host}: not measured, it answers nothing to UDP{tail}"
+        return Finding("path", FAIL if refused else WARN, text, "" if port else again)
     hops = "".join(dict.fromkeys(f", {answer.router} reports {answer.mtu}" for answer in reports))
     text = f"{host}: path MTU {low or min(told)}{hops}" + ("" if low else "; the host answers nothing to UDP")
-    dropped = [answer for answer in reports if answer.kind == "dropped"]
-    if dropped:
+    if dropped := [answer for answer in reports if answer.kind == "dropped"]:
         culprit, fix = blame(node, dropped[-1])
         return Finding("path", FAIL, f"{text}; the report arrived here and was dropped by {culprit}{tail}", fix)
     if low and not settled:
@@ -3533,12 +3509,11 @@ def judge_black_hole(node: Node, prober: Prober, low: int, text: str, tail: str)
         fix = f"sudo {program(node.config, 'check', prober.host)}"
     else:
         text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
-        flags, hops = find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
-        gateway, onlink = prober.hop.gateway, flags & RTNH_F_ONLINK or len(hops) > 1
-        inet6 = "inet6 " if len(gateway) > len(prober.packed) else ""
-        via = f"via {inet6}{ipaddress.ip_address(gateway)} " if gateway else ""
-        fix = (f"ip route replace {ipaddress.ip_address(prober.packed)} {via}dev {shlex.quote(prober.iface)} "
-               + ("onlink " if onlink and gateway else "") + f"mtu {low}")  # fmt: skip
+        gateway, (flags, hops) = prober.hop.gateway, find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
+        via = ["via", *["inet6"] * (len(gateway) > len(prober.packed)), str(ipaddress.ip_address(gateway or 0))]
+        onlink = ["onlink"] if gateway and (flags & RTNH_F_ONLINK or len(hops) > 1) else []
+        fix = shlex.join(["ip", "route", "replace", prober.host.partition("%")[0], *(via if gateway else []),
+                          "dev", prober.iface, *onlink, "mtu", str(low)])  # fmt: skip
     if known <= low:
         return Finding("path", OK, f"{text}; this node knows, it uses {known}")
     return Finding("path", FAIL, text, fix)
@@ -3566,7 +3541,7 @@ def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
                           "" if isinstance(problem, UsageError) else lookup)  # fmt: skip
 
 
-CHECKS = (check_privileges, check_interfaces, check_settings, check_peers, check_mtu)
+CHECKS = (check_kernel, check_interfaces, check_settings, check_peers, check_mtu)
 
 
 def show(text: str) -> None:
