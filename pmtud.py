@@ -3097,7 +3097,7 @@ def judge_rules(node: Node) -> Finding:
         (auto and found, WARN, f"pmtud installs its own, and this one feeds every error in again: {feeding}",
          program(replace(config, rules="off"))),
         (auto, OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own", ""),
-        (late & set(found), WARN, f"too late, rp_filter comes first: {feeding}", paste),
+        ((late - early) & set(found), WARN, f"too late, rp_filter comes first: {feeding}", paste),
         (found, OK, feeding, ""),
         (shutil.which("nft"), FAIL, f"--rules off, and nothing feeds group {config.nflog_group}", paste),
         (True, WARN, "--rules off, and what feeds the group cannot be seen: nft is not installed", ""),
@@ -3320,8 +3320,8 @@ def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Findi
             groups.setdefault(link.mtu, []).append(link.name)
     host = shlex.quote(node.config.nodename)
     remake = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
-    for mtu, names in groups.items():  # where the CNI has the right value, pods that have not are older
-        yield judge_mtu(names, mtu, nic, overhead, None if nic.mtu - overhead in given else "", remake)
+    for mtu, names in groups.items():
+        yield judge_mtu(names, mtu, nic, overhead, None if given else "", remake)  # what is given was judged above
 
 
 # linux/in.h, linux/in6.h, linux/errqueue.h, asm-generic/socket.h, linux/if_ether.h, linux/tcp.h
@@ -3331,6 +3331,12 @@ SO_ATTACH_FILTER, ETH_P_IP, ETH_P_IPV6 = 26, 0x0800, 0x86DD
 TCP_INFO_OPTIONS, TCP_INFO_SND_MSS, TCP_INFO_PMTU, TCPI_OPT_TIMESTAMPS = 5, 16, 60, 1  # offsets in struct tcp_info
 PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
 PROBE_MIN_BYTES, PROBE_SECONDS = 68, 4.0  # the first probe; the time for one address
+# By IP version: level of the socket options, PMTU discovery, error queue, the MTU in use; bytes of both headers;
+# the protocol's place in the first of them; ethertype.
+PROBES = {
+    4: (socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_RECVERR, IP_MTU, 28, 9, ETH_P_IP),
+    6: (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_MTU, 48, 6, ETH_P_IPV6),
+}
 
 
 class Answer(NamedTuple):
@@ -3350,16 +3356,12 @@ class Prober(Descriptor):
         self.packed, zone = ipaddress.ip_address(address[0].partition("%")[0]).packed, (*address, 0, 0)[3]
         self.family = family_of(self.packed)
         self.host = str(ipaddress.ip_address(self.packed)) + (f"%{socket.if_indextoname(zone)}" if zone else "")
-        ipv4 = self.family is IPV4
-        self.level, self.headers = (socket.IPPROTO_IP, 28) if ipv4 else (socket.IPPROTO_IPV6, 48)
-        self.options = ((IP_MTU_DISCOVER, PMTUDISC_PROBE), (IP_RECVERR, 1)) if ipv4 else (
-            (IPV6_MTU_DISCOVER, PMTUDISC_PROBE), (IPV6_RECVERR, 1))  # fmt: skip
+        self.level, *self.options, self.headers, offset, ethertype = PROBES[self.family.version]
         self.hop = find_route(self.packed, zone)[1][0]
         self.iface = socket.if_indextoname(self.hop.ifindex)
         self.top = min(node.links[self.iface].mtu if self.iface in node.links else 1500, 65535)
         self.own = {own.packed for own in local_addresses()}
         self.started, self.replies, self.timeout = time.monotonic(), 0, 1.0
-        offset, ethertype = (9, ETH_P_IP) if ipv4 else (6, ETH_P_IPV6)
         try:
             self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype))
             # Classic BPF: load the protocol's byte; if it is ICMP take the packet, else drop it.
@@ -3386,7 +3388,7 @@ class Prober(Descriptor):
         """Send, wait, and read the socket's error queue; a datagram is a reply as well."""
         with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
             try:
-                for option, value in self.options:
+                for option, value in zip(self.options, (PMTUDISC_PROBE, 1)):
                     udp.setsockopt(self.level, option, value)
                 udp.connect(self.address)
                 udp.send(bytes(size - self.headers))
@@ -3503,7 +3505,7 @@ def judge_black_hole(node: Node, prober: Prober, low: int, text: str, tail: str)
     """The verdict on a path that loses packets over `low` bytes without a report that this process can see."""
     with socket.socket(prober.family.af, socket.SOCK_DGRAM) as udp:
         udp.connect(prober.address)
-        known = udp.getsockopt(prober.level, IP_MTU if prober.family is IPV4 else IPV6_MTU)
+        known = udp.getsockopt(prober.level, prober.options[2])
     if prober.socket.family != socket.AF_PACKET:
         text += f"; packets over {low} vanish, and only root sees whether a router's report is dropped here{tail}"
         fix = f"sudo {program(node.config, 'check', prober.host)}"
