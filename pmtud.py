@@ -1290,9 +1290,18 @@ def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
     return found
 
 
-def default_route_interfaces() -> tuple[str, ...]:
-    """The interfaces of the default routes with the lowest metric, IPv4 and IPv6, each once."""
+def interfaces_of(hops: Iterable[Hop]) -> tuple[str, ...]:
+    """The names of their interfaces, each once."""
     names: dict[str, None] = {}
+    for hop in hops:
+        with contextlib.suppress(OSError):
+            names[socket.if_indextoname(hop.ifindex)] = None
+    return tuple(names)
+
+
+def default_route_interfaces() -> tuple[str, ...]:
+    """The interfaces of the default routes with the lowest metric, IPv4 and IPv6."""
+    hops: list[Hop] = []
     for family in FAMILIES:
         routes: list[tuple[int, list[Hop]]] = []
         for payload in dump("list routes", RTM_GETROUTE, RTM_NEWROUTE, RTMSG.pack(family.af, *bytes(8))):
@@ -1301,10 +1310,8 @@ def default_route_interfaces() -> tuple[str, ...]:
                 attrs = attributes(payload, RTMSG.size)
                 routes.append((int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder), route_hops(attrs)))
         lowest = min((metric for metric, _ in routes), default=0)
-        for hop in (hop for metric, hops in routes if metric == lowest for hop in hops):
-            with contextlib.suppress(OSError):
-                names[socket.if_indextoname(hop.ifindex)] = None
-    return tuple(names)
+        hops += (hop for metric, found in routes if metric == lowest for hop in found)
+    return interfaces_of(hops)
 
 
 def describe_process(pid: int) -> str:
@@ -2881,29 +2888,9 @@ REPORT_COLUMNS = 79
 STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
 
 # linux/rtnetlink.h, linux/if_link.h, linux/if.h
-RTM_NEWLINK, RTM_GETLINK, RTA_DST, IFF_UP = 16, 18, 1, 1
-IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
-IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_LINK_NETNSID = 3, 4, 18, 37
-IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VXLAN_GROUP6, IFLA_VXLAN_LOCAL6 = 1, 2, 16, 17
-
-# By kind of interface: the names it goes by, the bytes it adds over IPv4 and over IPv6.
-TUNNELS = {
-    "ipip": (r"tunl\d+", 20, 20),
-    "vxlan": (r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan", 50, 70),
-    "wireguard": (r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", 60, 80),
-    "geneve": (r"cilium_geneve", 50, 70),
-}
-POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
-NIC_NAMES = r"eth\d|en[opsx]|mgmt"  # never pods, though in kind and containerlab they are veths as well
-# Names of interfaces or files, and the command that gives them their {mtu}, or tells the CNI that the NIC has {nic}.
-MTU_COMMANDS = (
-    (r"cali|tunl0", "kubectl patch installation default --type=merge -p "
-                    '\'{{"spec":{{"calicoNetwork":{{"mtu":{mtu}}}}}}}\''),
-    (r"flannel|cni0", "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
-    (r"lxc|cilium", "cilium config set mtu {nic}"),
-    (r"\.conf", "sed -i -E 's/(\"mtu\": *)[0-9]+/\\1{mtu}/' {name}"),
-    (r"", "ip link set dev {name} mtu {mtu}"),
-)  # fmt: skip
+RTM_NEWLINK, RTM_GETLINK, RTA_DST, RTM_F_FIB_MATCH, RTNH_F_ONLINK = 16, 18, 1, 0x2000, 4
+IFINFOMSG, IFF_UP, IFF_LOOPBACK = struct.Struct("=BxHiII"), 1, 8  # struct ifinfomsg: family, type, index, flags, change
+IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_LINK_NETNSID, IFLA_INFO_KIND, IFLA_INFO_DATA = 3, 4, 18, 37, 1, 2
 
 
 class Finding(NamedTuple):
@@ -2915,23 +2902,45 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
+# By kind: the names that CNIs give it; the bytes it adds over IPv4, over IPv6; the attributes in its IFLA_INFO_DATA
+# that tell the interface under it: an index, then addresses, local before remote.
+TUNNELS = {
+    "ipip": (r"tunl\d+", (20, 20), (1, 2, 3)),
+    "vxlan": (r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan", (50, 70), (3, 4, 17, 2, 16)),
+    "wireguard": (r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", (60, 80), (0,)),
+    "geneve": (r"cilium_geneve", (50, 70), (0, 2, 7)),
+}
+POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
+NIC_NAMES, NIC_KINDS = r"eth\d|en[opsx]|mgmt", ("", "bond", "team", "vlan")  # in kind and containerlab NICs are veths
+# Names of interfaces or files, and the command that gives them their {mtu}, or tells the CNI that the NIC has {nic}.
+MTU_COMMANDS = (
+    (r"cali|tunl0", "kubectl patch installation default --type=merge -p "
+                    '\'{{"spec":{{"calicoNetwork":{{"mtu":{mtu}}}}}}}\''),
+    (r"flannel|cni0", "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
+    (r"lxc|cilium", "cilium config set mtu {nic}"),
+    (r"\.conf", "sed -i -E 's/(\"mtu\": *)[0-9]+/\\1{mtu}/' {name}"),
+)  # fmt: skip
+
+
 class Link(NamedTuple):
-    """A network interface that is up; `overhead` is None if it is no tunnel; a pod's peer is in another namespace."""
+    """A network interface that is up; `role` is tunnel, pod, nic, or empty."""
 
     name: str
     mtu: int
-    overhead: Optional[int]
-    is_pod: bool
+    role: str
+    overhead: int = 0
+    under: str = ""  # the interface that a tunnel's packets leave by, empty where the kernel does not say
 
 
 class Node(NamedTuple):
-    """What the checks look at; `rules` are (place, text); `daemon` is the process that is pmtud, empty if none is."""
+    """What the checks look at."""
 
     config: Config
     ifaces: tuple[str, ...]
     links: dict[str, Link]
-    rules: list[tuple[str, str]]
-    daemon: str
+    rules: list[tuple[str, str]]  # of firewall_rules()
+    daemon: str  # the process that is pmtud, empty if none is
+    delivers: bool  # it does: neither --dry-run nor --no-rescue
     cni_dir: str
 
 
@@ -2942,24 +2951,47 @@ def setting(path: str) -> int:
     return -1
 
 
+def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, list[Hop]]:
+    """The flags and hops of the route to an address, on this interface if one is given; raises NetlinkError."""
+    out = attribute(RTA_OIF, struct.pack("=I", ifindex)) if ifindex else b""
+    query = RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags) + attribute(RTA_DST, packed) + out
+    with Netlink(NETLINK_ROUTE) as netlink:
+        route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
+    return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
+
+
+def under_tunnel(attrs: tuple[int, ...], data: dict[int, bytes]) -> tuple[str, bool]:
+    """The interface that a tunnel's packets leave by: named, with its address, or the way to its peer; if over IPv6."""
+    known = [packed for packed in map(data.get, attrs[1:]) if packed and any(packed)]
+    own = {address.packed: [Hop(address.ifindex, b"")] for address in local_addresses()}
+    hops = [Hop(int.from_bytes(data.get(attrs[0], b""), sys.byteorder), b"")]
+    for packed in known:
+        with contextlib.suppress(NetlinkError):
+            hops += own.get(packed) or find_route(packed)[1]
+    return next((iface for iface in interfaces_of(hops) if iface != "lo"), ""), any(len(p) == 16 for p in known)
+
+
 def list_links() -> Iterator[Link]:
     """Every interface that is up (RTM_GETLINK)."""
     for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
-        attrs = attributes(payload, IFINFOMSG.size)
+        attrs, flags = attributes(payload, IFINFOMSG.size), IFINFOMSG.unpack_from(payload)[3]
         info = attributes(attrs.get(IFLA_LINKINFO, b""))
-        name, kind = (a.rstrip(b"\0").decode() for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b"")))
-        data = attributes(info.get(IFLA_INFO_DATA, b"")) if kind == "vxlan" else {}
-        over_ipv6 = "-v6" in name or any(data.get(IFLA_VXLAN_GROUP6, b"") + data.get(IFLA_VXLAN_LOCAL6, b""))
-        tunnels = (both for k, (names, *both) in TUNNELS.items() if k == kind or re.fullmatch(names, name))
-        overhead = next((both[over_ipv6] for both in tunnels), None)
-        if IFINFOMSG.unpack_from(payload)[3] & IFF_UP:
-            far = kind == "veth" and IFLA_LINK_NETNSID in attrs and not re.match(NIC_NAMES, name)
-            mtu = int.from_bytes(attrs[IFLA_MTU], sys.byteorder)
-            yield Link(name, mtu, overhead, far or re.fullmatch(POD_NAMES, name) is not None)
+        name, kind = (os.fsdecode(a.rstrip(b"\0")) for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b"")))
+        tunnel = TUNNELS.get(kind) or next((t for t in TUNNELS.values() if re.fullmatch(t[0], name)), None)
+        is_nic = re.match(NIC_NAMES, name) if kind == "veth" else kind in NIC_KINDS and not flags & IFF_LOOPBACK
+        is_pod = re.fullmatch(POD_NAMES, name) or (kind == "veth" and IFLA_LINK_NETNSID in attrs)
+        role = "tunnel" if tunnel else "nic" if is_nic else "pod" if is_pod else ""
+        link = Link(name, int.from_bytes(attrs[IFLA_MTU], sys.byteorder), role)
+        if tunnel:
+            data = attributes(info.get(IFLA_INFO_DATA, b"")) if kind in TUNNELS else {}
+            under, over_ipv6 = under_tunnel(tunnel[2], data)
+            link = link._replace(overhead=tunnel[1][over_ipv6 or "-v6" in name], under=under)
+        if flags & IFF_UP:
+            yield link
 
 
 def firewall_rules() -> Iterator[tuple[str, str]]:
-    """The place and text of each rule that logs to a group or looks at reverse paths: nft and both iptables."""
+    """Place (family, table and chain) and text of each rule of nft and both iptables, and of what begins a chain."""
     import subprocess
 
     commands = ["nft list ruleset", "iptables-nft-save -c", "ip6tables-nft-save -c"]
@@ -2971,15 +3003,22 @@ def firewall_rules() -> Iterator[tuple[str, str]]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(command.split(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
                                   encoding="utf-8", errors="replace", timeout=10)  # fmt: skip
-            for line in done.stdout.splitlines():
+            for line in map(str.strip, done.stdout.splitlines()):
                 if found := re.match(r"table (.+) {|\*(\w+)", line):
                     table = found[1] or f"{command.partition('t')[0]} {found[2]}"
-                elif found := re.match(r"\s*chain (\S+) {|\[\d+:\d+\] -A (\S+)", line):
-                    place = f"{table} {found[1] or found[2]}"
-                elif found := re.search(r" hook (?!prerouting|ingress)(\w+)", line):
-                    place += f" ({found[1].upper()})"
-                if re.search(r"\blog .*group |NFLOG|\bfib saddr |-m rpfilter", line):
-                    yield place, line.strip()
+                elif found := re.match(r"chain (\S+) {|:(\S+) |\[\d+:\d+\] -A (\S+)", line):
+                    place = f"{table} {found[1] or found[2] or found[3]}"
+                yield place, line
+
+
+def hooked(rules: Sequence[tuple[str, str]], hook: str) -> set[str]:
+    """The places that packets reach from a hook (a regular expression), directly or by jumps."""
+    found, more = set[str](), {place for place, text in rules if re.match(rf"type \S+ hook {hook} |:{hook} ", text)}
+    while more := more - found:
+        found |= more
+        texts = ((place.rpartition(" ")[0], text) for place, text in rules if place in more)
+        more = {f"{table} {t}" for table, text in texts for t in re.findall(r"(?:jump|goto|-[jg]) ([^\s,}]+)", text)}
+    return found
 
 
 def nftables_refusal(table_flags: int) -> int:
@@ -3006,67 +3045,92 @@ def program(config: Config, *words: str) -> str:
     command += ["--nflog-group", str(config.nflog_group)] if config.nflog_group != Config.nflog_group else []
     peers = [] if words else [*map(str, config.peers), *config.peer_sources]
     command += [word for peer in peers for word in ("--peers", peer)]
+    command += ["--rules", "off"] if config.rules == "off" and not words else []
     return shlex.join(command) + (" | sed '/^}/q' | nft -f -" if words == ("rules",) else "")
 
 
+def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bool]:
+    """The process that is pmtud, empty if none has the group; and whether it delivers: no --dry-run, no --no-rescue."""
+    port, said = group_holder(group), b"\0"
+    holder = "" if port is None else netlink_holder(port)
+    if pid := re.match(r"pid (\d+)", holder):
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid[1]}/{name}", "rb") as stream:
+                said += stream.read()
+    table = any(re.match(rf"inet pmtud_{group}(_guard)? ", place) for place, _ in rules)
+    if not holder or not (table or b"pmtud.py\0" in said):
+        return "", False
+    return holder, not re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
+
+
 def check_kernel(node: Node) -> Iterator[Finding]:
-    """Whether the kernel gives us sockets, a table of our own and the NFLOG group; the group is bound and freed."""
+    """What only root can ask: whether we get sockets, a table and the NFLOG group; the daemon, its rule, its guard."""
+    group, start = node.config.nflog_group, program(node.config)
     try:
         with Netlink(NETLINK_NETFILTER), IcmpSocket(IPV4, MARK_DELIVER):
             yield Finding("privileges", OK, "raw sockets, marks and netlink are allowed")
     except PmtudError as problem:
-        yield Finding("privileges", FAIL, str(problem), f"sudo {program(node.config, 'check')}")
-    refusal = nftables_refusal(NFT_TABLE_F_OWNER)
-    if not refusal:
+        text = f"{problem}. Daemon, group, rules and guard are not looked at"
+        yield Finding("privileges", WARN, text, f"sudo {program(node.config, 'check')}")
+        return
+    if not (refusal := nftables_refusal(NFT_TABLE_F_OWNER)):
         yield Finding("nftables", OK, "the kernel takes a table, and removes it when its owner dies")
-    elif refusal != errno.EPERM and not nftables_refusal(0):
+    elif not nftables_refusal(0):
         yield Finding("nftables", WARN, "no table ownership (Linux before 5.12): after SIGKILL our table stays")
     else:
-        fix = "" if refusal == errno.EPERM else "modprobe nf_tables"
-        yield Finding("nftables", FAIL, f"a table is refused: {os.strerror(refusal)}", fix)
-    group = node.config.nflog_group
+        yield Finding("nftables", FAIL, f"a table is refused: {os.strerror(refusal)}", "modprobe nf_tables")
     try:
         if not node.daemon:
             Nflog(group).close()
-        state = f"held by pmtud {node.daemon}" if node.daemon else "free"
-        yield Finding("nflog_group", OK, f"group {group} is {state}")
+        yield Finding("nflog_group", OK, f"group {group} is " + ("held by pmtud" if node.daemon else "free"))
     except PmtudError as problem:
-        taken = group_holder(group) is not None
-        fix = program(replace(node.config, nflog_group=group + 1)) if taken else ""
+        taken, start = group_holder(group) is not None, ""
+        fix = program(replace(node.config, nflog_group=group + 1)) if taken else "modprobe nfnetlink_log"
         yield Finding("nflog_group", FAIL, str(problem), fix)
+    text = node.daemon and ("running, " if node.delivers else "--dry-run or --no-rescue: ") + node.daemon
+    yield Finding("daemon", OK if node.delivers else WARN, text or "not running", "" if node.daemon else start)
+    yield judge_rules(node)
+    yield judge_guard(node)
 
 
-def check_rules(node: Node) -> Iterator[Finding]:
-    """Whether a rule feeds the group, and the guard keeps errors about other nodes' flows inside."""
-    config, auto = node.config, node.config.rules == "auto"
-    places: dict[str, str] = {}
-    table = f"inet pmtud_{config.nflog_group}"
+def judge_rules(node: Node) -> Finding:
+    """Whether a rule feeds the group with ICMP errors from our interfaces, early enough."""
+    import shutil
+
+    config, auto, table = node.config, node.config.rules == "auto", f"inet pmtud_{node.config.nflog_group}"
+    early, late = (hooked(node.rules, hook) for hook in ("(?i:prerouting|ingress)", "(?i:input)"))
+    found: dict[str, str] = {}
     for place, text in node.rules:
-        if re.search(rf"group {config.nflog_group}\b", text) and not (auto and place.startswith(f"{table} ")):
+        iface = re.search(r'\biif(?:name)? "([^"*]+)|(?<!! )-i ([^ +]+)', text)
+        ours = not iface or any(name.startswith(iface[1] or iface[2]) for name in node.ifaces)
+        other = re.search(r"\b(tcp|udp|sctp|dccp|esp|gre)\b", text) and "icmp" not in text
+        logs = re.search(rf"(\blog\b.* |--nflog-)group {config.nflog_group}\b", text)
+        if logs and ours and not other and place in early | late and not (auto and place.startswith(f"{table} ")):
             counter = re.search(r"^\[(\d+):| packets (\d+)", text)
-            places[place] = f"{place}, " + (f"{counter[1] or counter[2]} packets so far" if counter else "no counter")
-    feeds, late = "; ".join(places.values()), [p for p in places if re.search("INPUT|FORWARD|OUTPUT", p)]
-    if auto and feeds:
-        yield Finding("nflog_rule", WARN, f"pmtud installs its own, and this one feeds every error in again: {feeds}",
-                      f"{program(config)} --rules off")  # fmt: skip
-    elif auto:
-        yield Finding("nflog_rule", OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own")
-    elif late or not feeds:
-        text = f"too late, rp_filter comes first: {feeds}"
-        text = text if late else f"--rules off, and nothing feeds group {config.nflog_group}"
-        yield Finding("nflog_rule", WARN if late else FAIL, text, program(config, "rules"))
-    else:
-        yield Finding("nflog_rule", OK, feeds)
-    if auto and not node.daemon:
-        yield Finding("guard", OK, "pmtud installs it")
-        return
+            found[place] = f"{place}, " + (f"{counter[1] or counter[2]} packets so far" if counter else "no counter")
+    feeding, paste = "; ".join(found.values()), program(config, "rules")
+    verdicts = (
+        (auto and found, WARN, f"pmtud installs its own, and this one feeds every error in again: {feeding}",
+         program(replace(config, rules="off"))),
+        (auto, OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own", ""),
+        ((late - early) & set(found), WARN, f"too late, rp_filter comes first: {feeding}", paste),
+        (found, OK, feeding, ""),
+        (shutil.which("nft"), FAIL, f"--rules off, and nothing feeds group {config.nflog_group}", paste),
+        (True, WARN, "--rules off, and what feeds the group cannot be seen: nft is not installed", ""),
+    )  # fmt: skip
+    return next(Finding("nflog_rule", *verdict) for applies, *verdict in verdicts if applies)
+
+
+def judge_guard(node: Node) -> Finding:
+    """Whether something keeps errors about other nodes' flows inside."""
+    if node.config.rules == "auto" and not node.daemon:
+        return Finding("guard", OK, "pmtud installs it")
     holds = {family.name: guard_holds(family, next(iter(node.ifaces), "lo")) for family in FAMILIES}
     missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
-    if missing:
-        text = f"none for {missing}: errors about other nodes' flows would leave this node"
-        yield Finding("guard", FAIL, text, "" if auto else program(config, "rules"))
-    else:
-        yield Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+    if not missing:
+        return Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+    text = f"none for {missing}: errors about other nodes' flows would leave this node"
+    return Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
 
 
 def reverse_path_filter(node: Node, iface: str, version: int) -> str:
@@ -3082,34 +3146,44 @@ def reverse_path_filter(node: Node, iface: str, version: int) -> str:
 
 def check_interfaces(node: Node) -> Iterator[Finding]:
     """What reverse path filtering does to a router's error, and whether IPv6 runs where errors come in."""
+    table = f"inet pmtud_{node.config.nflog_group} prerouting"
+    listens = [text for place, text in node.rules if place == table and "iifname" in text]
     for iface in node.ifaces:
         if iface not in node.links:
-            yield Finding("interface", FAIL, f"{iface} is not there or not up", f"ip link set dev {iface} up")
+            fix = f"ip link set dev {shlex.quote(iface)} up"
+            yield Finding("interface", FAIL, f"{iface} is not there or not up", fix)
             continue
         every, own = (setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface))
         mode = {0: "off", 1: "strict", 2: "loose, errors from any routed address pass"}.get(max(every, own), "unknown")
         drops = " and ".join(filter(None, dict.fromkeys(reverse_path_filter(node, iface, f.version) for f in FAMILIES)))
         text = f"{iface}: {mode} (all {every}, {iface} {own})"
-        if drops and not (node.daemon and node.config.rescue):
+        if not drops:
+            yield Finding("rp_filter", OK, text)
+        elif node.delivers and (not listens or any(f'"{iface}"' in rule for rule in listens)):
+            yield Finding("rp_filter", OK, f"{text}; pmtud delivers what is dropped by {drops}")
+        else:
+            config = replace(node.config, ifaces=node.ifaces) if node.daemon else node.config
             yield Finding("rp_filter", WARN, f"{text}; an error from a router's address that is routed elsewhere is "
                           f"dropped by {drops}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers "
-                          "the error and leaves it strict", program(node.config))  # fmt: skip
-        else:
-            yield Finding("rp_filter", OK, f"{text}; pmtud delivers what is dropped by {drops}" if drops else text)
-        conf, mtu = f"ipv6/conf/{iface}", node.links[iface].mtu
-        forwarding, accept, accept_mtu = (setting(f"{conf}/{k}") for k in ("forwarding", "accept_ra", "accept_ra_mtu"))
-        listens = accept == 2 or (accept == 1 and not forwarding)
-        if mtu < IPV6_MIN_MTU:
-            text = f"{iface}: cannot run, MTU {mtu} is under {IPV6_MIN_MTU}"
-            yield Finding("ipv6", FAIL, text, f"ip link set dev {iface} mtu {IPV6_MIN_MTU}")
-        elif setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"):
-            yield Finding("ipv6", OK, f"{iface}: switched off")
-        elif listens and not accept_mtu:
-            text = f"{iface}: the MTU in router advertisements is ignored"
-            yield Finding("ipv6", WARN, text, f"sysctl -w net/{conf}/accept_ra_mtu=1")
-        else:
-            heard = "believed" if listens else f"not read (forwarding {forwarding}, accept_ra {accept})"
-            yield Finding("ipv6", OK, f"{iface}: router advertisements and their MTU are {heard}")
+                          "the error and leaves it strict", program(config))  # fmt: skip
+        yield judge_ipv6(iface, node.links[iface].mtu)
+
+
+def judge_ipv6(iface: str, mtu: int) -> Finding:
+    """Whether IPv6 runs on an interface, and believes the MTU that routers advertise."""
+    conf, name = f"ipv6/conf/{iface}", shlex.quote(iface)
+    forwarding, accept, accept_mtu = (setting(f"{conf}/{key}") for key in ("forwarding", "accept_ra", "accept_ra_mtu"))
+    listens = accept == 2 or (accept == 1 and not forwarding)
+    heard = "believed" if listens else f"not read (forwarding {forwarding}, accept_ra {accept})"
+    verdicts = (
+        (mtu < IPV6_MIN_MTU, FAIL, f"cannot run, MTU {mtu} is under {IPV6_MIN_MTU}",
+         f"ip link set dev {name} mtu {IPV6_MIN_MTU}"),
+        (setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"), OK, "switched off", ""),
+        (listens and not accept_mtu, WARN, "the MTU in router advertisements is ignored",
+         f"sysctl -w net/ipv6/conf/{name}/accept_ra_mtu=1"),
+        (True, OK, f"router advertisements and their MTU are {heard}", ""),
+    )  # fmt: skip
+    return next(Finding("ipv6", status, f"{iface}: {text}", fix) for applies, status, text, fix in verdicts if applies)
 
 
 SETTINGS: tuple[tuple[str, dict[int, tuple[str, str]]], ...] = (
@@ -3123,8 +3197,6 @@ SETTINGS: tuple[tuple[str, dict[int, tuple[str, str]]], ...] = (
         0: (OK, "off, TCP depends on the errors of routers"),
         1: (OK, "TCP probes by itself, seconds after it hung; UDP, QUIC and tunnels do not"),
         2: (OK, "TCP starts small and probes upwards; UDP, QUIC and tunnels do not")}),
-    ("ipv4/fib_multipath_hash_policy", dict.fromkeys(range(4), (OK, "as a router, this node. The fabric cannot be seen "
-        "from here: a Linux router that hashes on addresses (0) sends errors to the right node, others may not"))),
 )  # fmt: skip
 
 
@@ -3149,82 +3221,123 @@ def check_settings(_: Node) -> Iterator[Finding]:
 
 def check_peers(node: Node) -> Iterator[Finding]:
     """Whether each peer resolves, has a route, and is not an address that this node shares with others."""
-    config, local, listed = node.config, local_addresses(), {"static": node.config.peers}
+    config, local, failed = node.config, local_addresses(), False
+    listed, edit = {"": config.peers}, {"file": "${EDITOR:-vi} ", "dns": "getent ahosts "}
     for source in map(open_source, config.peer_sources):
+        kind, _, name = source.name.partition(":")
+        edit[source.name] = edit[kind] + shlex.quote(name) if kind in edit else ""
         try:
             listed[source.name] = source.load() or ()
         except PmtudError as problem:
-            yield Finding("peers", FAIL, str(problem))
+            failed = True
+            yield Finding("peers", FAIL, str(problem), edit[source.name])
     arrangement = arrange(listed, local, config.ignore_networks)
     targets = [peer for peers in arrangement.targets.values() for peer in peers]
     shared = {address.packed for address in local if address.ifindex == socket.if_nametoindex("lo")}
     bad = {peer: "a service address on lo, not a node" for peer in arrangement.removed if peer.packed in shared}
     bad.update({peer: "no route" for peer in targets if not kernel_source(peer)})
+    for where, peers in listed.items():
+        if wrong := [f"{peer}: {bad[peer]}" for peer in peers if peer in bad]:
+            rest = tuple(peer for peer in peers if peer not in bad)
+            fix = edit[where] if where else program(replace(config, peers=rest))
+            yield Finding("peers", FAIL, "; ".join(wrong) + (where and f" (in {where})"), fix)
     networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
     near = sum(any(ipaddress.ip_address(peer.packed) in network for network in networks) for peer in targets)
-    if bad:
-        fix = program(replace(config, peers=tuple(peer for peer in config.peers if peer not in bad)))
-        yield Finding("peers", FAIL, "; ".join(f"{peer}: {why}" for peer, why in bad.items()), fix)
-    else:
+    if not bad and (targets or not failed):
         text = f"{near} on-link, {len(targets) - near} routed" if targets else "none: standalone, local rescue only"
         yield Finding("peers", OK, "; ".join([text, *(f"{peer} is this node" for peer in arrangement.removed)]))
 
 
-def judge_mtu(names: Sequence[str], mtu: int, nic: Link, overhead: int) -> Finding:
-    """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them."""
-    best, spare = nic.mtu - overhead, nic.mtu - mtu
-    command = next(command for pattern, command in MTU_COMMANDS if re.search(pattern, names[0]))
-    fix = "\n".join(dict.fromkeys(command.format(mtu=best, nic=nic.mtu, name=name) for name in names))
-    shown = f"{names[0]} {mtu}" if len(names) == 1 else f"{len(names)} pods ({names[0]}, ...) {mtu}"
-    formula = f"{nic.name} {nic.mtu} - {overhead}"
-    if mtu == best:
-        return Finding("mtu", OK, f"{shown} = {formula}")
-    if best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]):
-        return Finding("mtu", OK, f"{shown}: Cilium subtracts the {overhead} in its routes")
-    if mtu > best:
-        return Finding("mtu", FAIL, f"{shown} > {formula}: packets over {best} vanish (black hole)", fix)
-    if overhead and spare == 2 * overhead:
-        return Finding("mtu", WARN, f"{shown} = {formula} - {overhead}: the overhead is subtracted twice", fix)
-    if any(spare in both for _, *both in TUNNELS.values()):
-        return Finding("mtu", OK, f"{shown} = {nic.name} {nic.mtu} - {spare}, where {overhead} would do")
-    lost = "jumbo frames left unused" if best >= 1.5 * mtu else f"{best - mtu} bytes left unused"
-    return Finding("mtu", WARN, f"{shown} < {formula} = {best}: {lost}", fix)
+def judge_mtu(names: Sequence[str], mtu: int, nic: Link, overhead: int, default: Optional[str] = "",
+              remake: str = "") -> Finding:  # fmt: skip
+    """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them.
+
+    The fix is the CNI's command, or the `default` of tunnels without a CNI (None: no command), and then `remake`.
+    """
+    best, spare, formula = nic.mtu - overhead, nic.mtu - mtu, f"{nic.name} {nic.mtu} - {overhead}"
+    lost = "jumbo frames" if best >= 1.5 * mtu else f"{best - mtu} bytes"
+    verdicts = (
+        (mtu == best, OK, f"= {formula}"),
+        (best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]), OK,
+         f"is right: Cilium subtracts the {overhead} in its routes"),
+        (mtu > best and default, FAIL, f"> {formula}: packets over {best} are fragmented or vanish (black hole)"),
+        (mtu > best, WARN, f"> {formula}: only ICMP errors from this node tell pods that {best} is all"),
+        (overhead and spare == 2 * overhead, WARN, f"= {formula} - {overhead}: the overhead is subtracted twice"),
+        (any(spare in overheads for _, overheads, _ in TUNNELS.values()), OK,
+         f"= {nic.name} {nic.mtu} - {spare}, where {overhead} would do"),
+        (True, WARN, f"< {formula} = {best}: {lost} left unused"),
+    )  # fmt: skip
+    status, text = next(verdict for applies, *verdict in verdicts if applies)
+    shown = names[0] if len(names) == 1 else f"{len(names)} pods ({names[0]}, ...)"
+    base = os.path.basename(names[0])
+    command = next((command for pattern, command in MTU_COMMANDS if re.search(pattern, base)), default or "")
+    fix = "" if default is None else command.format(mtu=best, nic=nic.mtu, name=shlex.quote(names[0]))
+    return Finding("mtu", status, f"{shown} {mtu} {text}", "" if status == OK else f"{fix}\n{remake}".strip())
+
+
+def cni_mtus(folder: str) -> Iterator[tuple[str, Union[int, str]]]:
+    """Each MTU in the CNI configuration files of a folder (0 is automatic: left out), or why one cannot be read."""
+    paths = [folder] if os.path.exists(folder) else []  # opening it says why it cannot be listed
+    if os.access(folder, os.R_OK | os.X_OK):
+        names = (name for name in sorted(os.listdir(folder)) if name.endswith((".conf", ".conflist")))
+        paths = [os.path.join(folder, name) for name in names]
+    for path in paths:
+        try:
+            if path != folder and not os.path.isfile(path):  # opening a FIFO would wait
+                raise OSError(errno.EINVAL, "not a file")
+            with open(path, errors="replace") as stream:
+                found = re.findall(r'"mtu"\s*:\s*([1-9]\d{1,8})\b', stream.read())
+            yield from ((path, int(digits)) for digits in found)
+        except OSError as problem:
+            yield path, problem.strerror or "cannot be read"
 
 
 def check_mtu(node: Node) -> Iterator[Finding]:
-    """The MTU of every tunnel, every pod interface and the CNI configuration against the NIC."""
+    """The MTU of every tunnel, of the CNI configuration and of every pod interface against what they travel over."""
     nics = sorted((node.links[name] for name in node.ifaces if name in node.links), key=lambda link: link.mtu)
+    widest = max((link for link in node.links.values() if link.role == "nic"), key=lambda link: link.mtu, default=None)
+    other = program(replace(node.config, ifaces=(widest.name,)), "check") if widest else ""
     if not nics:
-        yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface")
+        yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface", other)
         return
-    if nics[-1].mtu != nics[0].mtu:
-        yield Finding("mtu", WARN, "the NICs differ: " + ", ".join(f"{link.name} {link.mtu}" for link in nics),
-                      f"ip link set dev {nics[0].name} mtu {nics[-1].mtu}")  # fmt: skip
-    others = [link for link in node.links.values() if link not in nics]
-    for link in others:
-        if link.overhead is not None:
-            yield judge_mtu([link.name], link.mtu, nics[0], link.overhead)
-    overhead = max((link.overhead or 0 for link in others), default=0)
-    configured: set[int] = set()
-    groups: dict[tuple[str, int], list[str]] = {}
-    files = sorted(os.listdir(node.cni_dir) if os.path.isdir(node.cni_dir) else ())
-    for entry in (name for name in files if name.endswith((".conf", ".conflist"))):
-        with open(os.path.join(node.cni_dir, entry), errors="replace") as stream:
-            for mtu in map(int, re.findall(r'"mtu"\s*:\s*([1-9]\d*)', stream.read())):  # 0: automatic
-                yield judge_mtu([stream.name], mtu, nics[0], overhead)
-                configured.add(mtu)
-    if not overhead and not configured and not any(link.is_pod for link in others):
-        yield Finding("mtu", OK, f"{nics[0].name} {nics[0].mtu}, without tunnels and pods")
-    for link in others:
-        if link.is_pod:
-            groups.setdefault((link.name[:4], link.mtu), []).append(link.name)
-    for (_, mtu), names in groups.items():
-        finding, host = judge_mtu(names, mtu, nics[0], overhead), shlex.quote(node.config.nodename)
-        if finding.fix and nics[0].mtu - overhead in configured:
-            fix = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
-            text = f"{finding.found}; new pods get {nics[0].mtu - overhead} from the CNI"
-            finding = finding._replace(found=text, fix=fix)
-        yield finding
+    low, high = nics[0], nics[-1]
+    if low.mtu < high.mtu:
+        fixes = [f"ip link set dev {shlex.quote(nic.name)} mtu {high.mtu}" for nic in nics if nic.mtu < high.mtu]
+        text = ", ".join(f"{link.name} {link.mtu}" for link in nics)
+        yield Finding("mtu", WARN, f"the NICs differ: {text}", "\n".join(fixes))
+    tunnels = [link for link in node.links.values() if link.role == "tunnel"]
+    for link in tunnels:
+        nic = node.links.get(link.under, low)
+        yield judge_mtu([link.name], link.mtu, nic, link.overhead, "ip link set dev {name} mtu {mtu}")
+    pods = list(check_pods(node, low, tunnels))
+    yield from pods
+    if not pods and not tunnels:
+        yield Finding("mtu", OK, f"{low.name} {low.mtu}, without tunnels and pods")
+    elif widest and widest.mtu > high.mtu and not node.config.ifaces and not all(link.under for link in tunnels):
+        text = f"{widest.name} has {widest.mtu}, judged is by {low.name} {low.mtu} of the default route"
+        yield Finding("mtu", WARN, f"{text}; if the nodes talk over {widest.name}, name it with --iface", other)
+
+
+def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Finding]:
+    """The MTU in the CNI configuration and of pods, which get what the narrowest of the CNI's own tunnels leaves."""
+    own = [link for link in tunnels if any(re.fullmatch(names, link.name) for names, _, _ in TUNNELS.values())]
+    bounds = [(node.links.get(link.under, nic), link.overhead) for link in own] or [(nic, 0)]
+    nic, overhead = min(bounds, key=lambda bound: bound[0].mtu - bound[1])
+    given = {link.mtu for link in own}
+    for path, mtu in cni_mtus(node.cni_dir):
+        if isinstance(mtu, str):
+            yield Finding("mtu", WARN, f"{path}: {mtu}", f"ls -ld {shlex.quote(path)}")
+        else:
+            yield judge_mtu([path], mtu, nic, overhead)
+            given.add(mtu)
+    groups: dict[int, list[str]] = {}
+    for link in node.links.values():
+        if link.role == "pod":
+            groups.setdefault(link.mtu, []).append(link.name)
+    host = shlex.quote(node.config.nodename)
+    remake = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
+    for mtu, names in groups.items():
+        yield judge_mtu(names, mtu, nic, overhead, None if given else "", remake)  # what is given was judged above
 
 
 # linux/in.h, linux/in6.h, linux/errqueue.h, asm-generic/socket.h, linux/if_ether.h, linux/tcp.h
@@ -3234,6 +3347,12 @@ SO_ATTACH_FILTER, ETH_P_IP, ETH_P_IPV6 = 26, 0x0800, 0x86DD
 TCP_INFO_OPTIONS, TCP_INFO_SND_MSS, TCP_INFO_PMTU, TCPI_OPT_TIMESTAMPS = 5, 16, 60, 1  # offsets in struct tcp_info
 PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
 PROBE_MIN_BYTES, PROBE_SECONDS = 68, 4.0  # the first probe; the time for one address
+# By IP version: level of the socket options, PMTU discovery, error queue, the MTU in use; bytes of both headers;
+# the protocol's place in the first of them; ethertype.
+PROBES = {
+    4: (socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_RECVERR, IP_MTU, 28, 9, ETH_P_IP),
+    6: (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_MTU, 48, 6, ETH_P_IPV6),
+}
 
 
 class Answer(NamedTuple):
@@ -3242,6 +3361,7 @@ class Answer(NamedTuple):
     kind: str
     router: str = ""
     mtu: int = 0
+    iface: str = ""  # where a dropped report came in
 
 
 class Prober(Descriptor):
@@ -3249,21 +3369,15 @@ class Prober(Descriptor):
 
     def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
         self.address = (address[0], PROBE_PORT, *address[2:])
-        self.packed = ipaddress.ip_address(address[0].partition("%")[0]).packed
+        self.packed, zone = ipaddress.ip_address(address[0].partition("%")[0]).packed, (*address, 0, 0)[3]
         self.family = family_of(self.packed)
-        ipv4 = self.family is IPV4
-        self.level, self.headers = (socket.IPPROTO_IP, 28) if ipv4 else (socket.IPPROTO_IPV6, 48)
-        self.options = ((IP_MTU_DISCOVER, PMTUDISC_PROBE), (IP_RECVERR, 1)) if ipv4 else (
-            (IPV6_MTU_DISCOVER, PMTUDISC_PROBE), (IPV6_RECVERR, 1))  # fmt: skip
-        query = RTMSG.pack(self.family.af, 8 * len(self.packed), *bytes(7)) + attribute(RTA_DST, self.packed)
-        with Netlink(NETLINK_ROUTE) as netlink:
-            route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
-        self.route = attributes(route, RTMSG.size)
-        self.iface = socket.if_indextoname(route_hops(self.route)[0].ifindex)
+        self.host = str(ipaddress.ip_address(self.packed)) + (f"%{socket.if_indextoname(zone)}" if zone else "")
+        self.level, *self.options, self.headers, offset, ethertype = PROBES[self.family.version]
+        self.hop = find_route(self.packed, zone)[1][0]
+        self.iface = socket.if_indextoname(self.hop.ifindex)
         self.top = min(node.links[self.iface].mtu if self.iface in node.links else 1500, 65535)
         self.own = {own.packed for own in local_addresses()}
         self.started, self.replies, self.timeout = time.monotonic(), 0, 1.0
-        offset, ethertype = (9, ETH_P_IP) if ipv4 else (6, ETH_P_IPV6)
         try:
             self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype))
             # Classic BPF: load the protocol's byte; if it is ICMP take the packet, else drop it.
@@ -3290,7 +3404,7 @@ class Prober(Descriptor):
         """Send, wait, and read the socket's error queue; a datagram is a reply as well."""
         with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
             try:
-                for option, value in self.options:
+                for option, value in zip(self.options, (PMTUDISC_PROBE, 1)):
                     udp.setsockopt(self.level, option, value)
                 udp.connect(self.address)
                 udp.send(bytes(size - self.headers))
@@ -3312,13 +3426,14 @@ class Prober(Descriptor):
         """The answer in the light of what came in: a report that was dropped, the router behind pmtud's delivery."""
         while True:
             try:
-                error = parse(self.socket.recv(4096))
+                packet, (iface, *_) = self.socket.recvfrom(4096)
             except BlockingIOError:
                 return answer
+            error = parse(packet)
             if isinstance(error, MtuError) and (error.quoted_dst, error.quoted_length) == (self.packed, size):
                 router = str(ipaddress.ip_address(error.src))
-                if answer.kind == "silence":
-                    answer = Answer("dropped", router, error.mtu)
+                if answer.kind in ("silence", "dropped"):  # the last one: a bond or VLAN shows up after its port
+                    answer = Answer("dropped", router, error.mtu, iface)
                 elif answer.kind == "report" and error.src not in self.own and answer.router != router:
                     answer = answer._replace(router=f"{router}, through pmtud,")
 
@@ -3329,75 +3444,97 @@ class Prober(Descriptor):
         """
         first = self.probe(PROBE_MIN_BYTES)
         first = self.probe(PROBE_MIN_BYTES) if first.kind == "silence" else first
-        if first.kind != "reply":
+        if first.kind == "error":
             return 0, False, [first]
-        low, size, reports, certain = PROBE_MIN_BYTES, self.top, list[Answer](), {self.top + 1}
-        lost = [*certain]
-        while time.monotonic() - self.started < PROBE_SECONDS:
+        low, high, size, reports, silent = PROBE_MIN_BYTES, self.top + 1, self.top, list[Answer](), False
+        while high - low > 1 and time.monotonic() - self.started < PROBE_SECONDS:
             answer = self.probe(size)
             if answer.kind == "reply":
-                self.replies += 6 * (size in certain)  # not lost after all: the host had no answers left
-                low, lost = size, [other for other in lost if other > size]
-            elif low <= answer.mtu < size:
-                lost, certain = [*lost, answer.mtu + 1], {*certain, answer.mtu + 1}
+                first, low = answer, size
             else:
-                lost.append(size)
+                silent = not low <= answer.mtu < size
+                high = size if silent else answer.mtu + 1
             reports += [answer] if answer.mtu else []
-            high = min(lost)
-            if high in certain and high - low == 1:
-                return low, True, reports
-            if high in certain:
-                size = high - 1
-            elif high - low == 1:
-                time.sleep(1.0)  # by then a host that limits its answers has one left: ask again
-                certain, size = {*certain, high}, high
-            else:
-                usual = max((mtu for mtu in MTU_BUCKETS if low < mtu < high), default=0)
-                size = usual or (low + 1 if low in MTU_BUCKETS else high - max(1, (high - low) // 4))
-        return low, False, reports
+            if silent and first.kind != "reply":  # it answers to no size
+                return 0, False, reports
+            usual = max((mtu for mtu in MTU_BUCKETS if low < mtu < high), default=0)
+            size = high - 1 if not silent else usual or (low + 1 if low in MTU_BUCKETS else (low + high) // 2)
+        if high - low == 1 and silent:
+            time.sleep(1.0)  # by then a host that limits its answers has one left: ask again
+            return low, self.probe(high).kind != "reply", reports
+        return low, high - low == 1, reports
 
     def handshake(self, port: int) -> str:
         """What a TCP handshake says about the path; raises OSError if there is none."""
-        with socket.create_connection((self.address[0], port), 2.0) as tcp:
+        with socket.create_connection((self.host, port), 2.0) as tcp:
             info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
         mss, pmtu = (int.from_bytes(info[at : at + 4], sys.byteorder) for at in (TCP_INFO_SND_MSS, TCP_INFO_PMTU))
         mss += 12 if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS else 0
         return f"TCP port {port} answers: MSS {mss}, as for MTU {mss + self.headers + 12}; the kernel uses {pmtu}"
 
 
+def blame(node: Node, report: Answer) -> tuple[str, str]:
+    """What on this node dropped a router's report, and the command that gets the next one through, or finds it."""
+    packed, way = ipaddress.ip_address(report.router).packed, ""
+    with contextlib.suppress(NetlinkError, OSError):
+        zone = socket.if_nametoindex(report.iface) if is_link_local(packed) else 0
+        way = socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
+    version = family_of(packed).version
+    if way != report.iface and (culprit := reverse_path_filter(node, report.iface, version)):
+        ifaces = node.config.ifaces if report.iface in node.ifaces else (report.iface,)
+        return culprit, program(replace(node.config, ifaces=ifaces))
+    if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
+        return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
+    return "a firewall rule", "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
+
+
 def judge_path(node: Node, prober: Prober, port: int) -> Finding:
     """The verdict on one address."""
-    host, (low, settled, reports), tail, answers = prober.address[0], prober.measure(), "", False
+    host, (low, settled, reports), tail, refused = prober.host, prober.measure(), "", False
     if port:
         try:
-            tail, answers = f"; {prober.handshake(port)}", True
+            tail = f"; {prober.handshake(port)}"
         except OSError as problem:
-            tail = f"; TCP port {port}: {problem.strerror or problem}"
-    if not low:
-        why = reports[0].router and f"unreachable, {reports[0].router}"
-        status = FAIL if why or (port and not answers) else WARN
-        again = "" if port or why else f"{program(node.config, 'check')} {f'[{host}]' if ':' in host else host}:443"
-        return Finding("path", status, f"{host}: {why or 'not measured, it answers nothing to UDP'}{tail}", again)
+            tail, refused = f"; TCP port {port}: {problem.strerror or problem}", True
+    told = [answer.mtu for answer in reports if answer.mtu]
+    if reports and not told:
+        fix = f"ip route get {shlex.quote(host.partition('%')[0])}"
+        return Finding("path", FAIL, f"{host}: unreachable, {reports[0].router}{tail}", fix)
+    if not low and not told:
+        again = program(node.config, "check", f"[{host}]:443" if ":" in host else f"{host}:443")
+        text = f"{host}: not measured, it answers nothing to UDP{tail}"
+        return Finding("path", FAIL if refused else WARN, text, "" if port else again)
     hops = "".join(dict.fromkeys(f", {answer.router} reports {answer.mtu}" for answer in reports))
-    text = f"{host}: path MTU {low}{hops}"
-    if any(answer.kind == "dropped" for answer in reports):
-        culprit = reverse_path_filter(node, prober.iface, prober.family.version)
-        other = "ip_no_pmtu_disc" if setting("ipv4/ip_no_pmtu_disc") in (2, 3) else "a firewall rule"
-        text += f"; the report arrived here and was dropped by {culprit or other}"
-        return Finding("path", FAIL, text + tail, program(node.config) if culprit else "")
-    if not settled:
+    text = f"{host}: path MTU {low or min(told)}{hops}" + ("" if low else "; the host answers nothing to UDP")
+    if dropped := [answer for answer in reports if answer.kind == "dropped"]:
+        culprit, fix = blame(node, dropped[-1])
+        return Finding("path", FAIL, f"{text}; the report arrived here and was dropped by {culprit}{tail}", fix)
+    if low and not settled:
         text = f"{host}: path MTU at least {low}{hops}; the host limits its answers, ask again in ten seconds{tail}"
         return Finding("path", WARN, text)
-    if low == prober.top or low in (answer.mtu for answer in reports):
+    if low in (0, prober.top, *told):
         return Finding("path", OK, text + ("" if hops else f", all of {prober.iface}") + tail)
-    text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
+    return judge_black_hole(node, prober, low, text, tail)
+
+
+def judge_black_hole(node: Node, prober: Prober, low: int, text: str, tail: str) -> Finding:
+    """The verdict on a path that loses packets over `low` bytes without a report that this process can see."""
     with socket.socket(prober.family.af, socket.SOCK_DGRAM) as udp:
         udp.connect(prober.address)
-        known = udp.getsockopt(prober.level, IP_MTU if prober.family is IPV4 else IPV6_MTU)
+        known = udp.getsockopt(prober.level, prober.options[2])
+    if prober.socket.family != socket.AF_PACKET:
+        text += f"; packets over {low} vanish, and only root sees whether a router's report is dropped here{tail}"
+        fix = f"sudo {program(node.config, 'check', prober.host)}"
+    else:
+        text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
+        gateway, (flags, hops) = prober.hop.gateway, find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
+        via = ["via", *["inet6"] * (len(gateway) > len(prober.packed)), str(ipaddress.ip_address(gateway or 0))]
+        onlink = ["onlink"] if gateway and (flags & RTNH_F_ONLINK or len(hops) > 1) else []
+        fix = shlex.join(["ip", "route", "replace", prober.host.partition("%")[0], *(via if gateway else []),
+                          "dev", prober.iface, *onlink, "mtu", str(low)])  # fmt: skip
     if known <= low:
         return Finding("path", OK, f"{text}; this node knows, it uses {known}")
-    gateway = f"via {ipaddress.ip_address(prober.route[RTA_GATEWAY])} " if RTA_GATEWAY in prober.route else ""
-    return Finding("path", FAIL, text, f"ip route replace {host} {gateway}dev {prober.iface} mtu {low}")
+    return Finding("path", FAIL, text, fix)
 
 
 def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
@@ -3405,19 +3542,38 @@ def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
     for text in hosts:
         bracketed, port6, plain, port4, bare = re.fullmatch(  # type: ignore[union-attr]
             r"\[(.+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?|(.*)", text, re.DOTALL).groups()  # fmt: skip
+        name, port = bracketed or plain or bare, int(port6 or port4 or 0)
+        lookup = f"getent ahosts {shlex.quote(name)}"
         try:
-            port = int(port6 or port4 or 0)
             if port > 65535:
                 raise UsageError(f"{port} is not a port")
-            found = socket.getaddrinfo(bracketed or plain or bare, None, type=socket.SOCK_DGRAM)
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
+            lookup = f"ip route get {shlex.quote(name)}"
             for address in {family: address for family, _, _, _, address in reversed(found)}.values():
                 with Prober(node, address) as prober:
                     yield judge_path(node, prober, port)
+        except UnicodeError:
+            yield Finding("path", FAIL, f"{text}: not a host name")
         except (PmtudError, OSError) as problem:
-            yield Finding("path", FAIL, f"{text}: {getattr(problem, 'strerror', None) or problem}")
+            yield Finding("path", FAIL, f"{text}: {getattr(problem, 'strerror', None) or problem}",
+                          "" if isinstance(problem, UsageError) else lookup)  # fmt: skip
 
 
-CHECKS = (check_kernel, check_rules, check_interfaces, check_settings, check_peers, check_mtu)
+CHECKS = (check_kernel, check_interfaces, check_settings, check_peers, check_mtu)
+
+
+def show(text: str) -> None:
+    """Print lines; raises PmtudError where that fails: a closed pipe, a full disk."""
+    try:
+        print(text, flush=True)
+    except OSError as problem:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it ends
+        raise PmtudError(f"cannot write the output: {problem.strerror}") from problem
+
+
+def printable(text: str) -> str:
+    """The text in ASCII: names of interfaces, files and hosts may hold what a terminal obeys."""
+    return re.sub(r"[^\n -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def render(finding: Finding, color: bool) -> str:
@@ -3425,15 +3581,20 @@ def render(finding: Finding, color: bool) -> str:
     import textwrap
 
     status = f"{finding.status:5}"
-    words = f"{status}{finding.check}: {finding.found}"
+    words = printable(f"{status}{finding.check}: {finding.found}")
     lines = textwrap.wrap(words, REPORT_COLUMNS, subsequent_indent=" " * 7, break_on_hyphens=False)
-    for command in finding.fix.splitlines():
+    for command in printable(finding.fix).splitlines():
         line = "       fix:"
-        for word in re.findall(r"(?:'[^']*'|\S)+", command):  # broken between words, never inside quotes
+        for word in re.findall(r"(?:'[^']*'|\S)+", command):  # broken between words, where that is enough
             if len(f"{line} {word} \\") > REPORT_COLUMNS and line.strip():
                 lines.append(f"{line} \\")
                 line = " " * 11
             line += f" {word}"
+            while len(line) > REPORT_COLUMNS - 2:  # sh joins these lines again; a quote ends and begins anew
+                start, rest = line[: REPORT_COLUMNS - 4], line[REPORT_COLUMNS - 4 :]
+                quote = "'" * (start.count("'") % 2)
+                lines.append(f"{start}{quote}\\")
+                line = quote + rest
         lines.append(line)
     text = "\n".join(lines)
     return text.replace(status, f"{STATUS_COLORS[finding.status]}{status}\033[0m", 1) if color else text
@@ -3441,23 +3602,20 @@ def render(finding: Finding, color: bool) -> str:
 
 def check(config: Config, hosts: Sequence[str], as_json: bool, color: bool, cni_dir: str = "/etc/cni/net.d") -> int:
     """Print the verdicts on this node and the paths to `hosts`; the exit code: 0 all OK, 1 warnings, 2 failures."""
-    rules, port = list(firewall_rules()), group_holder(config.nflog_group)
-    found: list[Finding] = []
-    holder = "" if port is None else netlink_holder(port)
-    ours = "pmtud" in holder or any(place.startswith(f"inet pmtud_{config.nflog_group} ") for place, _ in rules)
+    rules, found = list(firewall_rules()), list[Finding]()
     ifaces, links = config.ifaces or default_route_interfaces(), {link.name: link for link in list_links()}
-    node = Node(config, ifaces, links, rules, holder if ours else "", cni_dir)
+    node = Node(config, ifaces, links, rules, *find_daemon(config.nflog_group, rules), cni_dir)
     for probe in (*CHECKS, lambda node: check_hosts(node, hosts)):
         for finding in probe(node):
             found.append(finding)
             if not as_json:
-                print(render(finding, color and sys.stdout.isatty()), flush=True)
+                show(render(finding, color and sys.stdout.isatty()))
     summary = {status: sum(finding.status == status for finding in found) for status in (OK, WARN, FAIL)}
     if as_json:
         checks = [finding._asdict() for finding in found]
-        print(json.dumps({"schema": 1, "node": config.nodename, "summary": summary, "checks": checks}, indent=2))
+        show(json.dumps({"schema": 1, "node": config.nodename, "summary": summary, "checks": checks}, indent=2))
     else:
-        print(f"{config.nodename}: " + ", ".join(f"{count} {status}" for status, count in summary.items()))
+        show(printable(f"{config.nodename}: " + ", ".join(f"{count} {status}" for status, count in summary.items())))
     return 2 if summary[FAIL] else 1 if summary[WARN] else 0
 
 
@@ -3655,20 +3813,17 @@ def print_rules(config: Config) -> None:
         raise PmtudError("there is no default route; name the interface errors come in on with --iface")
     nodes = arrange({"static": config.peers}, local_addresses(), ()).copies_to
     rules = [*nflog_rules(config, ifaces, nodes), *guard_rules(ifaces, conntrack=True)]
-    print("# nftables: save as a file and run `nft -f FILE`, then start pmtud.py with --rules off")
-    print(f"table inet pmtud_{config.nflog_group} {{")
+    lines = ["# nftables: save as a file and run `nft -f FILE`, then start pmtud.py with --rules off"]
+    lines.append(f"table inet pmtud_{config.nflog_group} {{")
     for family in FAMILIES if config.rate else ():
-        print(f"\tset routers_{family.name} {{\n\t\ttype {family.name}_addr; size {BUCKETS}; flags dynamic,timeout; "
-              "timeout 1m;\n\t}")  # fmt: skip
+        lines.append(f"\tset routers_{family.name} {{\n\t\ttype {family.name}_addr; size {BUCKETS}; "
+                     "flags dynamic,timeout; timeout 1m;\n\t}")  # fmt: skip
     for chain in CHAINS:
-        print(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
-        for rule in rules:
-            if rule.chain == chain.name:
-                print(f"\t\t{rule.text}")
-        print("\t}")
-    print("}\n\n# or iptables (nft or legacy); `-m conntrack` starts connection tracking where nothing else has")
-    for line in iptables_rules(config, ifaces):
-        print(line)
+        lines.append(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
+        lines += [f"\t\t{rule.text}" for rule in rules if rule.chain == chain.name]
+        lines.append("\t}")
+    lines.append("}\n\n# or iptables (nft or legacy); `-m conntrack` starts connection tracking where nothing else has")
+    show("\n".join([*lines, *iptables_rules(config, ifaces)]))
 
 
 def iptables_rules(config: Config, ifaces: Sequence[str]) -> list[str]:
@@ -3723,27 +3878,17 @@ def run(config: Config) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; the exit code. Unexpected exceptions keep their traceback."""
-    code = 0
     try:
         asked = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
-        if asked.command == "run":
-            run(asked.config)
-            return 0
-        try:
-            if asked.command == "check":
-                code = check(asked.config, asked.hosts, asked.as_json, asked.color)
-            else:
-                print_rules(asked.config)
-            sys.stdout.flush()
-        except OSError as problem:  # `pmtud.py rules | head -1`, a full disk
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise PmtudError(f"cannot write the output: {problem.strerror}") from problem
+        if asked.command == "check":
+            return check(asked.config, asked.hosts, asked.as_json, asked.color)
+        (run if asked.command == "run" else print_rules)(asked.config)
     except PmtudError as problem:
         print(f"pmtud: {problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
         return 130
-    return code
+    return 0
 
 
 if __name__ == "__main__":
