@@ -68,7 +68,6 @@ import time
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
 
 # http.client, http.server and ssl cost 8 MB and 30 ms at start: imported where they are needed.
@@ -321,8 +320,7 @@ class PeerAddress(NamedTuple):
         return f"{text}%{self.zone}" if self.zone else text
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Everything the options say. Rates are per second, intervals in seconds, MTUs in bytes."""
 
     peers: tuple[PeerAddress, ...] = ()
@@ -766,17 +764,15 @@ class Membership:
         return any(address in network for network in self._networks)
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """Who is who, as this node sees it now; replaced as a whole when addresses or peers change."""
 
     own: frozenset[bytes] = frozenset()  # every address of this node
     node: frozenset[bytes] = frozenset()  # those of them by which peers know it: never shared
     groups: frozenset[bytes] = frozenset()  # broadcast and multicast addresses that reach it
     peers: frozenset[bytes] = frozenset()
-    networks: Membership = field(default_factory=Membership)  # --ignore-networks
-    neighbours: Membership = field(default_factory=Membership)  # the networks that broadcast and multicast peers reach
-    known: dict[tuple[bytes, bytes, bytes], tuple[str, Optional[Reason]]] = field(default_factory=dict)  # of decide()
+    networks: Membership = Membership()  # --ignore-networks
+    neighbours: Membership = Membership()  # the networks that broadcast and multicast peers reach
 
 
 class Recent:
@@ -826,7 +822,7 @@ class Policy:
     """The rules of this run: the options that judge an error, and the memory of the limits."""
 
     def __init__(self, config: Config, view: View) -> None:
-        self.view = view
+        self.look(view)
         self._min_mtu = {4: config.min_mtu[0], 6: config.min_mtu[1]}
         self._ports = config.ports
         self.services = Membership(config.service_networks) if config.service_networks else None
@@ -835,6 +831,11 @@ class Policy:
         self._flows = Recent(config.flow_interval, capacity=32768)
         self._sources = TokenBuckets(config.source_rate)
         self._total = TokenBuckets(config.rate)
+
+    def look(self, view: View) -> None:
+        """From now on judge by this view."""
+        self.view = view
+        self.known: dict[tuple[bytes, bytes, bytes], tuple[str, Optional[Reason]]] = {}  # of judge_addresses()
 
     def invalid(self, error: MtuError) -> Optional[Reason]:
         """The first reason not to believe this error, or not to act on it; None if there is none."""
@@ -901,15 +902,15 @@ def classify(error: MtuError, view: View) -> tuple[str, Optional[Reason]]:
 
 def judge_addresses(error: MtuError, policy: Policy) -> tuple[str, Optional[Reason]]:
     """What the addresses alone decide, remembered."""
-    view, addresses = policy.view, (error.src, error.dst, error.quoted_src)
-    found = view.known.get(addresses)
+    addresses = (error.src, error.dst, error.quoted_src)
+    found = policy.known.get(addresses)
     if found is None:
-        origin, reason = classify(error, view)
+        origin, reason = classify(error, policy.view)
         if reason is None and policy.services is not None and error.quoted_src not in policy.services:
             reason = Reason.NOT_SERVICE
-        if len(view.known) >= KNOWN_MAX:
-            view.known.clear()
-        found = view.known[addresses] = origin, reason
+        if len(policy.known) >= KNOWN_MAX:
+            policy.known.clear()
+        found = policy.known[addresses] = origin, reason
     return found
 
 
@@ -2589,7 +2590,7 @@ class Service:
         config = self.config
         arrangement = arrange(self.peers.listed(), local_addresses(), config.ignore_networks)
         before, self._arrangement = self._arrangement, arrangement
-        self.policy.view = arrangement.view
+        self.policy.look(arrangement.view)
         self.counters.peers = arrangement.per_source
         zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
         if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
@@ -3042,7 +3043,7 @@ def program(config: Config, *words: str) -> str:
     """The command that runs this program with these words and the interfaces, group and peers of `config`."""
     command = ["python3", os.path.abspath(__file__), *words]
     command += [word for iface in config.ifaces for word in ("--iface", iface)]
-    command += ["--nflog-group", str(config.nflog_group)] if config.nflog_group != Config.nflog_group else []
+    command += ["--nflog-group", str(config.nflog_group)] if config.nflog_group != Config().nflog_group else []
     peers = [] if words else [*map(str, config.peers), *config.peer_sources]
     command += [word for peer in peers for word in ("--peers", peer)]
     command += ["--rules", "off"] if config.rules == "off" and not words else []
@@ -3085,7 +3086,7 @@ def check_kernel(node: Node) -> Iterator[Finding]:
         yield Finding("nflog_group", OK, f"group {group} is " + ("held by pmtud" if node.daemon else "free"))
     except PmtudError as problem:
         taken, start = group_holder(group) is not None, ""
-        fix = program(replace(node.config, nflog_group=group + 1)) if taken else "modprobe nfnetlink_log"
+        fix = program(node.config._replace(nflog_group=group + 1)) if taken else "modprobe nfnetlink_log"
         yield Finding("nflog_group", FAIL, str(problem), fix)
     text = node.daemon and ("running, " if node.delivers else "--dry-run or --no-rescue: ") + node.daemon
     yield Finding("daemon", OK if node.delivers else WARN, text or "not running", "" if node.daemon else start)
@@ -3111,7 +3112,7 @@ def judge_rules(node: Node) -> Finding:
     feeding, paste = "; ".join(found.values()), program(config, "rules")
     verdicts = (
         (auto and found, WARN, f"pmtud installs its own, and this one feeds every error in again: {feeding}",
-         program(replace(config, rules="off"))),
+         program(config._replace(rules="off"))),
         (auto, OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own", ""),
         ((late - early) & set(found), WARN, f"too late, rp_filter comes first: {feeding}", paste),
         (found, OK, feeding, ""),
@@ -3162,7 +3163,7 @@ def check_interfaces(node: Node) -> Iterator[Finding]:
         elif node.delivers and (not listens or any(f'"{iface}"' in rule for rule in listens)):
             yield Finding("rp_filter", OK, f"{text}; pmtud delivers what is dropped by {drops}")
         else:
-            config = replace(node.config, ifaces=node.ifaces) if node.daemon else node.config
+            config = node.config._replace(ifaces=node.ifaces) if node.daemon else node.config
             yield Finding("rp_filter", WARN, f"{text}; an error from a router's address that is routed elsewhere is "
                           f"dropped by {drops}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers "
                           "the error and leaves it strict", program(config))  # fmt: skip
@@ -3239,7 +3240,7 @@ def check_peers(node: Node) -> Iterator[Finding]:
     for where, peers in listed.items():
         if wrong := [f"{peer}: {bad[peer]}" for peer in peers if peer in bad]:
             rest = tuple(peer for peer in peers if peer not in bad)
-            fix = edit[where] if where else program(replace(config, peers=rest))
+            fix = edit[where] if where else program(config._replace(peers=rest))
             yield Finding("peers", FAIL, "; ".join(wrong) + (where and f" (in {where})"), fix)
     networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
     near = sum(any(ipaddress.ip_address(peer.packed) in network for network in networks) for peer in targets)
@@ -3296,7 +3297,7 @@ def check_mtu(node: Node) -> Iterator[Finding]:
     """The MTU of every tunnel, of the CNI configuration and of every pod interface against what they travel over."""
     nics = sorted((node.links[name] for name in node.ifaces if name in node.links), key=lambda link: link.mtu)
     widest = max((link for link in node.links.values() if link.role == "nic"), key=lambda link: link.mtu, default=None)
-    other = program(replace(node.config, ifaces=(widest.name,)), "check") if widest else ""
+    other = program(node.config._replace(ifaces=(widest.name,)), "check") if widest else ""
     if not nics:
         yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface", other)
         return
@@ -3482,7 +3483,7 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
     version = family_of(packed).version
     if way != report.iface and (culprit := reverse_path_filter(node, report.iface, version)):
         ifaces = node.config.ifaces if report.iface in node.ifaces else (report.iface,)
-        return culprit, program(replace(node.config, ifaces=ifaces))
+        return culprit, program(node.config._replace(ifaces=ifaces))
     if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
         return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
     return "a firewall rule", "nft list ruleset | grep -E 'chain|icmp|drop|reject'"

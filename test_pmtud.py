@@ -809,7 +809,7 @@ def test_memory_is_bounded_under_a_spoofed_flood() -> None:
     assert len(policy._flows) <= 2 * 32768
     assert len(policy._sources._buckets) <= 2 * 8192
     assert len(policy._total._buckets) <= 2
-    assert len(policy.view.known) <= 4096
+    assert len(policy.known) <= 4096
 
 
 def test_the_total_holds_against_a_spoofed_flood() -> None:
