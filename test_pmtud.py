@@ -863,7 +863,7 @@ def test_copy_counts_stay_with_the_peers_that_stay() -> None:
 
 def scrape(counters: pmtud.Counters) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """The samples a Prometheus server would read, by name and labels."""
-    body = pmtud.metrics_renderer(counters)()
+    body = pmtud.render_metrics(counters)
     assert body is not None
     families = text_string_to_metric_families(body.decode())
     samples = [sample for family in families for sample in family.samples]
@@ -927,7 +927,7 @@ def test_scrape_shows_what_was_counted() -> None:
 
 def test_without_prometheus_client_there_is_no_exposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    assert pmtud.metrics_renderer(pmtud.Counters())() is None
+    assert pmtud.render_metrics(pmtud.Counters()) is None
 
 
 # -----------------------------------------------------------------------------
