@@ -2003,12 +2003,13 @@ class KubeSource(PeerSource):
             answer = self._next_event() if self._version else self._list()
             if not self._version:
                 raise ValueError("the API server tells no resourceVersion")
+            self._failures = self._failures if self._events else 0
             return answer
         except Exception as problem:  # whatever a server says, the thread goes on
             late = not self._events and time.monotonic() - self._asked_at >= self.ANSWER_SECONDS
             self._hang_up()
             self._failures = min(self._failures + 1, 5)
-            if not isinstance(problem, OSError):  # what could not be understood will not come again
+            if not (late or isinstance(problem, OSError)):  # what could not be understood will not come again
                 self._start_over()
             text = "no whole answer within a minute" if late else problem or type(problem).__name__
             raise PeerSourceError(f"{self.name}: {text}") from problem
@@ -2075,7 +2076,6 @@ class KubeSource(PeerSource):
             self._page = page["metadata"].get("continue") or ""
             if not self._page:
                 self._nodes, self._listed, self._version = self._listed, {}, page["metadata"]["resourceVersion"]
-                self._failures = 0
                 return self._usable(*self._nodes.values())
         raise ValueError(f"more than {PEERS_MAX} nodes")
 
