@@ -1493,7 +1493,7 @@ def test_kube_source_takes_odd_nodes_as_they_are(api: FakeApi, logged: list[str]
     assert logged == ["'12' is not an IP address", "'None' is not an IP address", "224.0.0.1" + PEER_HINT]
 
 
-KUBE_LOAD = """
+KUBE_LOAD = r"""
 import re, ssl, sys
 strict = ssl.create_default_context
 def create(**options):
