@@ -1214,8 +1214,10 @@ class FakeApi(http.server.ThreadingHTTPServer):
         self.watches = self.cut = 0
         self.retry_after = ""
         self.token("first")
-        certify = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
-                   "2", "-addext", "subjectKeyIdentifier=none", "-addext", "authorityKeyIdentifier=none"]  # fmt: skip
+        (folder / "openssl.cnf").write_text("[req]\ndistinguished_name=name\n[name]\n")  # no extension by default
+        certify = ["openssl", "req", "-config", str(folder / "openssl.cnf"), "-x509", "-newkey", "ec", "-pkeyopt",
+                   "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-addext", "subjectKeyIdentifier=none", "-addext",
+                   "authorityKeyIdentifier=none"]  # fmt: skip
         authority, key, leaf = (str(folder / name) for name in ("ca.crt", "key.pem", "leaf.pem"))
         execute(*certify, "-keyout", key, "-out", authority, "-subj", "/CN=kubernetes", "-addext",
                 "basicConstraints=critical,CA:TRUE")  # fmt: skip
