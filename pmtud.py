@@ -239,7 +239,7 @@ IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below 
 # linux/capability.h, linux/prctl.h
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
-PR_SET_NO_NEW_PRIVS = 38
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 USER_CAPS = struct.Struct("=IiIIIIII")  # struct __user_cap_header_struct, then two of __user_cap_data_struct
 
 MARK_DELIVER = 0x2C  # on errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
@@ -1235,6 +1235,8 @@ def drop_privileges() -> None:
     libc.capset.argtypes, libc.capset.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
     libc.prctl.argtypes, libc.prctl.restype = (ctypes.c_int, *[ctypes.c_ulong] * 4), ctypes.c_int
     kept = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW  # effective, permitted; not inheritable
+    for number in {*range(64)} - {CAP_NET_ADMIN, CAP_NET_RAW}:  # those that no kernel has are refused, as it should be
+        libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
     both = USER_CAPS.pack(_LINUX_CAPABILITY_VERSION_3, 0, kept, kept, 0, 0, 0, 0)
     if libc.capset(both[:8], both[8:]) or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         number = ctypes.get_errno()
@@ -1936,7 +1938,7 @@ class DnsSource(PeerSource):
 
 
 class FileSource(PeerSource):
-    """`file:PATH`: read every second."""
+    """`file:PATH`: read every second, parsed when it has changed."""
 
     SIZE_MAX = 1 << 20
 
