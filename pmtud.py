@@ -203,6 +203,7 @@ RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
 RT_TABLE_MAIN = 254
 RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA = 4, 5, 6, 9, 18
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
+RT_SCOPE_LINK = 253  # linux/rtnetlink.h
 IFADDRMSG = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
 RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
@@ -2460,8 +2461,7 @@ class Service:
         self._outlets: dict[str, Outlet] = {}
         self._arrangement = Arrangement({}, (), {}, {}, View())
         self._routers: list[bytes] = []  # gateways of the default routes
-        self._paths: object = None  # what the sources towards the peers depend on: gateways and addresses
-        self._known_sources: dict[PeerAddress, bytes] = {}
+        self._known_sources: dict[PeerAddress, bytes] = {}  # kernel_source()s since the last change of a way
         self._recent, self._gathering = 0, 1  # errors since the last tick; how many the kernel hands over at a time
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -2604,12 +2604,8 @@ class Service:
     def _rearrange(self) -> None:
         """Work out peers and addresses anew and put them in force."""
         config = self.config
-        local = local_addresses()
-        # pods come and go, and link-local addresses with them: no reason to ask the kernel 11 us for each peer again
-        paths = (self._routers, [address for address in local if not address.packed.startswith(b"\xfe\x80")])
-        if paths != self._paths:
-            self._paths, self._known_sources = paths, {}
-        arrangement = arrange(self.peers.listed(), local, config.ignore_networks, self._routers, self._known_sources)
+        arrangement = arrange(self.peers.listed(), local_addresses(), config.ignore_networks, self._routers,
+                              self._known_sources)  # fmt: skip
         before, self._arrangement = self._arrangement, arrangement
         self.policy.view = arrangement.view
         self.counters.peers = arrangement.per_source
@@ -2690,7 +2686,9 @@ class Service:
     def _follow_default_route(self) -> None:
         with contextlib.suppress(PmtudError, OSError):
             hops = default_hops()
-            self._stale |= bool(hops) and [hop.gateway for hop in hops] != self._routers
+            if hops and [hop.gateway for hop in hops] != self._routers:
+                self._stale = True
+                self._known_sources.clear()
             self._routers = [hop.gateway for hop in hops] or self._routers
             found = interfaces_of(hops)
             if found and found != self.ifaces and not self.config.ifaces:
@@ -2764,9 +2762,16 @@ class Service:
 
     def _drain_monitor(self) -> None:
         """An address came or went: rearrange at the end of this turn, once for a burst of changes."""
-        with contextlib.suppress(OSError):
+        try:
             while True:
-                self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
+                event = self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
+                # every pod brings a link-local one: no reason to ask the kernel 11 us for each peer again
+                if IFADDRMSG.unpack_from(event, NLMSG_HDRLEN)[3] != RT_SCOPE_LINK:
+                    self._known_sources.clear()
+        except BlockingIOError:
+            pass
+        except OSError:  # events were lost
+            self._known_sources.clear()
         self._stale = True
 
     def _peers_changed(self) -> None:

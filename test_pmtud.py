@@ -1756,12 +1756,13 @@ def test_arrange_asks_the_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pods_address_is_no_reason_to_ask_for_every_peer_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pods bring link-local addresses along; any other new address may be a new way to a peer."""
+    """Pods bring link-local addresses along; any other that comes, or becomes usable, may be a new way to a peer."""
     asked: list[str] = []
     with Net() as net:
         node = net.host("node")
         node.ip("link set lo up", "link add eth0 type veth peer name e1", "link set eth0 up", "link set e1 up",
                 "addr add 10.0.0.11/24 dev eth0", "route add default via 10.0.0.1")
+        node.sysctls({f"net/ipv6/conf/eth0/{key}": 1 for key in ("accept_dad", "dad_transmits")})
 
         def follow() -> None:
             service = pmtud.Service(pmtud.Config(peers=addresses("10.0.0.12", "10.0.0.13")))
@@ -1771,15 +1772,25 @@ def test_a_pods_address_is_no_reason_to_ask_for_every_peer_again(monkeypatch: py
                 asked.append(str(peer))
                 return real(peer)
             monkeypatch.setattr(pmtud, "kernel_source", kernel_source)
-            for command, again in (("", True), ("addr add fe80::77/64 dev e1", False), ("", False),
-                                   ("addr add 10.0.1.1/24 dev e1", True)):
-                if command:
-                    execute("ip", *command.split())
+            service._monitor = pmtud.Netlink(pmtud.NETLINK_ROUTE, pmtud.RTMGRP_IPV4_IFADDR | pmtud.RTMGRP_IPV6_IFADDR)
+            service._monitor.socket.setblocking(False)
+
+            def asks() -> bool:
+                service._drain_monitor()
                 asked.clear()
                 service._rearrange()
                 assert service.policy.view.node == {packed("10.0.0.11")}
-                assert asked == (["10.0.0.12", "10.0.0.13"] if again else []), command
-            service._close_outlets()
+                return asked == ["10.0.0.12", "10.0.0.13"]
+            with service._monitor, contextlib.closing(service):
+                assert (asks(), asks()) == (True, False)
+                execute("ip", "addr", "add", "fe80::77/64", "dev", "e1", "nodad")
+                assert (asks(), packed("fe80::77") in service.policy.view.own) == (False, True)
+                execute("ip", "addr", "add", "10.0.1.1/24", "dev", "e1")
+                assert (asks(), asks()) == (True, False)
+                execute("ip", "addr", "add", "fd00::11/64", "dev", "eth0")
+                assert asks()
+                assert poll(asks, 5)  # no longer tentative
+                service._close_outlets()
         node.inside(follow)
 
 
