@@ -60,6 +60,7 @@ import select
 import shlex
 import signal
 import socket
+import socketserver
 import stat
 import struct
 import sys
@@ -68,14 +69,11 @@ import time
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Protocol, Union
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
 
-# http.client, http.server and ssl cost 8 MB and 30 ms at start: imported where they are needed.
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # with ssl it costs 6 MB and 20 ms at the start: imported where it is needed
     import http.client
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-else:
-    BaseHTTPRequestHandler = ThreadingHTTPServer = object  # open_status_server() puts the real ones in their place
 
 __version__ = "0.1.0"
 
@@ -234,7 +232,7 @@ IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below 
 # linux/capability.h, linux/prctl.h
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
-PR_SET_NO_NEW_PRIVS = 38
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 USER_CAPS = struct.Struct("=IiIIIIII")  # struct __user_cap_header_struct, then two of __user_cap_data_struct
 
 MARK_DELIVER = 0x2C  # on errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
@@ -1227,6 +1225,8 @@ def drop_privileges() -> None:
     libc.capset.argtypes, libc.capset.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
     libc.prctl.argtypes, libc.prctl.restype = (ctypes.c_int, *[ctypes.c_ulong] * 4), ctypes.c_int
     kept = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW  # effective, permitted; not inheritable
+    for number in {*range(64)} - {CAP_NET_ADMIN, CAP_NET_RAW}:  # those that no kernel has are refused, as it should be
+        libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
     both = USER_CAPS.pack(_LINUX_CAPABILITY_VERSION_3, 0, kept, kept, 0, 0, 0, 0)
     if libc.capset(both[:8], both[8:]) or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         number = ctypes.get_errno()
@@ -1861,206 +1861,235 @@ def jitter(low: float, high: float) -> float:
     return low + (high - low) * int.from_bytes(os.urandom(2), "big") / 0xFFFF
 
 
-class PeerSource(Protocol):
-    """Something that names peers and may change its mind; polled off the packet's way."""
+def end_connection(connection: socket.socket) -> None:
+    """End it under whoever reads or writes it; from any thread, so not SSLSocket's own shutdown()."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
-    name: str  # the `source` label
 
-    @property
-    def interval(self) -> float:
-        """Seconds until the next look."""
+class PeerSource:
+    """Something that names peers and may change its mind; looked at by one thread, off the packet's way."""
+
+    THREADS = 1  # for all sources of a kind
+    interval = 1.0  # seconds until the next look
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # the `source` label
+        self.answer: Optional[tuple[PeerAddress, ...]] = None  # the last good one
+        self.doubt = ""  # what failed in the last load() although it answered
+        self.complaint = ""  # the failure that was logged last
+        self._left_out: set[str] = set()
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses now, None if unchanged; raises PeerSourceError."""
+        raise NotImplementedError
 
-    def forget(self) -> None:
-        """Make the next load() look afresh, whatever it remembers."""
+    def _usable(self, *answers: Iterable[str]) -> tuple[PeerAddress, ...]:
+        """The peers among all addresses there are now; one that no node can have is left out, and logged once."""
+        peers, left_out = set(), set()
+        for text in set().union(*answers):
+            try:
+                peers.add(parse_peer(text))
+            except ValueError as problem:
+                left_out.add(str(problem))
+        for why in sorted(left_out - self._left_out):
+            log("warning", "an address is left out", source=self.name, problem=why)
+        self._left_out = left_out
+        return tuple(sorted(peers))
 
 
-class DnsSource:
+class DnsSource(PeerSource):
     """`dns:NAME` or a bare host name: all A and AAAA answers, asked for again every ten seconds or so.
 
     Loopback answers are this node itself (Debian's /etc/hosts) and no peers. While one family cannot be asked,
     its last answers stand beside the new ones of the other.
     """
 
+    THREADS = 8
+
     def __init__(self, host: str) -> None:
-        self.name = f"dns:{host}"
+        super().__init__(f"dns:{host}")
         self._host = host
         self._answers: dict[str, set[str]] = {}  # by family name
+        self._emptied: set[str] = set()  # the families that had an answer, and then none
         self._peers: tuple[PeerAddress, ...] = ()
-
-    @property
-    def interval(self) -> float:
-        """About ten seconds, different each time, so that the nodes of a cluster do not ask in step."""
-        return jitter(7.5, 12.5)
-
-    def forget(self) -> None:
-        """Nothing to do: every look asks."""
 
     def _ask(self, family: Family) -> set[str]:
         """The addresses of one family, empty if the name has none; raises OSError."""
         try:
             found = socket.getaddrinfo(self._host, None, family.af, socket.SOCK_DGRAM)
         except socket.gaierror as problem:
-            if problem.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-                return set()
-            raise
+            if problem.errno not in (socket.EAI_NONAME, socket.EAI_NODATA):
+                raise
+            if self._answers.get(family.name) and family.name not in self._emptied:
+                self._emptied.add(family.name)  # malformed answers look so, and long ones with TCP port 53 blocked
+                raise OSError("no address any more, asking once more") from None
+            return set()
+        self._emptied.discard(family.name)
         return {str(place[0]) for *_, place in found}
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses the name has now; raises PeerSourceError, also where there are none any more."""
-        answers, failed = dict(self._answers), []
+        self.interval = jitter(7.5, 12.5)  # so that the nodes of a cluster do not ask in step
+        answers, failed = dict(self._answers), {}
         for family in FAMILIES:  # not both in one call: that hides the failure of one behind the answer of the other
             try:
                 answers[family.name] = self._ask(family)
             except OSError as problem:
-                failed.append(problem.strerror or str(problem))
+                failed[family.name] = problem.strerror or str(problem)
         texts = set().union(*answers.values())
-        try:
-            peers = tuple(sorted(parse_peer(text) for text in texts if not ipaddress.ip_address(text).is_loopback))
-        except ValueError as problem:
-            raise PeerSourceError(f"{self.name}: {problem}") from problem
-        if len(failed) == len(FAMILIES) or (not peers and (self._peers or not texts)):
-            raise PeerSourceError(f"{self.name}: {failed[0] if failed else 'no usable address'}")
+        others = {text for text in texts if not ipaddress.ip_address(text).is_loopback}
+        peers = self._usable(others)
+        if len(failed) == len(FAMILIES) or (not peers and (self._peers or others or not texts)):
+            raise PeerSourceError(f"{self.name}: {next(iter(failed.values()), 'no usable address')}")
         self._answers, self._peers = answers, peers
+        self.doubt = "".join(f"{self.name}: {name}: {why}" for name, why in failed.items() if answers.get(name))
         return peers
 
 
-class FileSource:
-    """`file:PATH`: read again when the file changes and on SIGHUP."""
+class FileSource(PeerSource):
+    """`file:PATH`: read every second, parsed when it has changed."""
 
-    interval = 1.0
     SIZE_MAX = 1 << 20
 
     def __init__(self, path: str) -> None:
-        self.name = f"file:{path}"
+        super().__init__(f"file:{path}")
         self._path = path
-        self._signature: object = None
-
-    def forget(self) -> None:
-        """Read the file at the next look even if it seems unchanged."""
-        self._signature = None
+        self._content = b""
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses in the file, None if it has not changed; raises PeerSourceError as long as it is bad."""
         try:
-            status = os.stat(self._path)
-            signature = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
-            if signature == self._signature:
-                return None
-            if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
-                raise PeerSourceError(f"{self.name}: not a regular file of at most {self.SIZE_MAX} bytes")
             with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
-                peers = parse_peer_lines(stream.read(self.SIZE_MAX).decode())
-        except OSError as problem:
-            raise PeerSourceError(f"{self.name}: {problem.strerror}") from problem
-        except ValueError as problem:
-            raise PeerSourceError(f"{self.name}: {problem}") from problem
-        self._signature = signature
+                status = os.fstat(stream.fileno())
+                if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
+                    raise ValueError(f"not a regular file of at most {self.SIZE_MAX} bytes")
+                content = stream.read(self.SIZE_MAX)
+            peers = None if content == self._content else parse_peer_lines(content.decode())
+        except (OSError, ValueError) as problem:
+            raise PeerSourceError(f"{self.name}: {getattr(problem, 'strerror', problem)}") from problem
+        self._content = content
         return peers
 
 
-def internal_addresses(node: Mapping[str, Any]) -> tuple[PeerAddress, ...]:
-    """The InternalIPs of a Kubernetes Node object; none before its kubelet has told them."""
-    found = []
-    for address in node.get("status", {}).get("addresses") or ():
-        if address["type"] == "InternalIP":
-            with contextlib.suppress(ValueError):
-                found.append(parse_peer(address["address"]))
-    return tuple(found)
+def internal_addresses(node: Mapping[str, Any]) -> tuple[str, ...]:
+    """The texts of the InternalIPs of a Kubernetes Node object; none before its kubelet has told them."""
+    addresses = (node.get("status") or {}).get("addresses") or ()
+    return tuple(str(address.get("address")) for address in addresses if address.get("type") == "InternalIP")
 
 
-class KubeSource:
+class KubeSource(PeerSource):
     """`kube:nodes[?SELECTOR]`: the InternalIPs of the cluster's nodes, listed once and then watched.
 
     Finds the API server as every pod does: KUBERNETES_SERVICE_HOST and _PORT, and the service account's files.
     The protocol is of https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes.
     """
 
+    THREADS = PEERS_MAX  # one for each: the next event of a watch may take minutes
     ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-    PAGE_NODES = 20  # parsing holds the interpreter and so the packet loop: 1.2 ms for 0.34 MB of JSON
+    PAGE_NODES = 100  # parsing holds the interpreter and so the packet loop: 6 ms for 1.7 MB of JSON
     PAGE_BYTES_MAX, EVENT_BYTES_MAX = 64 << 20, 4 << 20  # etcd's objects have at most 1.5 MB
-    TROUBLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+    ANSWER_SECONDS = 60.0  # for a whole answer; a socket's time-out is for each read
     KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
     def __init__(self, selector: str = "") -> None:
-        self.name = "kube:nodes" + (f"?{selector}" if selector else "")
+        super().__init__("kube:nodes" + (f"?{selector}" if selector else ""))
         self._selector = urllib.parse.unquote(selector)
-        self._nodes: dict[str, tuple[PeerAddress, ...]] = {}
-        self._version = ""  # the resourceVersion of what is known; empty: list first
+        self._nodes: dict[str, tuple[str, ...]] = {}  # InternalIPs by node name
         self._connection: Optional[http.client.HTTPSConnection] = None
         self._events: Optional[http.client.HTTPResponse] = None  # a watch that is open
-        self._failures = 0  # in a row
+        self._asked_at = 0.0  # when the last request began; 0: it is a watch that has given an event
+        self._timer = threading.Timer(0.0, end_connection)
+        self._failures, self._retry_after = 0, 0.0  # in a row; seconds
+        self._start_over()
 
-    @property
-    def interval(self) -> float:
-        """No pause between two events of a watch; before a request about a second, doubled by each failure up to 30."""
-        return 0.0 if self._events else jitter(0.5, 1.0) * min(30.0, 2.0**self._failures)
-
-    def forget(self) -> None:
-        """Nothing to do: a watch is up to date. SIGHUP ends the pause that follows a failure."""
+    def _start_over(self) -> None:
+        """List all nodes at the next look, from the first page."""
+        self._version = self._page = ""  # the resourceVersion of what is known; the token of the next page
+        self._listed: dict[str, tuple[str, ...]] = {}  # what the pages so far had
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses after the list, or after the next event of the watch; raises PeerSourceError."""
-        import http.client
-
+        self._retry_after = 0.0
         try:
-            return self._next_event() if self._version else self._list()
-        except (*self.TROUBLE, http.client.HTTPException) as problem:
+            answer = self._next_event() if self._version else self._list()
+            if not self._version:
+                raise ValueError("the API server tells no resourceVersion")
+            self._failures = self._failures if self._events else 0
+            return answer
+        except Exception as problem:  # whatever a server says, the thread goes on
+            late = not self._events and time.monotonic() - self._asked_at >= self.ANSWER_SECONDS
             self._hang_up()
             self._failures = min(self._failures + 1, 5)
-            raise PeerSourceError(f"{self.name}: {problem or type(problem).__name__}") from problem
+            if not (late or isinstance(problem, OSError)):  # what could not be understood will not come again
+                self._start_over()
+            text = "no whole answer within a minute" if late else problem or type(problem).__name__
+            raise PeerSourceError(f"{self.name}: {text}") from problem
+        finally:
+            self._timer.cancel()
+            pause = jitter(0.5, 1.0) * min(30.0, 2.0**self._failures)  # none between two events of a watch
+            self.interval = 0.0 if self._events else max(self._retry_after, pause)
 
     def _hang_up(self) -> None:
         if self._connection:
             self._connection.close()
         self._connection = self._events = None
 
-    def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
-        """The answer to one GET of the nodes; raises OSError unless it is 200."""
+    def _connect(self, host: str, port: int) -> http.client.HTTPSConnection:
+        """A connection to the API server that has yet to shake hands; ACCOUNT/ca.crt says whom to believe."""
         import http.client
         import ssl
 
+        context = ssl.create_default_context(cafile=f"{self.ACCOUNT}/ca.crt")
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13's default, which many a cluster does not pass
+        connection = http.client.HTTPSConnection(host, port, context=context)
+        plain = socket.create_connection((host, port), timeout=10.0)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in self.KEEPALIVE:
+            plain.setsockopt(socket.IPPROTO_TCP, option, value)
+        connection.sock = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+        return connection
+
+    def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
+        """The answer to one GET of the nodes; raises OSError unless it is 200."""
+        self._asked_at = time.monotonic()
         host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
         if not host:
             raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
         with open(f"{self.ACCOUNT}/token") as stream:  # a kubelet renews it about every hour
             headers = {"Authorization": f"Bearer {stream.read().strip()}", "Accept": "application/json"}
         if not (self._connection and self._connection.sock):
-            context = ssl.create_default_context(cafile=f"{self.ACCOUNT}/ca.crt")
-            self._connection = http.client.HTTPSConnection(host, int(port or 443), timeout=10.0, context=context)
-            self._connection.connect()
-            self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in self.KEEPALIVE:
-                self._connection.sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            self._connection = self._connect(host, int(port or 443))
+        self._timer.cancel()
+        self._timer = threading.Timer(self.ANSWER_SECONDS, end_connection, [self._connection.sock])
+        self._timer.daemon = True
+        self._timer.start()
         self._connection.sock.settimeout(timeout)
+        self._connection.sock.do_handshake()
         path = "/api/v1/nodes?" + urllib.parse.urlencode({"labelSelector": self._selector, **query})
         self._connection.request("GET", path, headers=headers)
         response = self._connection.getresponse()
-        if response.status == 410:
-            self._version = ""
+        if response.status in (400, 410):  # the version is too old, or the page's token
+            self._start_over()
         if response.status != 200:
+            seconds = response.getheader("Retry-After", "")
+            self._retry_after = min(60.0, float(seconds)) if seconds.isdecimal() else 0.0
             raise OSError(f"the API server answers {response.status} {response.reason}")
         return response
 
     def _list(self) -> tuple[PeerAddress, ...]:
-        """All nodes, page by page."""
-        nodes: dict[str, tuple[PeerAddress, ...]] = {}
-        more = ""
+        """All nodes, page by page; after a failure it goes on with the page that failed."""
         for _ in range(PEERS_MAX // self.PAGE_NODES):
-            answer = self._get(10.0, limit=self.PAGE_NODES, **{"continue": more})
-            page = json.loads(answer.read(self.PAGE_BYTES_MAX))
-            nodes.update((node["metadata"]["name"], internal_addresses(node)) for node in page["items"] or ())
-            more = page["metadata"].get("continue")
-            if not more:
-                self._nodes, self._version = nodes, str(page["metadata"]["resourceVersion"])
-                self._failures = 0
-                return self._peers()
+            answer, text = self._get(10.0, limit=self.PAGE_NODES, **{"continue": self._page}), bytearray()
+            while (piece := answer.read(1 << 16)) and len(text) < self.PAGE_BYTES_MAX:  # all at once: 65 MB in 3.9
+                text += piece
+            page = json.loads(text)
+            self._listed.update((node["metadata"]["name"], internal_addresses(node)) for node in page["items"] or ())
+            self._page = page["metadata"].get("continue") or ""
+            if not self._page:
+                self._nodes, self._listed, self._version = self._listed, {}, page["metadata"]["resourceVersion"]
+                return self._usable(*self._nodes.values())
         raise ValueError(f"more than {PEERS_MAX} nodes")
-
-    def _peers(self) -> tuple[PeerAddress, ...]:
-        return tuple(sorted({peer for peers in self._nodes.values() for peer in peers}))
 
     def _next_event(self) -> Optional[tuple[PeerAddress, ...]]:
         """Wait for one event of the watch; the addresses after it, None if it changes nothing."""
@@ -2070,24 +2099,26 @@ class KubeSource:
                                      allowWatchBookmarks="true", timeoutSeconds=seconds)  # fmt: skip
             return None
         line = self._events.readline(self.EVENT_BYTES_MAX)
-        if not line:  # the end of timeoutSeconds, or of the connection: go on from the version we have
+        if len(line) == self.EVENT_BYTES_MAX:
+            raise ValueError(f"an event is larger than {self.EVENT_BYTES_MAX} bytes")
+        if not line.endswith(b"\n"):  # the end of timeoutSeconds, or of the connection: go on from the version we have
+            if line or time.monotonic() - self._asked_at < 1.0:
+                raise OSError("the watch was cut off")
             self._hang_up()
             return None
-        if not line.endswith(b"\n"):
-            raise ValueError(f"an event is cut off, or larger than {self.EVENT_BYTES_MAX} bytes")
+        self._failures, self._asked_at = 0, 0.0
         event = json.loads(line)
         kind, node = event["type"], event["object"]
-        self._failures = 0
-        if kind == "ERROR":
-            self._version = ""  # above all 410 Gone: what is known is too old to go on from
+        if kind == "ERROR":  # above all 410 Gone: what is known is too old to go on from
             raise ValueError(f"the watch ended with {node['code']} {node['message']}")
-        name, self._version = node["metadata"].get("name"), str(node["metadata"]["resourceVersion"])
+        name = node["metadata"].get("name")
         before = self._nodes.get(name, ())
         if kind in ("ADDED", "MODIFIED"):
             self._nodes[name] = internal_addresses(node)
         elif kind == "DELETED":
             self._nodes.pop(name, None)
-        return None if self._nodes.get(name, ()) == before else self._peers()
+        self._version = node["metadata"]["resourceVersion"]  # last: an event that is not understood has not been seen
+        return None if self._nodes.get(name, ()) == before else self._usable(*self._nodes.values())
 
 
 def open_source(text: str) -> PeerSource:
@@ -2103,75 +2134,78 @@ def open_source(text: str) -> PeerSource:
 
 
 class Peers:
-    """The static addresses and what each source said last; sources are followed by a thread each."""
+    """The static addresses and what each source said last; a few threads follow the sources."""
 
     def __init__(self, config: Config, counters: Counters, changed: Callable[[], None]) -> None:
-        self._answers: dict[str, tuple[PeerAddress, ...]] = {"static": config.peers}
+        self._static = config.peers
         self._sources = [open_source(text) for text in config.peer_sources]
-        self._kick = {source.name: threading.Event() for source in self._sources}
         self._failures = counters.refresh_failures
-        self._complaints: dict[str, str] = {}
+        self._failures.update(dict.fromkeys((source.name for source in self._sources), 0))
+        self._kicks: list[threading.Event] = []  # one for each thread
         self._changed = changed
         self._closed = False
-        for source in self._sources:
-            self._failures[source.name] = 0
 
     def read_files(self) -> None:
         """Read the files once, raising UsageError if one is bad."""
         for source in self._sources:
             if isinstance(source, FileSource):
                 try:
-                    self._answers[source.name] = source.load() or ()
+                    source.answer = source.load()
                 except PeerSourceError as problem:
                     raise UsageError(f"peers: {problem}") from problem
 
     def follow(self) -> None:
         """Follow all sources from now on."""
-        for source in self._sources:
-            threading.Thread(target=self._follow, args=(source,), name=source.name, daemon=True).start()
+        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")  # glibc: two rounds of 5 s, for each name server
+        for kind in (FileSource, DnsSource, KubeSource):
+            sources = [source for source in self._sources if isinstance(source, kind)]
+            for first, source in enumerate(sources[: kind.THREADS]):
+                self._kicks.append(threading.Event())
+                share = (sources[first :: kind.THREADS], self._kicks[-1])
+                threading.Thread(target=self._follow, args=share, name=source.name, daemon=True).start()
 
     def listed(self) -> dict[str, tuple[PeerAddress, ...]]:
         """The last good answer of each source that has given one."""
-        return dict(self._answers)
+        return {"static": self._static, **{s.name: s.answer for s in self._sources if s.answer is not None}}
 
     def answered(self) -> bool:
         """Whether every source has answered once."""
-        return all(source.name in self._answers for source in self._sources)
+        return all(source.answer is not None for source in self._sources)
 
     def reload(self) -> None:
-        """Look at every source now, even if it seems unchanged."""
+        """Look at every source now; after a look that has begun there is another."""
         for source in self._sources:
-            self._complaints.pop(source.name, None)
-            source.forget()
-            self._kick[source.name].set()
+            source.complaint = ""
+        for kick in self._kicks:
+            kick.set()
 
     def close(self) -> None:
         """Let the threads end."""
         self._closed = True
-        for kick in self._kick.values():
-            kick.set()
+        self.reload()
 
-    def _follow(self, source: PeerSource) -> None:
-        kick = self._kick[source.name]
+    def _follow(self, sources: Sequence[PeerSource], kick: threading.Event) -> None:
         while not self._closed:
-            self._refresh(source)
-            kick.wait(source.interval)
+            for source in sources:
+                self._refresh(source)
+            kick.wait(min(source.interval for source in sources))
             kick.clear()
 
     def _refresh(self, source: PeerSource) -> None:
+        """Look at a source once; count and log what fails, tell of an answer that is new."""
         try:
-            answer = source.load()
+            answer, trouble = source.load(), source.doubt
         except PeerSourceError as problem:
-            self._failures[source.name] += 1
-            if self._complaints.get(source.name) != str(problem):
-                self._complaints[source.name] = str(problem)
-                kept = len(self._answers.get(source.name, ()))
-                log("warning", "peer source failed, its last good peers stay", problem=str(problem), kept=kept)
-            return
-        if self._complaints.pop(source.name, ""):
+            answer, trouble = None, str(problem)
+        self._failures[source.name] += bool(trouble)
+        if trouble and trouble != source.complaint:
+            text = "peer source failed, its last good peers stay" if answer is None else "peer source failed in part"
+            log("warning", text, problem=trouble, kept=len(answer or source.answer or ()))
+        elif source.complaint and not trouble:
             log("info", "peer source answers again", source=source.name)
-        if answer is not None and answer != self._answers.get(source.name):
-            self._answers[source.name] = answer
+        source.complaint = trouble
+        if answer is not None and answer != source.answer:
+            source.answer = answer
             self._changed()
 
 
@@ -2247,27 +2281,25 @@ def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAd
 # Section: service -- HTTP, and the loop that ties everything together
 
 
-class StatusServer(ThreadingHTTPServer):
+class StatusServer(socketserver.ThreadingTCPServer):
     """/metrics, /healthz and /readyz; at most CONNECTIONS_MAX at a time, five seconds for each."""
 
-    daemon_threads = True
-    CONNECTIONS_MAX = 16
+    daemon_threads = allow_reuse_address = True
+    request_queue_size = CONNECTIONS_MAX = 16
 
-    def __init__(self, address: str, port: int, handler: type, render: Callable[[], Optional[bytes]],
+    def __init__(self, address: str, port: int, render: Callable[[], Optional[bytes]],
                  healthy: Callable[[], bool], ready: Callable[[], bool]) -> None:  # fmt: skip
         self.render, self.healthy, self.ready = render, healthy, ready
-        self._started: dict[Any, float] = {}  # open connections, by socket
-        self._lock = threading.Lock()
+        self._started: dict[Any, float] = {}  # open connections, by socket, the oldest first
+        self._ended = threading.Condition()  # guards it
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        super().__init__((address, port), handler)
+        super().__init__((address, port), StatusHandler)
 
     def server_bind(self) -> None:
         """Bind; `::` takes IPv4 as well."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        import socketserver
-
-        socketserver.TCPServer.server_bind(self)  # not HTTPServer's: it would ask DNS for our name
+        super().server_bind()
 
     def get_request(self) -> Any:
         """Accept; without a free file descriptor wait a little, where serve_forever() would spin."""
@@ -2278,8 +2310,11 @@ class StatusServer(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve in a thread, or hang up where all places are taken."""
-        with self._lock:
+        """Serve in a thread; where all places are taken the oldest connection has to go, so that probes get in."""
+        with self._ended:
+            if len(self._started) >= self.CONNECTIONS_MAX:
+                end_connection(next(iter(self._started)))
+                self._ended.wait_for(lambda: len(self._started) < self.CONNECTIONS_MAX, timeout=1.0)
             free = len(self._started) < self.CONNECTIONS_MAX
             if free:
                 self._started[request] = time.monotonic()
@@ -2290,85 +2325,75 @@ class StatusServer(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         """Hang up and give the place back, also where no thread could be started."""
-        with self._lock:
+        with self._ended:
             self._started.pop(request, None)
+            self._ended.notify_all()
             super().shutdown_request(request)
 
     def service_actions(self) -> None:
         """Twice a second: end connections whose time is over, however busy they are."""
         overdue = time.monotonic() - StatusHandler.timeout
-        with self._lock:
+        with self._ended:
             for request in [request for request, started in self._started.items() if started < overdue]:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
+                end_connection(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up or stalls is no news."""
 
 
-class StatusHandler(BaseHTTPRequestHandler):
-    """Answers GET on the three paths; one request per connection."""
+class StatusHandler(socketserver.StreamRequestHandler):
+    """Answers one GET on one of the three paths, in HTTP/1.0. (http.server would load OpenSSL for it: 5 MB.)"""
 
     timeout = 5.0
+    LINE_BYTES_MAX, HEADERS_MAX = 4096, 100
     server: StatusServer
-    server_version = "pmtud"
-    sys_version = ""
 
-    def do_GET(self) -> None:
-        """Serve /metrics, /healthz or /readyz."""
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
+    def handle(self) -> None:
+        """Read the request and serve /metrics, /healthz or /readyz; what the headers say does not matter."""
+        method, _, rest = self.rfile.readline(self.LINE_BYTES_MAX).partition(b" ")
+        headers = (self.rfile.readline(self.LINE_BYTES_MAX) for _ in range(self.HEADERS_MAX))
+        complete = any(line in (b"\r\n", b"\n") for line in headers)
+        path = rest.split(b" ")[0].partition(b"?")[0]
+        if method != b"GET" or not complete:
+            self._answer("400 Bad Request", b"GET /metrics /healthz /readyz\n")
+        elif path == b"/metrics":
             body = self.server.render()
             if body is None:
-                self._answer(503, b"prometheus-client is not installed: pip install prometheus-client\n")
+                advice = b"prometheus-client is not installed: pip install prometheus-client\n"
+                self._answer("503 Service Unavailable", advice)
             else:
-                self._answer(200, body, "text/plain; version=0.0.4; charset=utf-8")
-        elif path in ("/healthz", "/readyz"):
-            good = self.server.healthy() if path == "/healthz" else self.server.ready()
-            self._answer(200 if good else 503, b"ok\n" if good else b"not ok\n")
+                self._answer("200 OK", body, "text/plain; version=0.0.4; charset=utf-8")
+        elif path in (b"/healthz", b"/readyz"):
+            good = self.server.healthy() if path == b"/healthz" else self.server.ready()
+            self._answer(*("200 OK", b"ok\n") if good else ("503 Service Unavailable", b"not ok\n"))
         else:
-            self._answer(404, b"/metrics /healthz /readyz\n")
+            self._answer("404 Not Found", b"/metrics /healthz /readyz\n")
 
-    def _answer(self, code: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
-        self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not logged."""
+    def _answer(self, status: str, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        self.wfile.write(head.encode() + body)
 
 
-def metrics_renderer(counters: Counters) -> Callable[[], Optional[bytes]]:
-    """A function that returns the text exposition, or None without prometheus-client; imports it at first use."""
-
-    def render() -> Optional[bytes]:
-        try:
-            from prometheus_client import exposition, registry
-        except ImportError:
-            return None
-        ours = registry.CollectorRegistry()
-        ours.register(Collector(counters))
-        return exposition.generate_latest(ours)
-
-    return render
+def render_metrics(counters: Counters) -> Optional[bytes]:
+    """The text exposition, None without prometheus-client, which is imported at the first call."""
+    try:
+        from prometheus_client import exposition
+    except ImportError:
+        return None
+    registry: Any = Collector(counters)  # all that a registry would do is call it
+    return exposition.generate_latest(registry)
 
 
 def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServer:
     """The HTTP server on --metrics-addr, by default on all addresses of both families; raises OSError."""
-    import http.server
-
-    handler = type("Handler", (StatusHandler, http.server.BaseHTTPRequestHandler), {})
-    server: Callable[..., StatusServer] = type("Server", (StatusServer, http.server.ThreadingHTTPServer), {})
     if config.metrics_addr:
-        return server(config.metrics_addr, config.metrics_port, handler, *serve)
+        return StatusServer(config.metrics_addr, config.metrics_port, *serve)
     try:
-        return server("::", config.metrics_port, handler, *serve)
+        return StatusServer("::", config.metrics_port, *serve)
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             raise
-        return server("0.0.0.0", config.metrics_port, handler, *serve)  # IPv6 is switched off here
+        return StatusServer("0.0.0.0", config.metrics_port, *serve)  # IPv6 is switched off here
 
 
 class Outlet:
@@ -2477,7 +2502,7 @@ class Service:
             self.peers.read_files()
             self.ifaces = self._choose_ifaces()
             self._nflog = Nflog(config.nflog_group)
-            stack.callback(self._close_nflog)
+            stack.callback(lambda: self._nflog.close())  # noqa: PLW0108 - it may be another one by then
             self._monitor = stack.enter_context(Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
             self._monitor.socket.setblocking(False)
             stack.callback(self._close_outlets)
@@ -2520,7 +2545,8 @@ class Service:
         if not config.metrics_port:
             return
         try:
-            self._server = open_status_server(config, metrics_renderer(self.counters), self.healthy, self.ready)
+            render = partial(render_metrics, self.counters)
+            self._server = open_status_server(config, render, self.healthy, self.ready)
             stack.callback(self._server.server_close)
         except OSError as problem:
             place = f"{config.metrics_addr or '*'} port {config.metrics_port}"
@@ -2574,9 +2600,6 @@ class Service:
         for descriptor in (self._wake_read, self._wake_write):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-
-    def _close_nflog(self) -> None:
-        self._nflog.close()
 
     def _close_outlets(self) -> None:
         for outlet in self._outlets.values():
@@ -2743,7 +2766,7 @@ class Service:
 
     def _drain_monitor(self) -> None:
         """An address came or went: rearrange at the end of this turn, once for a burst of changes."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # nothing left, or events were lost: either way look again
             while True:
                 self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
         self._stale = True
