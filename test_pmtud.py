@@ -8095,19 +8095,23 @@ class Sample(NamedTuple):
 
 
 def measure_copies(net: BenchNet, one: Contender, process: Process, traffic: Traffic, seconds: float) -> Sample:
-    """Copies that arrive per second while errors come faster than they can be handled."""
+    """Copies that arrive per second while errors come faster than they can be handled.
+
+    Before and afterwards the daemon is stopped: what it has still queued must not slow the next one.
+    """
+    os.kill(process.pid, signal.SIGCONT)
     load = traffic.during(seconds + 0.4)
     time.sleep(0.2)
     begin, before, cpu = time.monotonic(), net.arrived(one), cpu_seconds(process.pid)
     time.sleep(seconds)
-    copies, spent = net.arrived(one) - before, cpu_seconds(process.pid) - cpu
-    elapsed = time.monotonic() - begin
+    copies, spent, passed = net.arrived(one) - before, cpu_seconds(process.pid) - cpu, time.monotonic() - begin
     load.join()
-    return Sample(copies / elapsed, spent / max(copies, 1))
+    os.kill(process.pid, signal.SIGSTOP)
+    return Sample(copies / passed, spent / max(copies, 1))
 
 
 def bench_fanout(net: BenchNet, seconds: float) -> None:
-    """Copies per second; the contenders take turns, medians of three rounds.
+    """Copies per second; the contenders take turns, medians of five rounds.
 
     The floor delivers nothing, so pmtud does not either (--no-rescue); what delivery adds is measured by itself.
     """
@@ -8117,7 +8121,7 @@ def bench_fanout(net: BenchNet, seconds: float) -> None:
     for count, target in FANOUT_TARGETS.items():
         running = {name: net.start(one, count, *NO_LIMITS, "--no-rescue") for name, one in net.contenders.items()}
         rounds = [{name: measure_copies(net, net.contenders[name], process, traffic[name], seconds)
-                   for name, process in running.items()} for _ in range(3)]  # fmt: skip
+                   for name, process in running.items()} for _ in range(5)]  # fmt: skip
         for name, process in running.items():
             net.stop(net.contenders[name], process)
         process = net.start(mine, count)
