@@ -2824,7 +2824,7 @@ class Service:
         self._recent += len(logged)
         if self._recent > self.BUSY and self._gathering == 1:
             most = max(map(len, self._arrangement.targets.values()), default=0)
-            self._gather(max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most))))
+            self._gather(min(self.BATCH, self.BATCH_COPIES // max(1, most)))
 
     def _account(self, acted: Sequence[tuple[MtuError, str, str, bool]], now: float) -> None:
         """Count and log what was done, after all of it: a log line costs as much as ten copies."""
@@ -2841,6 +2841,8 @@ class Service:
 
     def _gather(self, errors: int) -> None:
         """From now on the kernel hands over this many errors at a time; 1: each at once."""
+        if max(1, errors) == self._gathering:  # with more than BATCH_COPIES peers
+            return
         with contextlib.suppress(OSError):
             self._nflog.gather(errors)
             self._gathering = errors
