@@ -2405,16 +2405,16 @@ class Outlet:
         with contextlib.ExitStack() as stack:
             self.delivery: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_DELIVER, source=source))
             self.copies: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_COPY, config.ttl, source))
-            peers = [peer for peer in arrangement.targets[family.name] if self._reachable(peer)]
+            peers = [peer for peer in arrangement.targets[family.name] if self._reachable(peer, not config.dry_run)]
             self.counts = CopyCounts([str(peer) for peer in peers], before)
             self.fanout = Fanout(self.copies, peers, self.counts) if peers else None
             self._stack = stack.pop_all()
 
-    def _reachable(self, peer: PeerAddress) -> bool:
+    def _reachable(self, peer: PeerAddress, join: bool) -> bool:
         """Whether the peer's interface exists; a multicast group is joined there."""
         try:
             place(peer)
-            if peer.is_multicast:
+            if peer.is_multicast and join:  # which sends reports
                 self.copies.join(peer)
         except OSError as problem:
             log("warning", f"peer {peer} left out until its interface is there", problem=problem.strerror or problem)

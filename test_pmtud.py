@@ -3098,6 +3098,9 @@ def test_dry_run_sends_nothing(cluster: Cluster) -> None:
         assert process.output().count("dry run: would replicate") == ERRORS
         samples = metrics(node)
         assert sum(v for k, v in samples.items() if "copies_sent" in k or "delivered" in k) == 0
+    for options, joined in ((["--dry-run"], False), ([], True)):  # to join a group is to send reports about it
+        with daemons([node], "--peers", "ff02::7074%eth0", *options):
+            assert ("ff02::7074" in node.run("ip", "maddress", "show", "dev", "eth0")) is joined
     with daemons([node], "--dry-run") as [process]:
         inject(cluster.router, 4, flow_errors(4))
         received(node, ERRORS)
