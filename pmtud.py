@@ -3838,10 +3838,12 @@ def print_rules(config: Config) -> None:
     ifaces = config.ifaces or default_route_interfaces()
     if not ifaces:
         raise PmtudError("there is no default route; name the interface errors come in on with --iface")
-    nodes = arrange({"static": config.peers}, local_addresses(), ()).copies_to
+    listed = {source.name: source.load() or () for source in map(open_source, config.peer_sources)}
+    nodes = arrange({"static": config.peers, **listed}, local_addresses(), ()).copies_to
     rules = [*nflog_rules(config, ifaces, nodes), *guard_rules(ifaces, conntrack=True)]
-    lines = ["# nftables: save as a file and run `nft -f FILE`, then start pmtud.py with --rules off"]
-    lines.append(f"table inet pmtud_{config.nflog_group} {{")
+    table = f"table inet pmtud_{config.nflog_group}"
+    lines = ["# nftables: `pmtud.py rules | sed '/^}/q' | nft -f -`, then start pmtud.py with --rules off"]
+    lines += [table, f"delete {table}", f"{table} {{"]  # in place of what is there, in one transaction
     for family in FAMILIES if config.rate else ():
         lines.append(f"\tset routers_{family.name} {{\n\t\ttype {family.name}_addr; size {BUCKETS}; "
                      "flags dynamic,timeout; timeout 1m;\n\t}")  # fmt: skip
