@@ -1875,7 +1875,7 @@ class PeerSource:
     interval = 1.0  # seconds until the next look
 
     def __init__(self, name: str) -> None:
-        self.name = name  # the `source` label
+        self.name = name.encode(errors="backslashreplace").decode()  # the `source` label; paths may be no UTF-8
         self.answer: Optional[tuple[PeerAddress, ...]] = None  # the last good one
         self.doubt = ""  # what failed in the last load() although it answered
         self.complaint = ""  # the failure that was logged last
@@ -3676,7 +3676,8 @@ def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
     for item in split_list(text):
         name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
         if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
-            items.append(open_source(name).name)
+            open_source(name)  # raises where there is no such kind
+            items.append(name)
             continue
         try:
             items.append(parse_peer(item))

@@ -5735,6 +5735,14 @@ def test_conntrack_table_full(cluster: Cluster) -> None:
 # -- faults: what happens to the process
 
 
+def test_a_peer_file_whose_name_is_no_text(cluster: Cluster, tmp_path: Path) -> None:
+    """The path is used as it is; log and metrics show the bytes that are no UTF-8 escaped."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/peers\xff"))
+    path.write_text("10.0.0.12")
+    with daemons([cluster.nodes[0]], "--peers", f"file:{path}"):
+        assert [n for k, n in metrics(cluster.nodes[0]).items() if "pmtud_peers{" in k and "udcff" in k] == [1]
+
+
 def test_file_source_failing_in_each_way(cluster: Cluster, tmp_path: Path) -> None:
     """Gone, unreadable, a directory, a FIFO, too big, not UTF-8, not addresses: the last good peers stay in force."""
     path = tmp_path / "peers"
