@@ -166,7 +166,9 @@ NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
 NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
 NF_IP_PRI_RAW, NF_IP_PRI_MANGLE = -300, -150  # conntrack sits between them, at -200
 NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 2, 3, 6
-NFT_MSG_NEWSET = 9
+NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM = 9, 12
+NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = 1, 2, 3, 1
+NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFT_TYPE_MARK = 1, 2, 19
 NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN = 1, 2, 3, 4, 5
 NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_TIMEOUT, NFTA_SET_DESC_SIZE = 9, 10, 11, 1
 NFT_SET_TIMEOUT, NFT_SET_EVAL = 0x10, 0x20
@@ -501,7 +503,7 @@ class Family(NamedTuple):
     address_len: int
     src_offset: int  # of the source address in the header; the destination follows
     nft: str  # its name in nft
-    nft_type: int  # of its addresses in nft sets
+    nft_type: int  # of its addresses in nft sets, for nft's listing
 
 
 IPV4 = Family(
@@ -753,13 +755,13 @@ class Membership:
     """Whether a packed address is in any of some networks."""
 
     def __init__(self, networks: Iterable[Network] = ()) -> None:
-        self._networks = tuple(networks)
+        self.networks = tuple(networks)
 
     def __contains__(self, packed: bytes) -> bool:
-        if not self._networks:
+        if not self.networks:
             return False
         address = ipaddress.ip_address(packed)
-        return any(address in network for network in self._networks)
+        return any(address in network for network in self.networks)
 
 
 class View(NamedTuple):
@@ -1106,6 +1108,8 @@ class Formatter(logging.Formatter):
 
 def log(level: str, text: str, **fields: object) -> None:
     """One line on standard error."""
+    if not LOGGER.isEnabledFor(getattr(logging, level.upper())):
+        return
     plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in fields.items()}
     LOGGER.log(getattr(logging, level.upper()), text, extra={"fields": plain})
 
@@ -1191,7 +1195,10 @@ class Netlink(Descriptor):
 
         Raises NetlinkError with the first error the kernel reports.
         """
-        self.socket.send(data)
+        try:
+            self.socket.send(data)
+        except OSError as problem:
+            raise NetlinkError(operation, problem.errno or errno.EIO) from problem
         first = NLMSGHDR.unpack_from(data)[3]
         found: list[tuple[int, bytes]] = []
         try:
@@ -1519,47 +1526,82 @@ def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
     return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
 
 
-BUCKETS = 1 << 15  # routers are told apart by the last bits of their addresses: memory is bounded, no set is ever full
+BUCKETS = 1 << 15  # routers are told apart by a hash of their addresses, with a seed nobody knows: no set is ever full
+COPIES_PER_SECOND = 100_000  # that one node should send: a third of a core; with more than 100 peers fewer errors pass
+
+
+class Senders(NamedTuple):
+    """Where copies may come from: addresses, packed, and networks."""
+
+    addresses: frozenset[bytes] = frozenset()
+    networks: tuple[Network, ...] = ()
+
+    def of(self, family: Family) -> list[bytes]:
+        """The addresses of one family."""
+        return sorted(address for address in self.addresses if len(address) == family.address_len)
+
+    def rate(self, wanted: float) -> int:
+        """The errors per second that the kernel lets through where `wanted` may be acted on; 0: all."""
+        most = max(len(self.of(family)) for family in FAMILIES)
+        return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most)))) if wanted else 0
+
+
+NOBODY = Senders()
+
+
+def load_source(family: Family) -> bytes:
+    """The source address into register 1, for packets of this family."""
+    is_ours = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
+    return is_ours + load("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
 
 
 def burst_rule(chain: str, family: Family, per_second: int) -> Rule:
     """What lets a genuine router through a flood that has used up everybody's budget: its errors come in bursts.
 
-    An error passes if it is the fourth or later of a burst, and one of ten a minute of its bucket. Of 150,000 errors a
+    An error passes if it is the fourth or later of a burst, and one of ten a minute of its bucket. Of 350,000 errors a
     second from random sources next to none has that shape; one loud source, or 1,000, soon use up their own buckets.
     """
-    last_bits = (BUCKETS - 1).to_bytes(family.address_len, "big")
     burst = limit_rate(100, 1, 3, NFT_LIMIT_F_INV) + limit_rate(10, 60, 10)
-    update = expression("dynset", string(NFTA_DYNSET_SET_NAME, f"routers_{family.name}"),
+    bucket = expression("hash", *(be32(number, value) for number, value in
+                                  enumerate((NFT_REG_1, NFT_REG_1, family.address_len, BUCKETS), 1)))  # fmt: skip
+    update = expression("dynset", string(NFTA_DYNSET_SET_NAME, "routers"),
                         be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE), be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
                         be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR), nested(NFTA_DYNSET_EXPRESSIONS, burst))  # fmt: skip
-    text = (f"update @routers_{family.name} {{ {family.nft} saddr & {ipaddress.ip_address(last_bits)} "
+    text = (f"update @routers {{ jhash {family.nft} saddr mod {BUCKETS} "
             "limit rate over 100/second burst 3 packets limit rate 10/minute burst 10 packets } "
             f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors")  # fmt: skip
-    source = load("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
-    return Rule(chain, text, match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto])) + source + mask(last_bits)
-                + update + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
+    return Rule(chain, text, load_source(family) + bucket + update
+                + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
 
 
-def shed_rules(rate: int, nodes: Iterable[bytes], bursts: bool) -> list[Rule]:
-    """The kernel sheds a flood for next to nothing; copies, which are sent to `nodes`, have a budget of their own."""
-    rules = []
-    for address in sorted(nodes, key=lambda packed: (len(packed), packed)):
-        family = family_of(address)
-        is_copy = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
-        is_copy += match("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset + len(address), len(address),
-                         value=address)  # fmt: skip
-        text = f"{family.nft} daddr {ipaddress.ip_address(address)} goto copies_in"
-        rules.append(Rule("shed", text, is_copy + verdict(NFT_GOTO, "copies_in")))
+def sender_rules(senders: Senders) -> Iterator[Rule]:
+    """Copies have a budget of their own, which no flood of others' errors uses up."""
+    copies = verdict(NFT_GOTO, "copies_in")
+    for family in FAMILIES:
+        if senders.of(family):
+            lookup = expression("lookup", string(NFTA_LOOKUP_SET, f"peers_{family.name}"),
+                                be32(NFTA_LOOKUP_SREG, NFT_REG_1))  # fmt: skip
+            text = f"{family.nft} saddr @peers_{family.name} goto copies_in"
+            yield Rule("shed", text, load_source(family) + lookup + copies)
+    for network in senders.networks:
+        family = family_of(network.network_address.packed)
+        bits = load_source(family) + mask(network.netmask.packed)
+        matches = bits + compare(NFT_CMP_EQ, network.network_address.packed)
+        yield Rule("shed", f"{family.nft} saddr {network} goto copies_in", matches + copies)
+
+
+def shed_rules(rate: int, senders: Senders, bursts: bool) -> list[Rule]:
+    """The kernel sheds a flood for next to nothing."""
+    rules = [*sender_rules(senders)]
     for chain in ("copies_in", "shed"):
         text = f"limit rate {rate}/second burst {rate} packets goto mtu_errors"
         rules.append(Rule(chain, text, limit_rate(rate, 1, rate) + verdict(NFT_GOTO, "mtu_errors")))
-        rules += [burst_rule(chain, family, max(1, rate // 4)) for family in FAMILIES if bursts]
+        rules += [burst_rule(chain, family, max(50, rate // 4)) for family in FAMILIES if bursts and chain == "shed"]
     return rules
 
 
-def nflog_rules(config: Config, ifaces: Sequence[str], nodes: Iterable[bytes] = (), bursts: bool = True) -> list[Rule]:
-    """The rules that feed the NFLOG group; `nodes` are the addresses copies are sent to, `bursts` needs Linux 5.11."""
+def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts: bool = True) -> list[Rule]:
+    """The rules that feed the NFLOG group; `bursts` needs Linux 5.11 and nft_hash."""
     group = config.nflog_group
     rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
     text = f'fib saddr . iif oif 0 log prefix "{RPF_PREFIX}" group {group} return'
@@ -1567,7 +1609,7 @@ def nflog_rules(config: Config, ifaces: Sequence[str], nodes: Iterable[bytes] = 
         Rule("mtu_errors", text, rpf + log_to(group, RPF_PREFIX) + verdict(NFT_RETURN)),
         Rule("mtu_errors", f"log group {group}", log_to(group)),
     ]
-    rules += shed_rules(max(1, int(config.rate)), nodes, bursts) if config.rate else []
+    rules += shed_rules(senders.rate(config.rate), senders, bursts) if config.rate else []
     target = "shed" if config.rate else "mtu_errors"
     for iface in ifaces:
         for family in FAMILIES:
@@ -1620,15 +1662,21 @@ class Firewall(Descriptor):
     With --rules off it holds the guard only, under a name of its own.
     """
 
-    def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True, nodes: Iterable[bytes] = ()) -> None:
-        self.nodes = frozenset(nodes)  # where copies are sent to
+    SEND_BUFFER_BYTES = 4 << 20  # a transaction with PEERS_MAX peers takes 0.6 MB
+    ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
+
+    def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True,
+                 senders: Senders = NOBODY) -> None:  # fmt: skip
+        self.senders = senders
         self.table = f"pmtud_{config.nflog_group}" + ("" if config.rules == "auto" else "_guard")
         self.conntrack = False
-        self.owned = owned
+        self.owned = self._bursts = owned
         self._config = config
         self._netlink = Netlink(NETLINK_NETFILTER)
         self.socket = self._netlink.socket
         try:
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.SEND_BUFFER_BYTES)
             self.replace(ifaces)
         except NetlinkError as problem:
             self.socket.close()
@@ -1646,21 +1694,24 @@ class Firewall(Descriptor):
         try:
             self._commit("replace table", self._requests(ifaces))
         except NetlinkError as problem:
-            if not self.owned or problem.number not in (errno.EOPNOTSUPP, errno.EINVAL):
+            if problem.number == errno.ENOENT and self._bursts:  # a kernel without nft_hash
+                self._bursts = False
+            elif problem.number in (errno.EOPNOTSUPP, errno.EINVAL) and self.owned:
+                self.owned = self._bursts = False
+            else:
                 raise
-            self.owned = False
-            self._commit("replace table", self._requests(ifaces))
+            self.replace(ifaces)
 
     def _requests(self, ifaces: Sequence[str]) -> list[tuple[int, bytes]]:
         """The (type, payload) of every message: make, so that deleting never fails, delete, make anew with contents."""
         config, name = self._config, string(NFTA_TABLE_NAME, self.table)
-        rules = nflog_rules(config, ifaces, self.nodes, self.owned) if config.rules == "auto" else []
+        rules = nflog_rules(config, ifaces, self.senders, self._bursts) if config.rules == "auto" else []
         rules += guard_rules(ifaces, self.conntrack)
         used = {rule.chain for rule in rules}
         flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
         return [
             (NFT_MSG_NEWTABLE, name), (NFT_MSG_DELTABLE, name), (NFT_MSG_NEWTABLE, name + flags),
-            *((NFT_MSG_NEWSET, self._set(family)) for family in FAMILIES if "shed" in used and self.owned),
+            *(self._sets() if "shed" in used else ()),
             *((NFT_MSG_NEWCHAIN, self._chain(chain)) for chain in CHAINS if chain.name in used),
             *((NFT_MSG_NEWRULE, self._rule(rule)) for rule in rules),
         ]  # fmt: skip
@@ -1677,13 +1728,29 @@ class Firewall(Descriptor):
         batch.append(message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header))
         self._netlink.send(operation, b"".join(batch), last)
 
-    def _set(self, family: Family) -> bytes:
-        return b"".join((
-            string(NFTA_SET_TABLE, self.table), string(NFTA_SET_NAME, f"routers_{family.name}"),
-            be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
-            be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
-            nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS)), be64(NFTA_SET_TIMEOUT, 60_000),
-        ))  # fmt: skip
+    def _sets(self) -> Iterator[tuple[int, bytes]]:
+        """The set of routers' buckets, and those of peers with their elements."""
+        table = string(NFTA_SET_TABLE, self.table)
+        if self._bursts:
+            yield NFT_MSG_NEWSET, b"".join((
+                table, string(NFTA_SET_NAME, "routers"), be32(NFTA_SET_ID, 1),
+                be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
+                be32(NFTA_SET_KEY_TYPE, NFT_TYPE_MARK), be32(NFTA_SET_KEY_LEN, 4),
+                nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS)), be64(NFTA_SET_TIMEOUT, 60_000),
+            ))  # fmt: skip
+        for family in FAMILIES:
+            addresses, name = self.senders.of(family), f"peers_{family.name}"
+            if addresses:
+                yield NFT_MSG_NEWSET, b"".join((
+                    table, string(NFTA_SET_NAME, name), be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, 0),
+                    be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
+                ))  # fmt: skip
+            keys = [nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, address)))
+                    for address in addresses]  # fmt: skip
+            for start in range(0, len(keys), self.ELEMENTS_MAX):
+                elements = nested(NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX])
+                names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(NFTA_SET_ELEM_LIST_SET, name)
+                yield NFT_MSG_NEWSETELEM, names + elements
 
     def _chain(self, chain: Chain) -> bytes:
         payload = string(NFTA_CHAIN_TABLE, self.table) + string(NFTA_CHAIN_NAME, chain.name)
@@ -2220,9 +2287,9 @@ class Arrangement(NamedTuple):
     view: View
 
     @property
-    def copies_to(self) -> frozenset[bytes]:
-        """The addresses of this node that peers send copies to; none while it has no peers."""
-        return self.view.node | self.view.groups if any(self.targets.values()) else frozenset()
+    def senders(self) -> Senders:
+        """Where copies may come from."""
+        return Senders(self.view.peers, self.view.networks.networks + self.view.neighbours.networks)
 
 
 def kernel_source(peer: PeerAddress) -> bytes:
@@ -2520,7 +2587,7 @@ class Service:
     def _open_firewall(self, stack: contextlib.ExitStack) -> None:
         """Install our table; with --rules off it holds the guard only, and it may be missing."""
         try:
-            self._firewall = Firewall(self.config, self.ifaces, nodes=self._arrangement.copies_to)
+            self._firewall = Firewall(self.config, self.ifaces, senders=self._arrangement.senders)
             stack.enter_context(self._firewall)
         except PmtudError as problem:
             if self.config.rules == "auto":
@@ -2585,7 +2652,9 @@ class Service:
         log("info", f"peers: {len(peers)} ({shown})" if peers else f"peers: {nobody}")
         if arrangement.removed:
             log("info", f"own address removed from peers: {', '.join(map(str, arrangement.removed))}")
+        passed = arrangement.senders.rate(config.rate)
         source_rate, rate = (f"{rate:.10g}/s" if rate else "no limit" for rate in (config.source_rate, config.rate))
+        rate += f", {passed}/s for so many peers" if passed < config.rate else ""
         log("info", f"limits: one per flow each {config.flow_interval:g} s, {source_rate} per router, "
             f"{rate} in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
             + ("; dry run: nothing is sent" if config.dry_run else ""))  # fmt: skip
@@ -2620,9 +2689,11 @@ class Service:
         if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
             self._close_outlets()
             self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
-        if self._firewall and self._firewall.nodes != arrangement.copies_to:
-            self._firewall.nodes = arrangement.copies_to
+        if self._firewall and self._firewall.senders != arrangement.senders:
+            self._firewall.senders = arrangement.senders
             self._replace_rules()
+        if self._gathering > 1:  # with more peers fewer errors a turn
+            self._gather()
 
     def _open_outlets(self) -> None:
         """Sockets for the peers of now, for each family that has none; tried again each second where it fails."""
@@ -2679,8 +2750,7 @@ class Service:
     def _tick(self, now: float) -> None:
         """Housekeeping, once a second."""
         self._ticks += 1
-        if self._gathering > 1 and self._recent <= self.BUSY:
-            self._gather(1)
+        self._gather()
         self._recent = 0
         try:
             self._open_outlets()
@@ -2799,8 +2869,8 @@ class Service:
                 continue
             origin, what = decide(error, policy, now)
             name = error.family.name
-            counters.received[name, origin] += 1
             if isinstance(what, Reason):
+                counters.received[name, origin] += 1
                 counters.dropped[what] += 1
                 self._explain_drop(error, what, now)
                 continue
@@ -2809,9 +2879,7 @@ class Service:
             else:
                 what = DELIVER if origin is PEER or self.config.rescue else NOTHING
             acted.append((error, origin, what, rpf))
-        if self.config.dry_run:
-            counters.dropped[Reason.DRY_RUN] += len(acted)
-        else:
+        if not self.config.dry_run:
             for name, bodies in copies.items():
                 self._replicate(name, bodies)
             for error, origin, _, rpf in acted:
@@ -2823,15 +2891,16 @@ class Service:
             counters.batch_duration.observe(time.monotonic() - now)
         self._recent += len(logged)
         if self._recent > self.BUSY and self._gathering == 1:
-            most = max(map(len, self._arrangement.targets.values()), default=0)
-            self._gather(min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+            self._gather()
 
     def _account(self, acted: Sequence[tuple[MtuError, str, str, bool]], now: float) -> None:
         """Count and log what was done, after all of it: a log line costs as much as ten copies."""
         told, dry_run = LOGGER.isEnabledFor(logging.DEBUG), self.config.dry_run
         for error, origin, what, _ in acted:
             self._note(error, origin, now)
+            self.counters.received[error.family.name, origin] += 1
             if dry_run:
+                self.counters.dropped[Reason.DRY_RUN] += 1
                 log("info", f"dry run: would {what}", origin=origin, error=error)
                 continue
             self.counters.acted[what] += 1
@@ -2839,13 +2908,14 @@ class Service:
             if told:
                 log("debug", "error", origin=origin, what=what, error=error)
 
-    def _gather(self, errors: int) -> None:
-        """From now on the kernel hands over this many errors at a time; 1: each at once."""
-        if max(1, errors) == self._gathering:  # with more than BATCH_COPIES peers
-            return
-        with contextlib.suppress(OSError):
-            self._nflog.gather(errors)
-            self._gathering = errors
+    def _gather(self) -> None:
+        """While errors are many, have the kernel hand over as many at a time as a turn may take; else each at once."""
+        most = max(map(len, self._arrangement.targets.values()), default=0)
+        errors = max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most))) if self._recent > self.BUSY else 1
+        if errors != self._gathering:
+            with contextlib.suppress(OSError):
+                self._nflog.gather(errors)
+                self._gathering = errors
 
     def _read_nflog(self) -> list[Logged]:
         """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if that fails."""
@@ -3840,14 +3910,18 @@ def print_rules(config: Config) -> None:
     if not ifaces:
         raise PmtudError("there is no default route; name the interface errors come in on with --iface")
     listed = {source.name: source.load() or () for source in map(open_source, config.peer_sources)}
-    nodes = arrange({"static": config.peers, **listed}, local_addresses(), ()).copies_to
-    rules = [*nflog_rules(config, ifaces, nodes), *guard_rules(ifaces, conntrack=True)]
+    senders = arrange({"static": config.peers, **listed}, local_addresses(), config.ignore_networks).senders
+    rules = [*nflog_rules(config, ifaces, senders), *guard_rules(ifaces, conntrack=True)]
     table = f"table inet pmtud_{config.nflog_group}"
     lines = ["# nftables: `pmtud.py rules | sed '/^}/q' | nft -f -`, then start pmtud.py with --rules off"]
     lines += [table, f"delete {table}", f"{table} {{"]  # in place of what is there, in one transaction
-    for family in FAMILIES if config.rate else ():
-        lines.append(f"\tset routers_{family.name} {{\n\t\ttype {family.name}_addr; size {BUCKETS}; "
-                     "flags dynamic,timeout; timeout 1m;\n\t}")  # fmt: skip
+    if config.rate:
+        lines.append(f"\tset routers {{\n\t\ttype mark; size {BUCKETS}; flags dynamic,timeout; timeout 1m;\n\t}}")
+    for family in FAMILIES:
+        elements = ", ".join(str(ipaddress.ip_address(address)) for address in senders.of(family))
+        if elements and config.rate:
+            kind = f"{family.name}_addr"
+            lines.append(f"\tset peers_{family.name} {{\n\t\ttype {kind}; elements = {{ {elements} }}\n\t}}")
     for chain in CHAINS:
         lines.append(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
         lines += [f"\t\t{rule.text}" for rule in rules if rule.chain == chain.name]

@@ -5997,10 +5997,11 @@ def test_stopped_and_continued(cluster: Cluster) -> None:
 
 
 def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
-    """`ulimit -v` leaves 512 MB: a spoofed flood, scrapes and everything else stay within it."""
+    """`ulimit -v` leaves 512 MB: a spoofed flood that fills every table stays within it, scrapes and all."""
     node = cluster.nodes[ingress(cluster, 4)]
     start = ("sh", "-c", 'ulimit -v 524288; exec "$0" "$@"')
-    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, *UNLIMITED, start=start) as processes:
+    remember = ("--flow-interval", "60", "--source-rate", "1000000", "--rate", "1000000000")
+    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, *remember, start=start) as processes:
         process = processes[cluster.nodes.index(node)]
         flood = [mtu_error(V4, src=f"198.{18 + n % 2}.{n // 256 % 256}.{n % 256}", dst="10.96.0.1",
                            quoted_src="10.96.0.1", quoted_dst="10.9.0.1", transport=tcp_start(80, n % 65536))
@@ -6010,6 +6011,43 @@ def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
         assert poll(lambda: total(metrics(node), "pmtud_received_total") > 1000, 5)
         assert usage(process)["VmRSS"] < 128 << 10
         assert_served(cluster)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_flood_at_a_nodes_own_address_leaves_room_for_copies(cluster: Cluster, family: int) -> None:
+    """The kernel tells copies by who sends them: 50,000 errors of strangers cost not one of ten copies its place."""
+    node, own = cluster.nodes[0], Cluster.node_address(1, family)
+    net, copies = (V4, V6)[family == 6], flow_errors(family, src=Cluster.node_address(2, family), dst=own)
+    junk = [mtu_error(net, src=str(ip_address(int(ip_address({4: "198.18.0.0", 6: "2001:db8:bad::"}[family])) + n)),
+                      dst=own, quoted_src=Cluster.vip("host", family), transport=tcp_start(80, n)) for n in range(5000)]
+    with daemons([node], "--peers", PEER_LISTS[family]):
+        with Frames(cluster.fabric, f"to-{node.name}", node, "eth0") as frames:
+            for copy in copies[:10]:
+                frames.send(junk)
+                frames.send([copy])
+        name = f'pmtud_received_total{{family="ipv{family}",origin="peer"}}'
+        assert poll(lambda: metrics(node)[name] >= 10, 5), metrics(node)
+        samples = metrics(node)
+        assert samples[name] == 10
+        assert samples[name.replace("peer", "router")] < 5000
+
+
+def test_as_many_peers_as_there_may_be(tmp_path: Path) -> None:
+    """16,384 of each family are in the kernel's sets, in one transaction, and in as many headers; then fewer are."""
+    path, most = tmp_path / "peers", pmtud.PEERS_MAX
+    four, six = (ip_address(text) for text in ("10.64.0.1", "fd64::1"))
+    path.write_text("\n".join(str((four if n % 2 else six) + n) for n in range(most)))
+    with Net() as net:
+        node = net.host("node")
+        node.ip("link add eth0 type veth peer name far", "link set far up", "addr add 10.0.0.11/8 dev eth0",
+                "addr add fd00::11/8 dev eth0 nodad", "link set eth0 up", "route add default via 10.0.0.1")  # fmt: skip
+        process = daemon(node, "--peers", f"file:{path}")
+        rules = node.run("nft", "list", "ruleset")
+        assert (len(re.findall(r"10\.64\.\d+\.\d+", rules)), len(re.findall("fd64::", rules))) == (most // 2,) * 2
+        assert f"limit rate {pmtud.COPIES_PER_SECOND // (most // 2)}/second" in rules
+        path.write_text("10.64.0.1")
+        assert poll(lambda: "fd64::" not in node.run("nft", "list", "ruleset"), 5)
+        assert process.stop() == 0
 
 
 STEPPED_CLOCK = """
@@ -8219,17 +8257,18 @@ def bench_flood(net: BenchNet, seconds: float) -> None:
     """With default limits and strict rp_filter, so that only pmtud can rescue; last without our rules."""
     one = net.contenders["pmtud"]
     one.node.sysctls({f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")})
-    print("   sources    errors/s  core < 5 %    memory   rescued within 3 s: router's, peer's copy  slowest")
-    for rules, kinds in (("auto", (1, 1000, 0)), ("off", (0,))):
-        process = net.start(one, 3, "--metrics-port=0", f"--rules={rules}")
+    print("   peers  sources    errors/s  core < 5 %    memory   rescued within 3 s: router's, peer's copy  slowest")
+    for peers, rules, kinds in ((3, "auto", (1, 1000, 0)), (1000, "auto", (1000,)), (3, "off", (0,))):
+        process = net.start(one, peers, "--metrics-port=0", f"--rules={rules}")
         if rules == "off":
             one.node.run("nft", "-f", "-", input=FLOOR_RULES.format(33))
         for sources in kinds:
             got = flood(net, one, process, sources, 4.5)
             saved = [sum(t <= 3 for t in times) for times in (got.rescues, got.copies)]
-            print(f"   {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}   {got.resident:4.1f} MB   "
+            good = saved == [5, 5] and (got.core < 0.05 or peers > 100)  # with more peers a third of a core is meant
+            print(f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  {got.resident:5.1f} MB  "
                   f"{saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} {max(got.rescues):29.2f} s  "
-                  + (mark(got.core < 0.05 and saved == [5, 5]) if rules == "auto" else "--rules off"))  # fmt: skip
+                  + (mark(good) if rules == "auto" else "--rules off"))  # fmt: skip
         net.stop(one, process)
 
 
