@@ -1526,7 +1526,7 @@ def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
     return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
 
 
-BUCKETS = 1 << 15  # routers are told apart by a hash of their addresses, with a seed nobody knows: no set is ever full
+BUCKETS = 1 << 16  # routers are told apart by a hash of their addresses, with a seed nobody knows: no set is ever full
 COPIES_PER_SECOND = 100_000  # that one node should send: a third of a core; with more than 100 peers fewer errors pass
 
 

@@ -8266,8 +8266,8 @@ def bench_flood(net: BenchNet, seconds: float) -> None:
             got = flood(net, one, process, sources, 4.5)
             saved = [sum(t <= 3 for t in times) for times in (got.rescues, got.copies)]
             good = saved == [5, 5] and (got.core < 0.05 or peers > 100)  # with more peers a third of a core is meant
-            print(f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  {got.resident:5.1f} MB  "
-                  f"{saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} {max(got.rescues):29.2f} s  "
+            print(f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  {got.resident:5.1f} MB"
+                  f"  {saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} {max(got.rescues):29.2f} s  "
                   + (mark(good) if rules == "auto" else "--rules off"))  # fmt: skip
         net.stop(one, process)
 
