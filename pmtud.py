@@ -24,7 +24,7 @@ right one. Either way the connection hangs and nobody logs why. This program run
 
 Delivery sends the error again from this node, with outer destination = quoted source (the VIP).
 That passes through OUTPUT: conntrack sees it as RELATED and NAT takes it to the pod behind the
-VIP, and locally generated packets are exempt from rp_filter. The guard, three nftables rules on
+VIP, and locally generated packets are exempt from rp_filter. The guard, a few nftables rules on
 our mark, drops what this node does not own before it can leave.
 
 What it promises: an error is replicated once, by the node a router sent it to, never by a node

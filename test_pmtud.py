@@ -2,6 +2,7 @@
 """Everything that proves pmtud.py, on real kernel traffic in network namespaces.
 
     sudo python3 test_pmtud.py               all tests (arguments are pytest's: -k udp, -x, -v)
+    python3 test_pmtud.py unit               those that need no cluster (with another Python: PMTUD_VENV=DIR)
     sudo python3 test_pmtud.py lab           the MTU lab, told step by step (--keep, --only 2.4, --no-color)
     sudo python3 test_pmtud.py bench         how fast, against a C floor in the same run (--only fanout)
 
@@ -18,10 +19,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "pmtud.py"
-VENV = HERE / ".venv"
+VENV = Path(os.environ.get("PMTUD_VENV", HERE / ".venv"))
 REQUIREMENTS = ("pytest>=8,<10", "hypothesis>=6,<7", "scapy>=2.5,<3", "prometheus-client>=0.16,<1",
                 "kubernetes-validate==1.37.0", "PyYAML>=6,<7",
-                'atheris>=2.3,<4; platform_machine == "x86_64" and python_version < "3.14"')  # what it has wheels for
+                'atheris>=2.3,<4; platform_machine == "x86_64" and python_version >= "3.11"'  # it has wheels for these
+                ' and python_version < "3.14"')
 
 
 def prepare() -> None:
@@ -4091,6 +4093,14 @@ def test_summary_of_the_last_minute(cluster: Cluster) -> None:
     assert sum(int(n) for line in lines for n in re.findall(r" received=(\d+)", line)) == ERRORS
     assert sum(int(n) for line in lines for n in re.findall(r" copies=(\d+)", line)) == ERRORS * 2
     assert process.stop() == 0
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_every_python_passes_the_unit_tests(python: str) -> None:
+    """Each in a virtual environment of its own, which stays for the next time."""
+    environ = {**os.environ, "PMTUD_VENV": str(VENV / f"units-{Path(python).name}")}
+    done = subprocess.run([python, __file__, "unit", "-x"], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"^\d+ passed", done.stdout, re.M), done.stdout[-4000:] + done.stderr
 
 
 @pytest.mark.parametrize("python", interpreters())
@@ -8486,15 +8496,25 @@ class Verdict:
             session.exitstatus = session.exitstatus or 1
 
 
+class Units:
+    """A pytest plugin for `unit`: what stands above the first test that needs a namespace."""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave the others out."""
+        end = Path(__file__).read_text().partition("# Section: namespaces")[0].count("\n")
+        items[:] = [item for item in items if (item.reportinfo()[1] or 0) < end]
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the lab, the bench, or the tests."""
     if argv[:1] == ["lab"]:
         return lab(argv[1:])
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
+    unit, argv = argv[:1] == ["unit"], argv[argv[:1] == ["unit"] :]
     options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning",
                "-W", "ignore::pytest.PytestAssertRewriteWarning", str(Path(__file__)), *argv]
-    return int(pytest.main(options, plugins=[Verdict()]))
+    return int(pytest.main(options, plugins=[Verdict(), *([Units()] if unit else [])]))
 
 
 if __name__ == "__main__":
