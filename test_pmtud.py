@@ -5993,15 +5993,15 @@ def test_sighup_storm(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_stopped_and_continued(cluster: Cluster) -> None:
-    """SIGSTOP: what came meanwhile waits in the kernel and is acted on at SIGCONT; the flows it is about recover."""
+    """SIGSTOP for 30 s: what came meanwhile waits in the kernel and is acted on at SIGCONT; its flows recover."""
     with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
         for process in processes:
             os.kill(process.pid, signal.SIGSTOP)
         assert len(cluster.download("pod", deadline=1.0)) < 23
         for process in processes:
-            threading.Timer(2.0, os.kill, (process.pid, signal.SIGCONT)).start()
+            threading.Timer(30.0, os.kill, (process.pid, signal.SIGCONT)).start()
         cluster.flush()
-        assert len(cluster.download("pod", deadline=8.0)) == 23  # begun while we were stopped
+        assert len(cluster.download("pod", deadline=40.0)) == 23  # begun while we were stopped
         assert all(get(node, "/healthz")[0] == "200" for node in cluster.nodes)
         assert_served(cluster)
 
