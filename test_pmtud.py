@@ -6096,6 +6096,9 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "Conntrack comes into use after us": (test_conntrack_that_comes_later_is_noticed,),
     "The conntrack table is full": (test_conntrack_table_full,),
     "A peer file is missing or bad": (test_file_source_failing_in_each_way, test_start_failures_are_one_line),
+    "DNS or the API server fails: no answer, SERVFAIL, garbage, 410, 429, a stall": (
+        test_peers_follow_dns, test_an_hour_without_the_api_changes_nothing, test_kube_source_lists_again_after_410,
+        test_kube_source_waits_as_long_as_the_server_wants, test_kube_source_gives_a_stalled_answer_up),
     "The metrics port is taken": (test_metrics_port_of_another_program, test_metrics_port_taken),
     "Slow, huge or many HTTP clients": (test_http_clients_that_mean_no_good, test_slowloris),
     "Standard error is closed, or nobody reads it": (
