@@ -940,10 +940,10 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
-        """Count a value that came so many times."""
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.sum += value * times
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
     def cumulative(self) -> list[tuple[str, float]]:
         """The (le, count) pairs Prometheus expects."""
@@ -1108,10 +1108,11 @@ class Formatter(logging.Formatter):
 
 def log(level: str, text: str, **fields: object) -> None:
     """One line on standard error."""
-    if not LOGGER.isEnabledFor(getattr(logging, level.upper())):
+    number = getattr(logging, level.upper())
+    if not LOGGER.isEnabledFor(number):
         return
     plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in fields.items()}
-    LOGGER.log(getattr(logging, level.upper()), text, extra={"fields": plain})
+    LOGGER.log(number, text, extra={"fields": plain})
 
 
 class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]  # subscriptable from Python 3.11 on
@@ -1555,7 +1556,7 @@ def load_source(family: Family) -> bytes:
     return is_ours + load("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
 
 
-def burst_rule(chain: str, family: Family, per_second: int) -> Rule:
+def burst_rule(family: Family, per_second: int) -> Rule:
     """What lets a genuine router through a flood that has used up everybody's budget: its errors come in bursts.
 
     An error passes if it is the fourth or later of a burst, and one of ten a minute of its bucket. Of 350,000 errors a
@@ -1570,7 +1571,7 @@ def burst_rule(chain: str, family: Family, per_second: int) -> Rule:
     text = (f"update @routers {{ jhash {family.nft} saddr mod {BUCKETS} "
             "limit rate over 100/second burst 3 packets limit rate 10/minute burst 10 packets } "
             f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors")  # fmt: skip
-    return Rule(chain, text, load_source(family) + bucket + update
+    return Rule("shed", text, load_source(family) + bucket + update
                 + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
 
 
@@ -1596,8 +1597,7 @@ def shed_rules(rate: int, senders: Senders, bursts: bool) -> list[Rule]:
     for chain in ("copies_in", "shed"):
         text = f"limit rate {rate}/second burst {rate} packets goto mtu_errors"
         rules.append(Rule(chain, text, limit_rate(rate, 1, rate) + verdict(NFT_GOTO, "mtu_errors")))
-        rules += [burst_rule(chain, family, max(50, rate // 4)) for family in FAMILIES if bursts and chain == "shed"]
-    return rules
+    return rules + [burst_rule(family, max(50, rate // 4)) for family in FAMILIES if bursts]
 
 
 def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts: bool = True) -> list[Rule]:
