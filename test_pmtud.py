@@ -2692,7 +2692,7 @@ ERRORS = 23
 
 def daemon(host: Host, *options: str) -> Process:
     """pmtud.py running in a host; errors are handled from when this returns."""
-    process = host.start(sys.executable, "-W", "error", str(PROGRAM), *options)
+    process = host.start(sys.executable, "-Werror", str(PROGRAM), *options)
     process.wait_for("limits:")
     return process
 
@@ -3557,6 +3557,38 @@ def test_a_bridge_port_is_pointed_out() -> None:
         assert process.stop() == 0
 
 
+# How a shell, in a folder where a stranger put a module, starts the daemon, and whether it sheds its syntax tree
+STARTS = [
+    ('exec "$0" {}', True),
+    ('exec "$0" -I -Xutf8 {}', True),
+    ('ln -s {} ../daemon.py; exec "$0" ../daemon.py', True),
+    ('export PYTHONPATH=/dev/null; exec "$0" {}', True),
+    ('exec "$0" -X utf8 {}', False),
+    ('cd $(dirname {}); exec "$0" -m pmtud', False),
+    ('echo "print(1)" >-; exec "$0" -I - <{}', False),
+    ('exec "$0" <(cat {})', False),
+]
+
+
+@pytest.mark.parametrize("command,sheds", STARTS)
+def test_the_syntax_tree_of_the_script_is_shed(command: str, sheds: bool, tmp_path: Path) -> None:
+    """The same process, its interpreter's flags and its options; 5 MB less at least; no module of a stranger."""
+    (folder := tmp_path / "cwd").mkdir()
+    (folder / "argparse.py").write_text("print('a stranger')")
+    options, script = ["--iface=lo", "--metrics-port=0"], shlex.quote(str(PROGRAM))
+    with Net() as net:
+        kept = net.host("kept").start(sys.executable, "-W", "ignore", str(PROGRAM), *options)
+        kept.wait_for("limits:")
+        line = f'cd {folder}; {command.format(script)} "$@"'
+        process = net.host("shed").start("bash", "-c", line, sys.executable, *options, "--nodename=a-b'\"\\")
+        process.wait_for("pmtud 0.1.0 on a-b'\"\\:")
+        process.wait_for("limits:")
+        words = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
+        assert (pmtud.RUN_SCRIPT in words) == sheds and process.pid != kept.pid
+        assert (usage(process)["VmRSS"] + 5000 < usage(kept)["VmRSS"]) == sheds or "-m pmtud" in line
+        assert process.stop() == kept.stop() == 0 and "stranger" not in process.output()
+
+
 class NotifySocket:
     """Where a service manager listens; what it was told."""
 
@@ -4106,7 +4138,7 @@ def test_every_python_passes_the_unit_tests(python: str) -> None:
 @pytest.mark.parametrize("python", interpreters())
 def test_every_python_does_the_whole_job(cluster: Cluster, python: str) -> None:
     """Both families and every kind of service, without one warning."""
-    processes = [node.start(python, "-W", "error", str(PROGRAM), "--peers", ALL_PEERS) for node in cluster.nodes]
+    processes = [node.start(python, "-Werror", str(PROGRAM), "--peers", ALL_PEERS) for node in cluster.nodes]
     for process in processes:
         process.wait_for("limits:")
     finished = [len(cluster.download(service, family)) for family, service in CASES]
