@@ -1552,7 +1552,11 @@ def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
     return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
 
 
-BUCKETS = 1 << 16  # routers are told apart by a hash of their addresses, with a seed nobody knows: no set is ever full
+# Routers are told apart by two hashes of their addresses, with seeds nobody knows, so that no set of them is ever full.
+# Where 1,000 are loud, one genuine router in 65 shares a bucket with one of them, and one in 4,000 both its buckets.
+BUCKETS = 1 << 16
+BUCKET_OFFSETS = (0, BUCKETS)
+BUCKETS_MAX = 2 * BUCKETS
 COPIES_PER_SECOND = 100_000  # that one node should send: a third of a core; with more than 100 peers fewer errors pass
 
 
@@ -1581,20 +1585,21 @@ def load_source(family: Family) -> bytes:
     return is_ours + load("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
 
 
-def burst_rule(family: Family, per_second: int) -> Rule:
+def burst_rule(family: Family, offset: int, per_second: int) -> Rule:
     """What lets a genuine router through a flood that has used up everybody's budget: its errors come in bursts.
 
     An error passes if it is the fourth or later of a burst, and one of ten a minute of its bucket. Of 350,000 errors a
     second from random sources next to none has that shape; one loud source, or 1,000, soon use up their own buckets.
     """
     burst = limit_rate(100, 1, 3, NFT_LIMIT_F_INV) + limit_rate(10, 60, 10)
-    bucket = expression("hash", *(be32(number, value) for number, value in
-                                  enumerate((NFT_REG_1, NFT_REG_1, family.address_len, BUCKETS), 1)))  # fmt: skip
+    numbers = {1: NFT_REG_1, 2: NFT_REG_1, 3: family.address_len, 4: BUCKETS, 6: offset}  # enum nft_hash_attributes
+    bucket = expression("hash", *(be32(kind, number) for kind, number in numbers.items()))
     update = expression("dynset", string(NFTA_DYNSET_SET_NAME, "routers"),
                         be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE), be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
                         be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR), nested(NFTA_DYNSET_EXPRESSIONS, burst))  # fmt: skip
-    text = (f"update @routers {{ jhash {family.nft} saddr mod {BUCKETS} "
-            "limit rate over 100/second burst 3 packets limit rate 10/minute burst 10 packets } "
+    key = f"jhash {family.nft} saddr mod {BUCKETS}" + (f" offset {offset}" if offset else "")
+    text = (f"update @routers {{ {key} limit rate over 100/second burst 3 packets "
+            "limit rate 10/minute burst 10 packets } "
             f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors")  # fmt: skip
     return Rule("shed", text, load_source(family) + bucket + update
                 + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
@@ -1617,12 +1622,17 @@ def sender_rules(senders: Senders) -> Iterator[Rule]:
 
 
 def shed_rules(rate: int, senders: Senders, bursts: bool) -> list[Rule]:
-    """The kernel sheds a flood for next to nothing."""
+    """The kernel sheds a flood for next to nothing.
+
+    A quarter of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit would be used up.
+    """
+    kinds = [(family, offset) for offset in BUCKET_OFFSETS for family in FAMILIES if bursts]
+    share = max(25, rate // 16)  # of each kind; 1,000 peers leave a rate of 100
     rules = [*sender_rules(senders)]
-    for chain in ("copies_in", "shed"):
-        text = f"limit rate {rate}/second burst {rate} packets goto mtu_errors"
-        rules.append(Rule(chain, text, limit_rate(rate, 1, rate) + verdict(NFT_GOTO, "mtu_errors")))
-    return rules + [burst_rule(family, max(50, rate // 4)) for family in FAMILIES if bursts]
+    for chain, own in (("copies_in", rate), ("shed", max(rate - share * len(kinds), rate // 2, 1))):
+        text = f"limit rate {own}/second burst {own} packets goto mtu_errors"
+        rules.append(Rule(chain, text, limit_rate(own, 1, own) + verdict(NFT_GOTO, "mtu_errors")))
+    return rules + [burst_rule(*kind, share) for kind in kinds]
 
 
 def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts: bool = True) -> list[Rule]:
@@ -1761,7 +1771,7 @@ class Firewall(Descriptor):
                 table, string(NFTA_SET_NAME, "routers"), be32(NFTA_SET_ID, 1),
                 be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
                 be32(NFTA_SET_KEY_TYPE, NFT_TYPE_MARK), be32(NFTA_SET_KEY_LEN, 4),
-                nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS)), be64(NFTA_SET_TIMEOUT, 60_000),
+                nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS_MAX)), be64(NFTA_SET_TIMEOUT, 60_000),
             ))  # fmt: skip
         for family in FAMILIES:
             addresses, name = self.senders.of(family), f"peers_{family.name}"
@@ -3941,7 +3951,7 @@ def print_rules(config: Config) -> None:
     lines = ["# nftables: `pmtud.py rules | sed '/^}/q' | nft -f -`, then start pmtud.py with --rules off"]
     lines += [table, f"delete {table}", f"{table} {{"]  # in place of what is there, in one transaction
     if config.rate:
-        lines.append(f"\tset routers {{\n\t\ttype mark; size {BUCKETS}; flags dynamic,timeout; timeout 1m;\n\t}}")
+        lines.append(f"\tset routers {{\n\t\ttype mark; size {BUCKETS_MAX}; flags dynamic,timeout; timeout 1m;\n\t}}")
     for family in FAMILIES:
         elements = ", ".join(str(ipaddress.ip_address(address)) for address in senders.of(family))
         if elements and config.rate:

@@ -8298,6 +8298,26 @@ def flood(net: BenchNet, one: Contender, process: Process, sources: int, seconds
                  [f.result() for f in routers], [f.result() for f in peers])  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def flooded() -> Iterator[tuple[BenchNet, Contender, Process]]:
+    """A node under strict reverse path filtering, with three peers and default limits."""
+    with BenchNet(["pmtud"]) as net:
+        one = net.contenders["pmtud"]
+        one.node.sysctls({f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")})
+        assert rescue(net, one, 1, RETRANSMISSIONS) == 9.0, "rescued without pmtud"
+        yield net, one, net.start(one, 3, "--log-level=info")
+
+
+@pytest.mark.parametrize("sources", [1, 1000, 0])
+def test_genuine_routers_are_heard_in_a_flood(flooded: tuple[BenchNet, Contender, Process], sources: int) -> None:
+    """One loud router, 1,000 or any number: five others and a peer get through, and use no budget of the daemon's."""
+    net, one, process = flooded
+    got = flood(net, one, process, sources, 4.5)
+    assert max(got.rescues) < 3 and max(got.copies) < 3, got
+    assert total(metrics(one.node), "pmtud_received_total") < 0.1 * got.rate
+    assert drops(metrics(one.node)).get("limited_total", 0) == 0
+
+
 def bench_flood(net: BenchNet, seconds: float) -> None:
     """With default limits and strict rp_filter, so that only pmtud can rescue; last without our rules."""
     one = net.contenders["pmtud"]
