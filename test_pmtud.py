@@ -1906,6 +1906,17 @@ def test_help_and_version() -> None:
     assert (version.returncode, version.stdout) == (0, f"pmtud {pmtud.__version__}\n")
 
 
+@pytest.mark.parametrize("rate", [1, 10, 100, 1000, 100_000])
+def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> None:
+    """Or a flood would use up the daemon's own limit; where the rate is low a few bursts more must come through."""
+    texts = [rule.text for rule in pmtud.shed_rules(rate, pmtud.NOBODY, bursts=True) if rule.chain == "shed"]
+    first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
+    assert len(bursts) == 4 and min(bursts) >= 25 and first >= max(1, rate // 2)
+    assert first + sum(bursts) == rate or rate < 200
+    (alone,) = (rule.text for rule in pmtud.shed_rules(rate, pmtud.NOBODY, bursts=False) if rule.chain == "shed")
+    assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
+
+
 def test_rules_without_a_default_route(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(pmtud, "default_route_interfaces", lambda: ())
     assert pmtud.main(["rules"]) == 1
