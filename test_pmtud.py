@@ -3759,9 +3759,13 @@ class Booted:
 
     def manager(self) -> int:
         """The process id of systemd, 0 before it is there."""
-        pids = self._host.run("sh", "-c", "ip netns pids " + self._host.namespace).split()
-        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids if Path(f"/proc/{pid}").exists()}
-        return next((int(pid) for pid, name in names.items() if name == "systemd"), 0)
+        return next((pid for pid, name in self._processes("comm") if name == "systemd\n"), 0)
+
+    def _processes(self, what: str) -> Iterator[tuple[int, str]]:
+        """Process ids and this file of theirs in /proc."""
+        for pid in self._host.run("sh", "-c", "ip netns pids " + self._host.namespace).split():
+            with suppress(OSError):  # gone meanwhile
+                yield int(pid), Path(f"/proc/{pid}/{what}").read_text()
 
     def systemctl(self, *words: str) -> str:
         """What systemctl, run in there, prints."""
@@ -3778,9 +3782,7 @@ class Booted:
 
     def daemon(self) -> int:
         """The daemon's process id as this machine counts."""
-        pids = self._host.run("sh", "-c", "ip netns pids " + self._host.namespace).split()
-        words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists()}
-        return next((int(pid) for pid, line in words.items() if line.startswith("/usr/bin/python3")), 0)
+        return next((pid for pid, line in self._processes("cmdline") if line.startswith("/usr/bin/python3")), 0)
 
     def close(self) -> None:
         """End it and remove its control group."""
