@@ -4105,6 +4105,25 @@ pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
 """
 
 
+TAKEN_SOCKET = BROKEN_SOCKET.replace("        return super().read()", """        return super().read()
+    def close(self):
+        super().close()
+        self.other = Breaking.__mro__[1](33)""").replace("pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)",
+                                                         "sys.exit(pmtud.main())")  # fmt: skip
+
+
+def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Cluster) -> None:
+    """Exit 1 and one line; a service manager starts it again."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    process = node.start(sys.executable, "-c", TAKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process.wait_for("limits:")
+    inject(cluster.router, 4, flow_errors(4, count=1))
+    assert poll(lambda: process.returncode() is not None, 5), process.output()
+    last = process.output().splitlines()[-1]
+    assert process.returncode() == 1 and last.startswith("pmtud: NFLOG group 33 is taken by port id"), process.output()
+    assert "pmtud" not in node.run("nft", "list", "tables")
+
+
 def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
     """The daemon goes on with a new socket; what had arrived by then is gone."""
     node = cluster.nodes[ingress(cluster, 4)]
@@ -6133,7 +6152,8 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "A copy is larger than the path to a peer": (test_copies_larger_than_the_path_to_a_peer,),
     "The send buffer is full": (test_queues_full_of_copies_nobody_takes,),
     "Errors come faster than we read": (test_nflog_overrun_is_counted_exactly,),
-    "The NFLOG socket breaks": (test_a_broken_nflog_socket_is_opened_again,),
+    "The NFLOG socket breaks": (test_a_broken_nflog_socket_is_opened_again,
+                                test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon),
     "Another process wants our NFLOG group": (
         test_another_process_wants_the_group, test_second_daemon_names_the_holder),
     "`nft flush ruleset`, a firewall reload": (
@@ -8167,9 +8187,8 @@ class BenchNet(Net):
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system time of a process so far, by its CPU clock (clock_getcpuclockid(3)): /proc counts in 10 ms."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def resident_mb(pid: int) -> float:
