@@ -1911,8 +1911,8 @@ def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> N
     """Or a flood would use up the daemon's own limit; where the rate is low a few bursts more must come through."""
     texts = [rule.text for rule in pmtud.shed_rules(rate, pmtud.NOBODY, bursts=True) if rule.chain == "shed"]
     first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
-    assert len(bursts) == 4 and min(bursts) >= 25 and first >= max(1, rate // 2)
-    assert first + sum(bursts) == rate or rate < 200
+    assert len(bursts) == 4 and min(bursts) >= min(25, max(1, rate // 4)) and first >= max(1, rate // 2)
+    assert first + sum(bursts) == rate or (rate < 200 and first + sum(bursts[::2]) <= max(3, rate))  # of one family
     (alone,) = (rule.text for rule in pmtud.shed_rules(rate, pmtud.NOBODY, bursts=False) if rule.chain == "shed")
     assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
 
@@ -3572,7 +3572,10 @@ def test_a_bridge_port_is_pointed_out() -> None:
 STARTS = [
     ('exec "$0" {}', True),
     ('exec "$0" -I -Xutf8 {}', True),
-    ('ln -s {} ../daemon.py; exec "$0" ../daemon.py', True),
+    ('ln -s {} daemon.py; exec "$0" daemon.py', True),
+    ('mkdir ../app; cp {} ../app/__main__.py; "$0" -I -m zipapp ../app -o ../app.pyz; exec "$0" ../app.pyz', False),
+    ('exec "$0" -- {}', False),
+    ('exec "$0" -SI {}', False),
     ('export PYTHONPATH=/dev/null; exec "$0" {}', True),
     ('exec "$0" -X utf8 {}', False),
     ('cd $(dirname {}); exec "$0" -m pmtud', False),
@@ -4698,7 +4701,7 @@ def test_rules_of_the_operator(node: Host) -> None:
     bad = diagnose(node, "--rules", "off")
     assert bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33" and bad.code == 2
     assert bad.of("guard")["status"] == "FAIL"
-    assert bad.of("nflog_rule")["fix"] == f"python3 {PROGRAM} rules | sed '/^}}/q' | nft -f -" == bad.of("guard")["fix"]
+    assert bad.of("nflog_rule")["fix"] == f"python3 {PROGRAM} rules | sed -n '1,/^}}/p' | nft -f -" == bad.of("guard")["fix"]
     run_fix(node, bad.of("nflog_rule"))
     good = diagnose(node, "--rules", "off")
     assert good.of("nflog_rule")["status"] == good.of("guard")["status"] == "OK"
