@@ -3599,7 +3599,7 @@ def test_the_syntax_tree_of_the_script_is_shed(command: str, sheds: bool, tmp_pa
         process.wait_for("limits:")
         words = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
         assert (pmtud.RUN_SCRIPT in words) == sheds and process.pid != kept.pid
-        assert (usage(process)["VmRSS"] + 5000 < usage(kept)["VmRSS"]) == sheds or "-m pmtud" in line
+        assert (usage(process)["VmRSS"] + 5000 < usage(kept)["VmRSS"]) == sheds or " -m " in line  # a module has none
         assert process.stop() == kept.stop() == 0 and "stranger" not in process.output()
 
 
@@ -4701,7 +4701,8 @@ def test_rules_of_the_operator(node: Host) -> None:
     bad = diagnose(node, "--rules", "off")
     assert bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33" and bad.code == 2
     assert bad.of("guard")["status"] == "FAIL"
-    assert bad.of("nflog_rule")["fix"] == f"python3 {PROGRAM} rules | sed -n '1,/^}}/p' | nft -f -" == bad.of("guard")["fix"]
+    paste = f"python3 {PROGRAM} rules | sed -n '1,/^}}/p' | nft -f -"
+    assert bad.of("nflog_rule")["fix"] == paste == bad.of("guard")["fix"]
     run_fix(node, bad.of("nflog_rule"))
     good = diagnose(node, "--rules", "off")
     assert good.of("nflog_rule")["status"] == good.of("guard")["status"] == "OK"
