@@ -1627,12 +1627,12 @@ def sender_rules(senders: Senders) -> Iterator[Rule]:
 def shed_rules(rate: int, senders: Senders, bursts: bool) -> list[Rule]:
     """The kernel sheds a flood for next to nothing.
 
-    A quarter of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit would be used up.
+    Part of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit would be used up.
     """
     kinds = [(family, offset) for offset in BUCKET_OFFSETS for family in FAMILIES if bursts]
     share = min(max(25, rate // 16), max(1, rate // 4))  # of each kind; 1,000 peers leave a rate of 100
     rules = [*sender_rules(senders)]
-    for chain, own in (("copies_in", rate), ("shed", max(rate - share * len(kinds), rate // 2, 1))):
+    for chain, own in (("copies_in", rate), ("shed", max(1, rate - share * len(kinds) // len(FAMILIES)))):
         text = f"limit rate {own}/second burst {own} packets goto mtu_errors"
         rules.append(Rule(chain, text, limit_rate(own, 1, own) + verdict(NFT_GOTO, "mtu_errors")))
     return rules + [burst_rule(*kind, share) for kind in kinds]
