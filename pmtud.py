@@ -164,7 +164,10 @@ NFLOG_PACKET, NFLOG_CONFIG = NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET, NFNL_SUB
 NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
 NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
-NF_IP_PRI_RAW, NF_IP_PRI_MANGLE = -300, -150  # conntrack sits between them, at -200
+# Of hooks with equal priority the one registered last runs first, so at the usual ones (raw -300, mangle -150) others
+# get before us: a filter that drops an error, a rule that overwrites our mark.
+NF_IP_PRI_BEFORE_RAW = -399  # directly behind defragmentation, NF_IP_PRI_CONNTRACK_DEFRAG
+NF_IP_PRI_BEHIND_CONNTRACK = -199  # NF_IP_PRI_CONNTRACK is -200, NAT of destinations -100
 NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 2, 3, 6
 NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM = 9, 12
 NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = 1, 2, 3, 1
@@ -184,10 +187,11 @@ NFTA_LIST_ELEM, NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 1, 2
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
 NFT_REG_VERDICT, NFT_REG_1 = 0, 1
 NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = 3, 6, 7, 15, 16
+NFT_META_PKTTYPE, PACKET_HOST = 19, 0  # and linux/if_packet.h
 NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
 NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
 NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF = 1, 2, 8
-NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_DST_NAT = 0, 2, 1 << 2, 1 << 5
+NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_SRC_NAT, IPS_DST_NAT = 0, 2, 1 << 2, 1 << 4, 1 << 5
 NFT_CMP_EQ, NFT_CMP_NEQ = 0, 1
 RTN_UNICAST, RTN_LOCAL = 1, 2
 IFNAMSIZ = 16
@@ -204,7 +208,9 @@ RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, int
 
 # asm-generic/socket.h, linux/in.h, linux/icmp.h, linux/in6.h, linux/icmpv6.h
 SO_MARK, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 36, 32, 33
-IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DONT, IP_TRANSPARENT = 10, 23, 0, 19
+IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DONT, IP_TRANSPARENT, IP_NODEFRAG = 10, 23, 0, 19, 22
+IP_PKTINFO, IPV6_HDRINCL = 8, 36
+IN_PKTINFO = struct.Struct("=I4s4s")  # struct in_pktinfo: interface index, source, destination
 SOL_RAW, ICMP_FILTER = 255, 1
 ICMP6_FILTER = 1
 
@@ -216,6 +222,9 @@ IPV4_HEADER_LEN = 20
 IPV4_OFFSET_MASK, IPV4_MORE_FRAGMENTS = 0x1FFF, 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
+IPV4_HEAD = struct.Struct("!BBHHHBBH4s4s")  # all of it: version+IHL, TOS, length, id, fragment, TTL, protocol, sum, addresses
+IPV6_HEAD = struct.Struct("!IHBB16s16s")  # version+class+label, payload length, next header, hop limit, addresses
+HOP_LIMIT = 64  # of deliveries, which go no further than a pod
 IPV6_EXTENSIONS_MAX = 8  # RFC 8200 section 4.1 recommends an order of at most 7 headers
 HOPOPTS, ROUTING, FRAGMENT, AUTH, DSTOPTS = 0, 43, 44, 51, 60
 IPV6_FRAGMENT = struct.Struct("!BxH4x")  # next header, offset (13 bits) + reserved + more flag
@@ -486,6 +495,17 @@ def ipv6_header(packet: bytes, at: int, end: int) -> Optional[IPHeader]:
     return None
 
 
+def ipv4_head(src: bytes, dst: bytes, icmp: bytes) -> bytes:
+    """An IPv4 header for this ICMP message; a raw socket adds length, id and checksum (raw(7))."""
+    first = 4 << 4 | IPV4_HEADER_LEN // 4
+    return IPV4_HEAD.pack(first, 0, 0, 0, 0, HOP_LIMIT, socket.IPPROTO_ICMP, 0, src, dst)
+
+
+def ipv6_head(src: bytes, dst: bytes, icmp: bytes) -> bytes:
+    """An IPv6 header for this ICMP message."""
+    return IPV6_HEAD.pack(6 << 28, len(icmp), socket.IPPROTO_ICMPV6, HOP_LIMIT, src, dst)
+
+
 class Family(NamedTuple):
     """What differs between IPv4 and IPv6; everything else is one code path."""
 
@@ -499,7 +519,9 @@ class Family(NamedTuple):
     protocols: frozenset[int]
     pseudo_header: bool  # the ICMP checksum covers the addresses
     nfproto: int
-    probe_address: str  # where guard_holds() sends: it never leaves the node
+    head: Callable[[bytes, bytes, bytes], bytes]
+    loopback: str
+    probe_address: str  # a documentation address: no flow of this node has it
     address_len: int
     src_offset: int  # of the source address in the header; the destination follows
     nft: str  # its name in nft
@@ -509,12 +531,12 @@ class Family(NamedTuple):
 IPV4 = Family(
     "ipv4", 4, socket.AF_INET, ipv4_header, socket.IPPROTO_ICMP, ICMPV4_FRAG_NEEDED,
     (ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP}, False,
-    NFPROTO_IPV4, "192.0.2.1", 4, 12, "ip", 7,
+    NFPROTO_IPV4, ipv4_head, "127.0.0.1", "192.0.2.1", 4, 12, "ip", 7,
 )  # fmt: skip
 IPV6 = Family(
     "ipv6", 6, socket.AF_INET6, ipv6_header, socket.IPPROTO_ICMPV6, ICMPV6_TOO_BIG,
     (ICMPV6_PKT_TOOBIG, 0), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6}, True,
-    NFPROTO_IPV6, "ff01::1", 16, 8, "ip6", 8,
+    NFPROTO_IPV6, ipv6_head, "::1", "2001:db8::1", 16, 8, "ip6", 8,
 )  # fmt: skip
 FAMILIES = (IPV4, IPV6)
 
@@ -547,16 +569,25 @@ class MtuError(NamedTuple):
         )
 
 
-def checksum_holds(family: Family, src: bytes, dst: bytes, icmp: bytes) -> bool:
-    """Whether the ICMP checksum is right (RFC 1071: words sum to 0 modulo 65535, 0.6 us for 556 bytes).
+def checksum_remainder(family: Family, src: bytes, dst: bytes, icmp: bytes) -> int:
+    """What RFC 1071 sums, modulo 65535: 0 where the ICMP checksum is right (0.6 us for 556 bytes).
 
-    IPv6 copies leave with a checksum made by the kernel, so a corrupt error must end here. IPv4 ones keep theirs,
-    and the kernel of the owner refuses it (1 us less on each).
+    IPv6 copies and deliveries leave with a new checksum, so a corrupt error must end here. IPv4 ones keep theirs, and
+    the kernel of the owner refuses it (1 us less on each).
     """
     total = int.from_bytes(icmp, "big") << 8 * (len(icmp) & 1)
     if family.pseudo_header:
         total += int.from_bytes(src + dst, "big") + len(icmp) + family.icmp_protocol
-    return total % 0xFFFF == 0
+    return total % 0xFFFF
+
+
+def delivery_packet(family: Family, src: bytes, dst: bytes, icmp: bytes) -> bytes:
+    """The IP packet with this ICMP message from src to dst, for a raw socket with IP_HDRINCL or IPV6_HDRINCL."""
+    if family.pseudo_header:
+        blank = icmp[:2] + bytes(2) + icmp[4:]
+        checksum = 0xFFFF - checksum_remainder(family, src, dst, blank)
+        icmp = icmp[:2] + checksum.to_bytes(2, "big") + icmp[4:]
+    return family.head(src, dst, icmp) + icmp
 
 
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
@@ -597,7 +628,7 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
     if (kind, code) != family.error:
         return Reason.NOT_FRAG_NEEDED
     icmp = packet[at:end]
-    if family.pseudo_header and not checksum_holds(family, src, dst, icmp):
+    if family.pseudo_header and checksum_remainder(family, src, dst, icmp):
         return Reason.BAD_CHECKSUM
     quoted_at = at + ICMP_HEADER_LEN
     if end > quoted_at and packet[quoted_at] >> 4 != family.version:
@@ -1349,6 +1380,11 @@ def default_route_interfaces() -> tuple[str, ...]:
     return interfaces_of(hops)
 
 
+def uplinks(ifaces: Sequence[str]) -> tuple[str, ...]:
+    """Where errors come in, and where the default routes lead: no error about another node's flow may leave there."""
+    return tuple(dict.fromkeys((*ifaces, *default_route_interfaces())))
+
+
 def describe_process(pid: int) -> str:
     """`pid 4711 (python3 pmtud.py)`, or what is known of it."""
     try:
@@ -1469,16 +1505,23 @@ class Chain(NamedTuple):
     priority: int = 0
 
 
+def base_chain(name: str, hook_name: str, hook: int, priority: int) -> Chain:
+    """A chain that the kernel calls from a hook."""
+    text = f"type filter hook {hook_name} priority {priority}; policy accept;"
+    return Chain(name, text, hook, priority)
+
+
 CHAINS = (
     Chain("mtu_errors", ""),
     Chain("copies_in", ""),
     Chain("shed", ""),
-    Chain("prerouting", "type filter hook prerouting priority raw; policy accept;", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW),
+    Chain("senders", ""),
+    base_chain("prerouting", "prerouting", NF_INET_PRE_ROUTING, NF_IP_PRI_BEFORE_RAW),
     Chain("copies", ""),
-    Chain("output", "type filter hook output priority raw; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_RAW),
+    base_chain("output", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEFORE_RAW),
     Chain("owned", ""),
     Chain("deliveries", ""),
-    Chain("guard", "type filter hook output priority mangle; policy accept;", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE),
+    base_chain("guard", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEHIND_CONNTRACK),
 )
 
 
@@ -1567,6 +1610,7 @@ class Senders(NamedTuple):
 
     addresses: frozenset[bytes] = frozenset()
     networks: tuple[Network, ...] = ()
+    neighbours: tuple[Network, ...] = ()  # of broadcast and multicast peers
 
     def of(self, family: Family) -> list[bytes]:
         """The addresses of one family."""
@@ -1608,30 +1652,48 @@ def burst_rule(family: Family, offset: int, per_second: int) -> Rule:
                 + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
 
 
-def sender_rules(senders: Senders) -> Iterator[Rule]:
-    """Copies have a budget of their own, which no flood of others' errors uses up."""
-    copies = verdict(NFT_GOTO, "copies_in")
+def sender_rules(senders: Senders, target: str) -> Iterator[Rule]:
+    """What tells copies by their sender: they come in on any interface, since peers may be known by inner addresses.
+
+    They have a budget of their own, which no flood of others' errors uses up.
+    """
+    copies = verdict(NFT_GOTO, target)
+    # A copy ends here. What a peer sent to somebody else and this node forwards is no copy.
+    ends_here = load("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR)
+    ends_here += compare(NFT_CMP_NEQ, host32(RTN_UNICAST))
     for family in FAMILIES:
         if senders.of(family):
             lookup = expression("lookup", string(NFTA_LOOKUP_SET, f"peers_{family.name}"),
                                 be32(NFTA_LOOKUP_SREG, NFT_REG_1))  # fmt: skip
-            text = f"{family.nft} saddr @peers_{family.name} goto copies_in"
-            yield Rule("shed", text, load_source(family) + lookup + copies)
+            text = f"{family.nft} saddr @peers_{family.name} fib daddr type != unicast goto {target}"
+            yield Rule("senders", text, load_source(family) + lookup + ends_here + copies)
     for network in senders.networks:
         family = family_of(network.network_address.packed)
-        bits = load_source(family) + mask(network.netmask.packed)
-        matches = bits + compare(NFT_CMP_EQ, network.network_address.packed)
-        yield Rule("shed", f"{family.nft} saddr {network} goto copies_in", matches + copies)
+        matches = match_network(family, network) + ends_here
+        text = f"{family.nft} saddr {network} fib daddr type != unicast goto {target}"
+        yield Rule("senders", text, matches + copies)
+    # Routers of a group's subnet are neighbours, too: what is no broadcast or multicast may be theirs.
+    grouped = load("meta", NFT_META_PKTTYPE) + compare(NFT_CMP_NEQ, bytes([PACKET_HOST]))
+    for network in senders.neighbours:
+        family = family_of(network.network_address.packed)
+        text = f"{family.nft} saddr {network} meta pkttype != host goto {target}"
+        yield Rule("senders", text, match_network(family, network) + grouped + copies)
 
 
-def shed_rules(rate: int, senders: Senders, bursts: bool) -> list[Rule]:
+def match_network(family: Family, network: Network) -> bytes:
+    """FAMILY saddr NETWORK."""
+    bits = load_source(family) + mask(network.netmask.packed)
+    return bits + compare(NFT_CMP_EQ, network.network_address.packed)
+
+
+def shed_rules(rate: int, bursts: bool) -> list[Rule]:
     """The kernel sheds a flood for next to nothing.
 
     Part of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit would be used up.
     """
     kinds = [(family, offset) for offset in BUCKET_OFFSETS for family in FAMILIES if bursts]
     share = min(max(25, rate // 16), max(1, rate // 4))  # of each kind; 1,000 peers leave a rate of 100
-    rules = [*sender_rules(senders)]
+    rules = []
     for chain, own in (("copies_in", rate), ("shed", max(1, rate - share * len(kinds) // len(FAMILIES)))):
         text = f"limit rate {own}/second burst {own} packets goto mtu_errors"
         rules.append(Rule(chain, text, limit_rate(own, 1, own) + verdict(NFT_GOTO, "mtu_errors")))
@@ -1647,21 +1709,26 @@ def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts:
         Rule("mtu_errors", text, rpf + log_to(group, RPF_PREFIX) + verdict(NFT_RETURN)),
         Rule("mtu_errors", f"log group {group}", log_to(group)),
     ]
-    rules += shed_rules(senders.rate(config.rate), senders, bursts) if config.rate else []
-    target = "shed" if config.rate else "mtu_errors"
+    copies, routers = "mtu_errors", "mtu_errors"
+    if config.rate:
+        copies, routers = "copies_in", "shed"
+        rules += shed_rules(senders.rate(config.rate), bursts)
+    rules += sender_rules(senders, copies)
     for iface in ifaces:
-        for family in FAMILIES:
-            matches = match("meta", NFT_META_IIFNAME, value=interface_name(iface)) + match_error(family)
-            text = f'iifname "{iface}" {ERROR_WORDS[family]} goto {target}'
-            rules.append(Rule("prerouting", text, matches + verdict(NFT_GOTO, target)))
+        matches = match("meta", NFT_META_IIFNAME, value=interface_name(iface))
+        rules.append(Rule("senders", f'iifname "{iface}" goto {routers}', matches + verdict(NFT_GOTO, routers)))
+    for family in FAMILIES:
+        text = f"{ERROR_WORDS[family]} goto senders"
+        rules.append(Rule("prerouting", text, match_error(family) + verdict(NFT_GOTO, "senders")))
     return rules
 
 
 def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
     """The rules that keep our copies out of conntrack, and our deliveries inside a node that does not own the flow.
 
-    A node owns what it translates (the pod behind NAT), what it tracks and does not send back out where errors come
-    in (a pod with a routed address), and its own addresses; a flow that it only forwards passes none of these.
+    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it routes elsewhere
+    than where errors come in (a pod with a routed address; where connections are tracked, this one too must be). A flow
+    that it only forwards passes none of these, nor does what goes to `lo` without a local address.
     A `ct` expression makes the kernel track connections: without conntrack in use it is left out. `notrack` does
     not, and stays: the first copy may be the first packet that conntrack sees, and be dropped as INVALID.
     """
@@ -1675,12 +1742,15 @@ def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
         rules += [Rule(chain, f"{ERROR_WORDS[family]} {action}", match_error(family) + then) for family in FAMILIES]
     accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
     if conntrack:
-        dnat = match_ct(NFT_CT_STATUS, IPS_DST_NAT)
-        rules.append(Rule("owned", "ct state related ct status dnat accept", related + dnat + accept))
-    if conntrack and ifaces:
-        inward = b"".join(load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i)) for i in ifaces)
-        words = " ".join(f'oifname != "{iface}"' for iface in ifaces)
-        rules.append(Rule("owned", f"ct state related {words} accept", related + inward + accept))
+        translated = match_ct(NFT_CT_STATUS, IPS_SRC_NAT | IPS_DST_NAT)
+        rules.append(Rule("owned", "ct state related ct status snat,dnat accept", related + translated + accept))
+    if ifaces:
+        outward = ("lo", *ifaces)
+        inward = b"".join(load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i)) for i in outward)
+        words = " ".join(f'oifname != "{iface}"' for iface in outward)
+        if conntrack:
+            words, inward = f"ct state related {words}", related + inward
+        rules.append(Rule("owned", f"{words} accept", inward + accept))
     local = match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
     rules.append(Rule("owned", "fib daddr type local accept", local + accept))
     return [*rules, Rule("owned", "drop", verdict(NF_DROP))]
@@ -1744,12 +1814,12 @@ class Firewall(Descriptor):
         """The (type, payload) of every message: make, so that deleting never fails, delete, make anew with contents."""
         config, name = self._config, string(NFTA_TABLE_NAME, self.table)
         rules = nflog_rules(config, ifaces, self.senders, self._bursts) if config.rules == "auto" else []
-        rules += guard_rules(ifaces, self.conntrack)
+        rules += guard_rules(uplinks(ifaces), self.conntrack)
         used = {rule.chain for rule in rules}
         flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
         return [
             (NFT_MSG_NEWTABLE, name), (NFT_MSG_DELTABLE, name), (NFT_MSG_NEWTABLE, name + flags),
-            *(self._sets() if "shed" in used else ()),
+            *(self._sets() if "senders" in used else ()),
             *((NFT_MSG_NEWCHAIN, self._chain(chain)) for chain in CHAINS if chain.name in used),
             *((NFT_MSG_NEWRULE, self._rule(rule)) for rule in rules),
         ]  # fmt: skip
@@ -1769,7 +1839,7 @@ class Firewall(Descriptor):
     def _sets(self) -> Iterator[tuple[int, bytes]]:
         """The set of routers' buckets, and those of peers with their elements."""
         table = string(NFTA_SET_TABLE, self.table)
-        if self._bursts:
+        if self._bursts and self._config.rate:
             yield NFT_MSG_NEWSET, b"".join((
                 table, string(NFTA_SET_NAME, "routers"), be32(NFTA_SET_ID, 1),
                 be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
@@ -1809,27 +1879,41 @@ class Firewall(Descriptor):
         super().close()
 
 
-class IcmpSocket(Descriptor):
-    """A raw socket for ICMP messages of one family; the kernel makes the IP header (and the ICMPv6 checksum).
+@contextlib.contextmanager
+def set_up(descriptor: Descriptor) -> Iterator[None]:
+    """Close the raw socket if a step of its set-up fails, and name the missing privilege."""
+    try:
+        yield
+    except PermissionError as problem:
+        descriptor.close()
+        raise PmtudError(f"cannot set up a raw socket ({problem.strerror}); {PRIVILEGES}") from problem
+    except OSError:
+        descriptor.close()
+        raise
+
+
+SEND_BUFFER_BYTES = 4 << 20  # of a raw socket
+
+
+class CopySocket(Descriptor):
+    """Sends ICMP messages of one family to peers; the kernel makes the IP header (and the ICMPv6 checksum).
 
     Measured against IP_HDRINCL with headers of our own: the same 3.6 us per copy, and nothing to rewrite here.
     """
 
-    SEND_BUFFER_BYTES = 4 << 20
-
-    def __init__(self, family: Family, mark: int, ttl: int = 64, source: bytes = b"") -> None:
-        self.family = family
+    def __init__(self, family: Family, ttl: int, source: bytes = b"") -> None:
         self.socket = open_socket(family.af, socket.SOCK_RAW, family.icmp_protocol)
         option, ip, ipv6 = self.socket.setsockopt, socket.IPPROTO_IP, socket.IPPROTO_IPV6
-        try:
-            option(socket.SOL_SOCKET, SO_MARK, mark)
-            option(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.SEND_BUFFER_BYTES)
+        with set_up(self):
+            option(socket.SOL_SOCKET, SO_MARK, MARK_COPY)
+            option(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
             option(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # with the filters: nothing the node receives queues up here
             if family is IPV4:
                 option(SOL_RAW, ICMP_FILTER, b"\xff" * 4)
                 option(ip, IP_MTU_DISCOVER, PMTUDISC_DONT)
                 option(ip, socket.IP_TTL, ttl)
-                option(socket.SOL_SOCKET, socket.SO_BROADCAST, int(mark == MARK_COPY))
+                option(ip, IP_NODEFRAG, 1)  # or IPVS takes a copy for an error about a flow that it knows
+                option(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             else:
                 option(socket.IPPROTO_ICMPV6, ICMP6_FILTER, b"\xff" * 32)
                 option(ipv6, IPV6_MTU_DISCOVER, PMTUDISC_DONT)
@@ -1838,42 +1922,78 @@ class IcmpSocket(Descriptor):
                 option(ipv6, socket.IPV6_MULTICAST_LOOP, 0)
             if source:
                 self.socket.bind((socket.inet_ntop(family.af, source), 0))
-            if family is IPV4 and mark == MARK_COPY:
+            if family is IPV4:
                 option(ip, IP_TRANSPARENT, 1)  # our own address is not looked up again for each copy: 2 to 3 %
-        except PermissionError as problem:
-            self.close()
-            raise PmtudError(f"cannot set up a raw socket ({problem.strerror}); {PRIVILEGES}") from problem
-        except OSError:
-            self.close()
-            raise
 
     def join(self, peer: PeerAddress) -> None:
         """Receive packets sent to this IPv6 multicast group on its interface."""
         request = peer.packed + struct.pack("@I", socket.if_nametoindex(peer.zone))
         self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, request)
 
-    def deliver(self, icmp: bytes, destination: bytes) -> int:
-        """Send one message to a packed address; 0 or the errno. EPERM: the guard says this node is not the owner."""
+
+class DeliverySocket(Descriptor):
+    """Gives errors of one family to this node's own stack, through OUTPUT: conntrack, the guard, NAT.
+
+    A raw socket that brings its own IP header is routed by the address given to sendto(), whatever the header says:
+
+    * routed: to the header's destination. NAT or a route takes the error to a pod.
+    * inward: to an address of this node, `at`. No route to the service address is asked for: there may be none, or one
+      that BGP speakers keep to discard what nobody owns (blackhole, unreachable, prohibit). NAT still takes the error
+      to a pod; what is not translated ends in this node's own stack, and cannot leave. It counts as come in on the
+      interface that has the address, so that IPv4 sockets bound to that device are found.
+    """
+
+    def __init__(self, family: Family, at: Optional[LocalAddress] = None) -> None:
+        self._family = family
+        loopback = socket.inet_pton(family.af, family.loopback)
+        self._at = at or LocalAddress(loopback, 8 * family.address_len, 0, b"")
+        self._inside = socket.inet_ntop(family.af, self._at.packed)
+        self.socket = open_socket(family.af, socket.SOCK_RAW, socket.IPPROTO_RAW)  # receives nothing
+        option = self.socket.setsockopt
+        with set_up(self):
+            option(socket.SOL_SOCKET, SO_MARK, MARK_DELIVER)
+            option(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
+            if family is IPV4:
+                option(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+            else:
+                option(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+
+    def deliver(self, icmp: bytes, destination: bytes, own: bool) -> int:
+        """Send one message to a packed address, `own` if it is one of this node's; 0 or the errno.
+
+        EPERM: the guard says that this node is not the owner.
+        """
+        packet = delivery_packet(self._family, self._at.packed, destination, icmp)
+        if not own:
+            code = self._send(packet, socket.inet_ntop(self._family.af, destination), 0)
+            if code in (0, errno.EPERM):
+                return code
+        return self._send(packet, self._inside, self._at.ifindex)
+
+    def _send(self, packet: bytes, towards: str, ifindex: int) -> int:
+        """Send, routed by this address, and by this interface if one is given; 0 or the errno."""
+        control = []
+        if ifindex and self._family is IPV4:  # IPv6 takes it from the address
+            where = IN_PKTINFO.pack(ifindex, bytes(4), bytes(4))
+            control.append((socket.IPPROTO_IP, IP_PKTINFO, where))
         try:
-            self.socket.sendto(icmp, (socket.inet_ntop(self.family.af, destination), 0))
+            self.socket.sendmsg([packet], control, 0, (towards, 0))
         except OSError as problem:
             return problem.errno or errno.EIO
         return 0
 
 
-def guard_holds(family: Family, iface: str) -> Optional[bool]:
+def guard_holds(family: Family) -> Optional[bool]:
     """Whether something stops a marked packet that this node does not own; None if it cannot be told.
 
-    Probed with an error about no flow at all that stays inside the node whatever the answer: for IPv4 to a
-    documentation address (RFC 5737) on a socket bound to the loopback interface, for IPv6, where that finds
-    no route, to interface-local multicast (RFC 4291 section 2.7), which the kernel never puts on a wire.
+    Probed with an error about no flow at all, sent inward: it stays inside the node whatever the answer.
     """
     icmp = family.icmp.pack(*family.error, 0, IPV6_MIN_MTU) + bytes(IPV6_HEADER_LEN + QUOTED_TRANSPORT_MIN)
-    device = "lo" if family is IPV4 else iface
-    with contextlib.suppress(PmtudError, OSError), IcmpSocket(family, MARK_DELIVER) as probe:
-        probe.socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-        result: int = probe.deliver(icmp, socket.inet_pton(family.af, family.probe_address))
-        return result == errno.EPERM if result in (0, errno.EPERM) else None
+    stranger = socket.inet_pton(family.af, family.probe_address)
+    with contextlib.suppress(PmtudError, OSError), DeliverySocket(family) as probe:
+        code = probe.deliver(icmp, stranger, own=True)
+        if code in (0, errno.EPERM):
+            return code == errno.EPERM
     return None
 
 
@@ -2320,14 +2440,16 @@ class Arrangement(NamedTuple):
 
     targets: dict[str, tuple[PeerAddress, ...]]  # by family name: where copies go
     removed: tuple[PeerAddress, ...]  # own addresses that were listed
-    sources: dict[str, bytes]  # by family name: source address of what we send; missing: the kernel chooses
+    sources: dict[str, bytes]  # by family name: source address of copies; missing: the kernel chooses
+    inside: dict[str, LocalAddress]  # by family name: the own address at which deliveries come in
     per_source: dict[str, int]  # peers in force by source
     view: View
 
     @property
     def senders(self) -> Senders:
         """Where copies may come from."""
-        return Senders(self.view.peers, self.view.networks.networks + self.view.neighbours.networks)
+        view = self.view
+        return Senders(view.peers, view.networks.networks, view.neighbours.networks)
 
 
 def kernel_source(peer: PeerAddress) -> bytes:
@@ -2353,9 +2475,23 @@ def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> list[Networ
     ]
 
 
+def inside_address(family: Family, local: Iterable[LocalAddress], uplinks: Sequence[int]) -> Optional[LocalAddress]:
+    """The own address at which deliveries come in: on the first of these interfaces that has one, else on any.
+
+    Sockets bound to a device expect the error there.
+    """
+    found = [one for one in local if len(one.packed) == family.address_len]
+    found = [one for one in found if not is_martian(one.packed) and not is_link_local(one.packed)]
+    for ifindex in uplinks:
+        for address in found:
+            if address.ifindex == ifindex:
+                return address
+    return found[0] if found else None
+
+
 def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAddress],
-            ignored: Iterable[Network]) -> Arrangement:  # fmt: skip
-    """Remove this node from the peers, and work out who is who."""
+            ignored: Iterable[Network], ifaces: Iterable[str] = ()) -> Arrangement:  # fmt: skip
+    """Remove this node from the peers, and work out who is who; errors come in on `ifaces`."""
     own = {address.packed for address in local}
     broadcasts = {address.broadcast for address in local if address.broadcast and not is_martian(address.packed)}
     everyone = dict.fromkeys(peer for peers in listed.values() for peer in peers)
@@ -2380,7 +2516,13 @@ def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAd
         neighbours=Membership(network for group in groups for network in networks_of(group, local)),
     )
     per_source = {name: sum(peer.packed not in own for peer in peers) for name, peers in listed.items()}
-    return Arrangement(by_family, removed, sources, per_source, view)
+    uplinks = [number for number, name in socket.if_nameindex() if name in ifaces]
+    inside = {}
+    for family in FAMILIES:
+        address = inside_address(family, local, uplinks)
+        if address:
+            inside[family.name] = address
+    return Arrangement(by_family, removed, sources, inside, per_source, view)
 
 
 # -----------------------------------------------------------------------------
@@ -2508,8 +2650,9 @@ class Outlet:
     def __init__(self, family: Family, config: Config, arrangement: Arrangement, before: Optional[CopyCounts]) -> None:
         source = arrangement.sources.get(family.name, b"")
         with contextlib.ExitStack() as stack:
-            self.delivery: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_DELIVER, source=source))
-            self.copies: IcmpSocket = stack.enter_context(IcmpSocket(family, MARK_COPY, config.ttl, source))
+            inside = arrangement.inside.get(family.name)
+            self.delivery: DeliverySocket = stack.enter_context(DeliverySocket(family, inside))
+            self.copies: CopySocket = stack.enter_context(CopySocket(family, config.ttl, source))
             peers = [peer for peer in arrangement.targets[family.name] if self._reachable(peer, not config.dry_run)]
             self.counts = CopyCounts([str(peer) for peer in peers], before)
             self.fanout = Fanout(self.copies, peers, self.counts) if peers else None
@@ -2570,9 +2713,10 @@ class Service:
         self.counters = Counters()
         self.policy = Policy(config, View())
         self.ifaces: tuple[str, ...] = ()
+        self._default_route: tuple[str, ...] = ()
         self.guarded: dict[str, bool] = {}  # by family name, as last probed
         self._outlets: dict[str, Outlet] = {}
-        self._arrangement = Arrangement({}, (), {}, {}, View())
+        self._arrangement = Arrangement({}, (), {}, {}, {}, View())
         self._recent, self._gathering = 0, 1  # errors since the last tick; how many the kernel hands over at a time
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -2606,6 +2750,7 @@ class Service:
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
             self.peers.read_files()
+            self._default_route = default_route_interfaces()
             self.ifaces = self._choose_ifaces()
             self._nflog = Nflog(config.nflog_group)
             stack.callback(lambda: self._nflog.close())  # noqa: PLW0108 - it may be another one by then
@@ -2634,10 +2779,9 @@ class Service:
 
     def _choose_ifaces(self) -> tuple[str, ...]:
         if not self.config.ifaces:
-            found = default_route_interfaces()
-            if not found and self.config.rules == "auto":
+            if not self._default_route and self.config.rules == "auto":
                 raise PmtudError("there is no default route; name the interface errors come in on with --iface")
-            return found
+            return self._default_route
         existing = [name for _, name in socket.if_nameindex()]
         for name in self.config.ifaces:
             if name not in existing:
@@ -2719,12 +2863,13 @@ class Service:
     def _rearrange(self) -> None:
         """Work out peers and addresses anew and put them in force."""
         config = self.config
-        arrangement = arrange(self.peers.listed(), local_addresses(), config.ignore_networks)
+        arrangement = arrange(self.peers.listed(), local_addresses(), config.ignore_networks, self.ifaces)
         before, self._arrangement = self._arrangement, arrangement
         self.policy.look(arrangement.view)
         self.counters.peers = arrangement.per_source
         zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
-        if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
+        sockets_before = before.targets, before.sources, before.inside
+        if zones or sockets_before != (arrangement.targets, arrangement.sources, arrangement.inside):
             self._close_outlets()
             self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
         if self._firewall and self._firewall.senders != arrangement.senders:
@@ -2755,19 +2900,29 @@ class Service:
 
     def _probe_guard(self) -> None:
         """Learn whether the guard is in force; without it only errors for local addresses are delivered."""
-        iface = next(iter(self.ifaces), "lo")
         for family in FAMILIES:
-            before, holds = self.guarded.get(family.name), guard_holds(family, iface)
+            before, holds = self.guarded.get(family.name), guard_holds(family)
             if holds is False and self._firewall:
-                log("warning", "our rules are gone, someone flushed them: installing them again", family=family.name)
                 self._replace_rules()
-                holds = guard_holds(family, iface)
+                holds = guard_holds(family)
+                self._tell_of_guard(family, holds)
             if holds is None:  # the probe has no way out: believe the table, if we have one
                 holds = self._firewall is not None
             if not holds and before is not False:
                 log("warning", f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
                     "install the output rules that `pmtud.py rules` prints", family=family.name)  # fmt: skip
             self.guarded[family.name] = holds
+
+    def _tell_of_guard(self, family: Family, holds: Optional[bool]) -> None:
+        """Say what had become of the guard, now that our rules have been installed again."""
+        about = f"guard {family.name}"
+        if holds:
+            self._complaints.pop(about, None)
+            log("warning", "our rules were flushed: installed again", family=family.name)
+        else:
+            rules = "nft list ruleset | grep -B 9 'mark set'"
+            self._complain(about, f"our rules are overruled: another one in OUTPUT changes mark {MARK_DELIVER:#x} "
+                           f"before our chain `guard` (find it with: {rules})", family.name)  # fmt: skip
 
     def _replace_rules(self) -> None:
         if not self._firewall:
@@ -2804,10 +2959,14 @@ class Service:
     def _follow_default_route(self) -> None:
         with contextlib.suppress(PmtudError, OSError):
             found = default_route_interfaces()
-            if found and found != self.ifaces and not self.config.ifaces:
+            if not found or found == self._default_route:
+                return
+            if not self.config.ifaces:
                 log("info", "the default route moved", before=",".join(self.ifaces), now=",".join(found))
                 self.ifaces = found
-                self._replace_rules()
+            self._default_route = found
+            self._replace_rules()
+            self._stale = True
 
     def _summarize(self, now: float) -> None:
         totals = self.counters.summary()
@@ -2983,14 +3142,23 @@ class Service:
         if outlet is None or not (self.guarded.get(name) or error.quoted_src in view.own):
             result = "error"  # without a guard the error could leave this node towards the VIP
         else:
-            code = outlet.delivery.deliver(error.icmp, error.quoted_src)
-            if code == errno.EPERM and self._conntrack_appeared():
-                code = outlet.delivery.deliver(error.icmp, error.quoted_src)
+            own = error.quoted_src in view.own
+            code = outlet.delivery.deliver(error.icmp, error.quoted_src, own)
+            if code and self._conntrack_appeared():
+                code = outlet.delivery.deliver(error.icmp, error.quoted_src, own)
             result = {0: "owner", errno.EPERM: "not_owner"}.get(code, "error")
             if result == "error":
-                log("debug", "not delivered", error=error, problem=os.strerror(code))
+                self._tell_of_refusal(error, code)
         self.counters.delivered[name, result] += 1
         self.counters.rpf_rescued += rpf and result == "owner"
+
+    def _tell_of_refusal(self, error: MtuError, code: int) -> None:
+        """A delivery that this node's stack refused is the operator's problem: one line for each errno and hour."""
+        problem = os.strerror(code)
+        log("debug", "not delivered", error=error, problem=problem)
+        if self._is_news(code, time.monotonic()):
+            log("warning", "this node's stack refuses a delivery: flows here do not learn; see `pmtud.py check`",
+                problem=problem, error=error)  # fmt: skip
 
     def _is_news(self, key: object, now: float) -> bool:
         """Whether a line about this is due: not within an hour of the last, NEWS_PER_MINUTE in all."""
@@ -3202,7 +3370,7 @@ def check_kernel(node: Node) -> Iterator[Finding]:
     """What only root can ask: whether we get sockets, a table and the NFLOG group; the daemon, its rule, its guard."""
     group, start = node.config.nflog_group, program(node.config)
     try:
-        with Netlink(NETLINK_NETFILTER), IcmpSocket(IPV4, MARK_DELIVER):
+        with Netlink(NETLINK_NETFILTER), DeliverySocket(IPV4):
             yield Finding("privileges", OK, "raw sockets, marks and netlink are allowed")
     except PmtudError as problem:
         text = f"{problem}. Daemon, group, rules and guard are not looked at"
@@ -3260,7 +3428,7 @@ def judge_guard(node: Node) -> Finding:
     """Whether something keeps errors about other nodes' flows inside."""
     if node.config.rules == "auto" and not node.daemon:
         return Finding("guard", OK, "pmtud installs it")
-    holds = {family.name: guard_holds(family, next(iter(node.ifaces), "lo")) for family in FAMILIES}
+    holds = {family.name: guard_holds(family) for family in FAMILIES}
     missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
     if not missing:
         return Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
@@ -3949,7 +4117,7 @@ def print_rules(config: Config) -> None:
         raise PmtudError("there is no default route; name the interface errors come in on with --iface")
     listed = {source.name: source.load() or () for source in map(open_source, config.peer_sources)}
     senders = arrange({"static": config.peers, **listed}, local_addresses(), config.ignore_networks).senders
-    rules = [*nflog_rules(config, ifaces, senders), *guard_rules(ifaces, conntrack=True)]
+    rules = [*nflog_rules(config, ifaces, senders), *guard_rules(uplinks(ifaces), conntrack=True)]
     table = f"table inet pmtud_{config.nflog_group}"
     lines = ["# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, then start pmtud.py with --rules off"]
     lines += [table, f"delete {table}", f"{table} {{"]  # in place of what is there, in one transaction
@@ -3957,7 +4125,7 @@ def print_rules(config: Config) -> None:
         lines.append(f"\tset routers {{\n\t\ttype mark; size {BUCKETS_MAX}; flags dynamic,timeout; timeout 1m;\n\t}}")
     for family in FAMILIES:
         elements = ", ".join(str(ipaddress.ip_address(address)) for address in senders.of(family))
-        if elements and config.rate:
+        if elements:
             kind = f"{family.name}_addr"
             lines.append(f"\tset peers_{family.name} {{\n\t\ttype {kind}; elements = {{ {elements} }}\n\t}}")
     for chain in CHAINS:
