@@ -1983,17 +1983,28 @@ class DeliverySocket(Descriptor):
         return 0
 
 
-def guard_holds(family: Family) -> Optional[bool]:
-    """Whether something stops a marked packet that this node does not own; None if it cannot be told.
+def probe_delivery(family: Family) -> int:
+    """What becomes of a delivery that this node does not own: EPERM where the guard stops it, 0 where nothing does.
 
-    Probed with an error about no flow at all, sent inward: it stays inside the node whatever the answer.
+    Any other errno: this node's stack takes no deliveries. Probed with an error about no flow at all, sent inward: it
+    stays inside the node whatever the answer.
     """
     icmp = family.icmp.pack(*family.error, 0, IPV6_MIN_MTU) + bytes(IPV6_HEADER_LEN + QUOTED_TRANSPORT_MIN)
     stranger = socket.inet_pton(family.af, family.probe_address)
-    with contextlib.suppress(PmtudError, OSError), DeliverySocket(family) as probe:
-        code = probe.deliver(icmp, stranger, own=True)
-        if code in (0, errno.EPERM):
-            return code == errno.EPERM
+    try:
+        with DeliverySocket(family) as probe:
+            return probe.deliver(icmp, stranger, own=True)
+    except OSError as problem:
+        return problem.errno or errno.EIO
+    except PmtudError:
+        return errno.EACCES
+
+
+def guard_holds(family: Family) -> Optional[bool]:
+    """Whether something stops a marked packet that this node does not own; None if it cannot be told."""
+    code = probe_delivery(family)
+    if code in (0, errno.EPERM):
+        return code == errno.EPERM
     return None
 
 
@@ -2020,7 +2031,7 @@ class Fanout:
 
     FEW = 16  # copies that leave by sendto(): the first one 40 us sooner, for the caches of an idle node hold no ctypes
 
-    def __init__(self, sender: IcmpSocket, peers: Sequence[PeerAddress], counts: CopyCounts) -> None:
+    def __init__(self, sender: CopySocket, peers: Sequence[PeerAddress], counts: CopyCounts) -> None:
         self.peers = tuple(peers)
         self.counts = counts
         self._socket = sender.socket
@@ -3428,12 +3439,20 @@ def judge_guard(node: Node) -> Finding:
     """Whether something keeps errors about other nodes' flows inside."""
     if node.config.rules == "auto" and not node.daemon:
         return Finding("guard", OK, "pmtud installs it")
-    holds = {family.name: guard_holds(family) for family in FAMILIES}
-    missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
-    if not missing:
-        return Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
-    text = f"none for {missing}: errors about other nodes' flows would leave this node"
-    return Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
+    codes = {family: probe_delivery(family) for family in FAMILIES}
+    missing = ", ".join(family.name for family, code in codes.items() if code == 0)
+    good = ", ".join(family.name for family, code in codes.items() if code == errno.EPERM)
+    if missing:
+        text = f"none for {missing}: errors about other nodes' flows would leave this node"
+        return Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
+    used = {family_of(address.packed) for address in local_addresses() if not is_martian(address.packed)}
+    for family, code in codes.items():
+        if family in used and code != errno.EPERM:
+            text = f"this node's stack refuses every {family.name} delivery ({os.strerror(code)}): nothing learns here"
+            return Finding("guard", FAIL, text, "ip link set dev lo up")
+    if not good:
+        return Finding("guard", WARN, "cannot be probed")
+    return Finding("guard", OK, f"holds for {good}")
 
 
 def reverse_path_filter(node: Node, iface: str, version: int) -> str:
@@ -3449,7 +3468,7 @@ def reverse_path_filter(node: Node, iface: str, version: int) -> str:
 
 def check_interfaces(node: Node) -> Iterator[Finding]:
     """What reverse path filtering does to a router's error, and whether IPv6 runs where errors come in."""
-    table = f"inet pmtud_{node.config.nflog_group} prerouting"
+    table = f"inet pmtud_{node.config.nflog_group} senders"
     listens = [text for place, text in node.rules if place == table and "iifname" in text]
     for iface in node.ifaces:
         if iface not in node.links:
@@ -4110,6 +4129,9 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     return Invocation(command, config_from(options), hosts, bool(words["json"]), color)
 
 
+IPTABLES_ADDRESSES_MAX = 100  # in one command: a line that people can still read
+
+
 def print_rules(config: Config) -> None:
     """The rules the daemon would install, as nft and as iptables commands, on standard output."""
     ifaces = config.ifaces or default_route_interfaces()
@@ -4133,28 +4155,45 @@ def print_rules(config: Config) -> None:
         lines += [f"\t\t{rule.text}" for rule in rules if rule.chain == chain.name]
         lines.append("\t}")
     lines.append("}\n\n# or iptables (nft or legacy); `-m conntrack` starts connection tracking where nothing else has")
-    show("\n".join([*lines, *iptables_rules(config, ifaces)]))
+    show("\n".join([*lines, *iptables_rules(config, ifaces, senders)]))
 
 
-def iptables_rules(config: Config, ifaces: Sequence[str]) -> list[str]:
+def iptables_rules(config: Config, ifaces: Sequence[str], senders: Senders) -> list[str]:
     """The same rules as iptables and ip6tables commands, without the limits; RPF verdicts by the rpfilter match."""
     lines = []
-    for command, error in (
-        ("iptables", "-p icmp -m icmp --icmp-type 3/4"),
-        ("ip6tables", "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big"),
+    for family, command, error in (
+        (IPV4, "iptables", "-p icmp -m icmp --icmp-type 3/4"),
+        (IPV6, "ip6tables", "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big"),
     ):
+        target = f"-j NFLOG --nflog-group {config.nflog_group}"
         for iface in ifaces:
             rule = f"{command} -t raw -A PREROUTING -i {shlex.quote(iface)} {error}"
-            target = f"-j NFLOG --nflog-group {config.nflog_group}"
             lines.append(f'{rule} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"')
             lines.append(f"{rule} -m rpfilter {target}")
+        if len(ifaces) == 1:  # `! -i` cannot be given twice
+            rule = f"{command} -t raw -A PREROUTING ! -i {shlex.quote(ifaces[0])} {error}"
+            lines += [f"{rule} {sender} {target}" for sender in iptables_senders(family, senders)]
         lines.append(f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack")
         guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
-        lines.append(f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate DNAT -j ACCEPT")
-        if len(ifaces) == 1:  # `-o` cannot be given twice
-            lines.append(f"{guard} -m conntrack --ctstate RELATED ! -o {shlex.quote(ifaces[0])} -j ACCEPT")
-        lines.append(f"{guard} -m addrtype ! --dst-type LOCAL -j DROP")
+        lines.append(f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT")
+        lines.append(f"{guard} -m addrtype --dst-type LOCAL -j ACCEPT")
+        lines += [f"{guard} -o {shlex.quote(iface)} -j DROP" for iface in ("lo", *uplinks(ifaces))]
+        lines.append(f"{guard} -m conntrack ! --ctstate RELATED -j DROP")
     return lines
+
+
+def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
+    """What matches a copy by its sender; iptables makes a rule of each address in a list."""
+    ends_here = "-m addrtype ! --dst-type UNICAST"
+    addresses = [socket.inet_ntop(family.af, address) for address in senders.of(family)]
+    for start in range(0, len(addresses), IPTABLES_ADDRESSES_MAX):
+        yield f"-s {','.join(addresses[start : start + IPTABLES_ADDRESSES_MAX])} {ends_here}"
+    for network in senders.networks:
+        if network.version == family.version:
+            yield f"-s {network} {ends_here}"
+    for network in senders.neighbours:
+        if network.version == family.version:
+            yield f"-s {network} -m pkttype ! --pkt-type unicast"
 
 
 def check_metrics_library(config: Config) -> None:

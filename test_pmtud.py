@@ -1909,11 +1909,11 @@ def test_help_and_version() -> None:
 @pytest.mark.parametrize("rate", [1, 10, 100, 1000, 100_000])
 def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> None:
     """Or a flood would use up the daemon's own limit; where the rate is low a few bursts more must come through."""
-    texts = [rule.text for rule in pmtud.shed_rules(rate, pmtud.NOBODY, bursts=True) if rule.chain == "shed"]
+    texts = [rule.text for rule in pmtud.shed_rules(rate, bursts=True) if rule.chain == "shed"]
     first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
     assert len(bursts) == 4 and min(bursts) >= min(25, max(1, rate // 4)) and first >= max(1, rate // 2)
     assert first + sum(bursts[::2]) == max(3, rate)  # of one family
-    (alone,) = (rule.text for rule in pmtud.shed_rules(rate, pmtud.NOBODY, bursts=False) if rule.chain == "shed")
+    (alone,) = (rule.text for rule in pmtud.shed_rules(rate, bursts=False) if rule.chain == "shed")
     assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
 
 
@@ -2041,7 +2041,7 @@ def test_checksum_agrees_with_scapy(net: Plan, data: bytes, right: bool) -> None
     body = b"\x03" + data
     if right:
         body = body[:2] + struct.pack("!H", summed(body[:2] + bytes(2) + body[4:])) + body[4:]
-    holds = pmtud.checksum_holds(net.family, packed(net.router), packed(net.vip), body)
+    holds = not pmtud.checksum_remainder(net.family, packed(net.router), packed(net.vip), body)
     assert holds is (summed(body) in (0, 0xFFFF))  # RFC 2460: scapy turns a sum of 0 into 0xffff
     assert holds or not right
 
@@ -3403,9 +3403,10 @@ def test_installed_rules_are_the_printed_rules(cluster: Cluster) -> None:
     """What the daemon installs over netlink lists exactly as the printed text does once loaded by nft."""
     node = cluster.nodes[0]
     node.run("ping", "-c1", "127.0.0.1")  # so that conntrack is in use
-    with daemons([node]):
+    options = ("--peers", "10.0.0.12,fd00::12,10.0.0.255,ff02::7074%eth0", "--ignore-networks", "10.7.0.0/16,fd07::/64")
+    with daemons([node], *options):
         installed = node.run("nft", "list", "table", "inet", "pmtud_33")
-        printed = node.run(sys.executable, str(PROGRAM), "rules").partition("# or iptables")[0]
+        printed = node.run(sys.executable, str(PROGRAM), "rules", *options).partition("# or iptables")[0]
     node.run("nft", "-f", "-", input=printed)
     loaded = node.run("nft", "list", "table", "inet", "pmtud_33")
     node.run("nft", "delete", "table", "inet", "pmtud_33")
@@ -6578,7 +6579,7 @@ with atheris.instrument_imports(include=["pmtud"]):
 config = pmtud.Config(flow_interval=0, source_rate=0, rate=0, service_networks=pmtud.parse_networks("203.0.113.0/24"))
 view = pmtud.View(peers=frozenset((bytes([10, 0, 0, 12]),)), own=frozenset((bytes([10, 0, 0, 11]),)))
 policy = pmtud.Policy(config, view)
-summed, used = pmtud.checksum_holds, pmtud.NflogParser()
+summed, used = pmtud.checksum_remainder, pmtud.NflogParser()
 def judge(packet):
     found = pmtud.parse(packet)
     assert isinstance(found, (pmtud.MtuError, pmtud.Reason))
@@ -6587,7 +6588,7 @@ def judge(packet):
         origin, what = pmtud.decide(found, policy, 0.0)
         assert origin in pmtud.ORIGINS and isinstance(what, str)
 def once(data):
-    for pmtud.checksum_holds in (summed, lambda *_: True):  # no fuzzer guesses a checksum
+    for pmtud.checksum_remainder in (summed, lambda *_: 0):  # no fuzzer guesses a checksum
         judge(data)
     for parser in (pmtud.NflogParser(), used):
         for packet, _, _ in parser.parse(data):
@@ -6676,9 +6677,10 @@ def test_soak(cluster: Cluster, tmp_path: Path) -> None:
 
 
 GO_PMTUD_2020 = """
-import pmtud, select, sys
+import pmtud, select, socket, sys
 config = pmtud.parse_args(sys.argv[1:], {}).config
-nflog, firewall, raw = pmtud.Nflog(33), pmtud.Firewall(config, ("eth0",)), pmtud.IcmpSocket(pmtud.IPV4, 0, 10)
+nflog, firewall = pmtud.Nflog(33), pmtud.Firewall(config, ("eth0",))
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 print("limits:", flush=True)
 while True:
     select.select([nflog], [], [])
@@ -6686,7 +6688,7 @@ while True:
         error = pmtud.parse(packet)
         if error.dst == error.quoted_src:  # else another node sent it
             for peer in config.peers:
-                raw.deliver(error.icmp, peer.packed)
+                raw.sendto(error.icmp, (str(peer), 0))
 """
 
 
