@@ -1751,8 +1751,10 @@ def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
         if conntrack:
             words, inward = f"ct state related {words}", related + inward
         rules.append(Rule("owned", f"{words} accept", inward + accept))
-    local = match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
-    rules.append(Rule("owned", "fib daddr type local accept", local + accept))
+    # To `lo` alone: where an address has just gone, what was meant for it would take the default route.
+    local = match("meta", NFT_META_OIFNAME, value=interface_name("lo"))
+    local += match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
+    rules.append(Rule("owned", 'oifname "lo" fib daddr type local accept', local + accept))
     return [*rules, Rule("owned", "drop", verdict(NF_DROP))]
 
 
@@ -1957,6 +1959,8 @@ class DeliverySocket(Descriptor):
                 option(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
             else:
                 option(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+            if at is None:
+                option(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")  # where it is down, ::1 has another route
 
     def deliver(self, icmp: bytes, destination: bytes, own: bool) -> int:
         """Send one message to a packed address, `own` if it is one of this node's; 0 or the errno.
@@ -1983,17 +1987,12 @@ class DeliverySocket(Descriptor):
         return 0
 
 
-def probe_delivery(family: Family) -> int:
-    """What becomes of a delivery that this node does not own: EPERM where the guard stops it, 0 where nothing does.
-
-    Any other errno: this node's stack takes no deliveries. Probed with an error about no flow at all, sent inward: it
-    stays inside the node whatever the answer.
-    """
+def probe_delivery(family: Family, destination: bytes) -> int:
+    """0 or the errno of a delivery about no flow at all: sent inward, it stays in this node whatever the answer."""
     icmp = family.icmp.pack(*family.error, 0, IPV6_MIN_MTU) + bytes(IPV6_HEADER_LEN + QUOTED_TRANSPORT_MIN)
-    stranger = socket.inet_pton(family.af, family.probe_address)
     try:
         with DeliverySocket(family) as probe:
-            return probe.deliver(icmp, stranger, own=True)
+            return probe.deliver(icmp, destination, own=True)
     except OSError as problem:
         return problem.errno or errno.EIO
     except PmtudError:
@@ -2002,7 +2001,7 @@ def probe_delivery(family: Family) -> int:
 
 def guard_holds(family: Family) -> Optional[bool]:
     """Whether something stops a marked packet that this node does not own; None if it cannot be told."""
-    code = probe_delivery(family)
+    code = probe_delivery(family, socket.inet_pton(family.af, family.probe_address))
     if code in (0, errno.EPERM):
         return code == errno.EPERM
     return None
@@ -3167,8 +3166,9 @@ class Service:
         """A delivery that this node's stack refused is the operator's problem: one line for each errno and hour."""
         problem = os.strerror(code)
         log("debug", "not delivered", error=error, problem=problem)
-        if self._is_news(code, time.monotonic()):
-            log("warning", "this node's stack refuses a delivery: flows here do not learn; see `pmtud.py check`",
+        if self._known.get(code) is None:
+            self._known.put(code, problem, time.monotonic())
+            log("warning", "this node's stack refuses a delivery: that flow does not learn; see `pmtud.py check`",
                 problem=problem, error=error)  # fmt: skip
 
     def _is_news(self, key: object, now: float) -> bool:
@@ -3405,6 +3405,7 @@ def check_kernel(node: Node) -> Iterator[Finding]:
     yield Finding("daemon", OK if node.delivers else WARN, text or "not running", "" if node.daemon else start)
     yield judge_rules(node)
     yield judge_guard(node)
+    yield judge_delivery()
 
 
 def judge_rules(node: Node) -> Finding:
@@ -3439,20 +3440,30 @@ def judge_guard(node: Node) -> Finding:
     """Whether something keeps errors about other nodes' flows inside."""
     if node.config.rules == "auto" and not node.daemon:
         return Finding("guard", OK, "pmtud installs it")
-    codes = {family: probe_delivery(family) for family in FAMILIES}
-    missing = ", ".join(family.name for family, code in codes.items() if code == 0)
-    good = ", ".join(family.name for family, code in codes.items() if code == errno.EPERM)
-    if missing:
-        text = f"none for {missing}: errors about other nodes' flows would leave this node"
-        return Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
-    used = {family_of(address.packed) for address in local_addresses() if not is_martian(address.packed)}
-    for family, code in codes.items():
-        if family in used and code != errno.EPERM:
-            text = f"this node's stack refuses every {family.name} delivery ({os.strerror(code)}): nothing learns here"
-            return Finding("guard", FAIL, text, "ip link set dev lo up")
-    if not good:
-        return Finding("guard", WARN, "cannot be probed")
-    return Finding("guard", OK, f"holds for {good}")
+    holds = {family.name: guard_holds(family) for family in FAMILIES}
+    missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
+    if not missing:
+        return Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+    text = f"none for {missing}: errors about other nodes' flows would leave this node"
+    return Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
+
+
+def judge_delivery() -> Finding:
+    """Whether this node's stack takes what pmtud delivers, tried with an error about no flow, to an own address."""
+    taken = []
+    for family in FAMILIES:
+        own = inside_address(family, local_addresses(), ())
+        if own is None:
+            continue
+        code = probe_delivery(family, own.packed)
+        if code == errno.EPERM:
+            text = f"a rule in OUTPUT drops {family.name} errors that pmtud delivers here: no flow learns from them"
+            return Finding("delivery", FAIL, text, "nft list ruleset | grep -A 9 'hook output'")
+        if code:
+            text = f"this node's stack refuses {family.name} errors: {os.strerror(code)}; no flow learns from them"
+            return Finding("delivery", FAIL, text, "ip link set dev lo up")
+        taken.append(family.name)
+    return Finding("delivery", OK, f"this node's stack takes errors for {' and '.join(taken) or 'no address'}")
 
 
 def reverse_path_filter(node: Node, iface: str, version: int) -> str:
@@ -4176,7 +4187,7 @@ def iptables_rules(config: Config, ifaces: Sequence[str], senders: Senders) -> l
         lines.append(f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack")
         guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
         lines.append(f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT")
-        lines.append(f"{guard} -m addrtype --dst-type LOCAL -j ACCEPT")
+        lines.append(f"{guard} -o lo -m addrtype --dst-type LOCAL -j ACCEPT")
         lines += [f"{guard} -o {shlex.quote(iface)} -j DROP" for iface in ("lo", *uplinks(ifaces))]
         lines.append(f"{guard} -m conntrack ! --ctstate RELATED -j DROP")
     return lines

@@ -3290,6 +3290,321 @@ def test_a_flow_that_is_only_forwarded_is_not_owned(cluster: Cluster) -> None:
         cluster.fabric.ip("route del 203.0.113.9 via 10.0.0.11")
 
 
+# -- what real nodes do to an error
+
+
+UPLOAD = """
+import socket, sys
+sender = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=float(sys.argv[3]))
+sender.sendall(bytes(200000))
+sender.shutdown(socket.SHUT_WR)
+assert sender.recv(1) == b"!"
+print("done")
+"""
+DOWNLOADS_TAKEN = """
+import socket, threading
+def take(connection):
+    with connection:
+        while connection.recv(1 << 16):
+            pass
+        connection.sendall(b"!")
+listener = socket.create_server(("::", 8080), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
+print("listening", flush=True)
+while True:
+    threading.Thread(target=take, args=(listener.accept()[0],), daemon=True).start()
+"""
+BOUND_SERVER = SERVER.replace("print(", "listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'eth0')\nprint(")
+SERVICE_NETWORKS = {4: "10.96.0.0/24", 6: "fd96::/64"}
+CLIENT_NETWORKS = {4: "10.9.0.0/24", 6: "fd09::/64"}
+EVERYWHERE = {4: "0.0.0.0/0", 6: "::/0"}
+FABRIC = {4: "10.0.0.1", 6: "fd00::1"}
+MANAGEMENT_PEERS = {4: "172.20.20.11,172.20.20.12,172.20.20.13", 6: "fd20::11,fd20::12,fd20::13"}
+
+
+def add_discard_route(node: Host, kind: str) -> None:
+    """What a BGP speaker keeps for the service networks, or a node that has routes to its clients only."""
+    for family in (4, 6):
+        if kind == "no default route":
+            node.ip(f"route del {EVERYWHERE[family]}",
+                    f"route add {CLIENT_NETWORKS[family]} via {FABRIC[family]} dev eth0")  # fmt: skip
+        else:
+            node.ip(f"route add {kind} {SERVICE_NETWORKS[family]} proto bird")
+
+
+def worst_case(cluster: Cluster) -> None:
+    """Strict reverse path filtering, and errors from a management address: by itself no IPv4 socket ever learns."""
+    cluster.strict_rpf()
+    cluster.error_from_management()
+
+
+def service_packets(wire: Capture, family: int) -> list[Seen]:
+    """The errors that nodes sent to service addresses: there must be none."""
+    prefix = packed(Cluster.vip("host", family))[:-1]
+    at = DST[family].start
+    return [s for s in node_packets(wire.settle(), family) if s.packet[at : at + len(prefix)] == prefix]
+
+
+def results(hosts: Sequence[Host], family: int) -> dict[str, int]:
+    """How deliveries ended on these hosts, by result."""
+    samples = [metrics(host) for host in hosts]
+    name = 'pmtud_delivered_total{family="ipv%d",result="%s"}'
+    return {result: sum(int(s[name % (family, result)]) for s in samples) for result in pmtud.DELIVERY_RESULTS}
+
+
+@pytest.mark.parametrize("kind", ["blackhole", "unreachable", "prohibit", "no default route"])
+def test_discard_routes_and_no_route_refuse_no_delivery(kind: str) -> None:
+    """The kernel routes what a node sends before NAT translates it: a pod behind such a route would never learn."""
+    with Cluster(invalid_drop=True) as cluster:
+        for node in cluster.nodes:
+            add_discard_route(node, kind)
+        worst_case(cluster)
+        for service in Cluster.SERVICES:
+            assert cluster.download(service, deadline=1.5) == []
+        with daemons(cluster.nodes, "--iface", "eth0", "--peers", ALL_PEERS), Capture(cluster.fabric) as wire:
+            for family, service in CASES:
+                cluster.flush()
+                assert len(cluster.download(service, family)) == 23, f"{service} over IPv{family}"
+                assert_learned(cluster, service, family)
+            for family in (4, 6):
+                before = results(cluster.nodes, family)
+                assert before["error"] == 0
+                assert before["owner"] > 2 * 20 and before["not_owner"] > 20
+                inject(cluster.router, family, flow_errors(family, "pod"))  # about flows that nobody has
+                assert poll(lambda: results(cluster.nodes, family)["not_owner"] == before["not_owner"] + 69, 5)
+                assert results(cluster.nodes, family)["owner"] == before["owner"]
+                assert service_packets(wire, family) == []
+
+
+@pytest.mark.parametrize("place", ["eth0", "lo", "a socket bound to eth0"])
+def test_wherever_the_service_address_is(place: str) -> None:
+    """On a NIC, on lo, and for a socket that takes only what comes in on its device: it does come in there."""
+    with Cluster() as cluster:
+        port = PORT
+        for node in cluster.nodes:
+            if place == "eth0":
+                node.ip("addr del 10.96.0.1/32 dev lo", "addr add 10.96.0.1/32 dev eth0")
+            if place == "a socket bound to eth0":
+                port = 81
+                node.start(sys.executable, "-ISc", BOUND_SERVER, "81", str(DOWNLOAD_BYTES)).wait_for("listening")
+        worst_case(cluster)
+        command = (sys.executable, "-ISc", CLIENT, cluster.vip("host"), str(port), str(DOWNLOAD_BYTES), "2.5")
+        sources = [cluster.client_address(k) for k in range(1, 24)]
+        assert json.loads(cluster.client.run(*command, *sources)) == []
+        cluster.flush()
+        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+            assert len(json.loads(cluster.client.run(*command, *sources))) == 23
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("conntrack", [True, False])
+def test_a_service_address_that_is_routed_to_a_pod(conntrack: bool, family: int) -> None:
+    """Without translation the pod has the service address itself; with and without connection tracking."""
+    with Cluster(conntrack=conntrack) as cluster:
+        for i, node in enumerate(cluster.nodes, 1):
+            pod = cluster.host(f"routed{i}")
+            cluster.link(node, pod, names=("routed", "eth0"))
+            node.ip(f"addr add 10.245.{i}.1/24 dev routed", f"addr add fd45:{i}::1/64 dev routed",
+                    f"route add 10.96.0.7 via 10.245.{i}.2", f"route add fd96::7 via fd45:{i}::2")  # fmt: skip
+            pod.ip(f"addr add 10.245.{i}.2/24 dev eth0", f"addr add fd45:{i}::2/64 dev eth0",
+                   "addr add 10.96.0.7/32 dev lo", "addr add fd96::7/128 dev lo",
+                   f"route add default via 10.245.{i}.1", f"route add ::/0 via fd45:{i}::1")  # fmt: skip
+            pod.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES)).wait_for("listening")
+        command = [sys.executable, "-ISc", CLIENT, {4: "10.96.0.7", 6: "fd96::7"}[family], str(PORT),
+                   str(DOWNLOAD_BYTES), "2.5", *(cluster.client_address(k, family) for k in range(1, 24))]  # fmt: skip
+        assert len(json.loads(cluster.client.run(*command))) < 20
+        with daemons(cluster.nodes, "--peers", ALL_PEERS), Capture(cluster.fabric) as wire:
+            for pod in cluster.hosts[-3:]:
+                pod.sysctl("net.ipv4.route.flush", 1)
+                execute("ip", "-6", "-n", pod.namespace, "route", "flush", "cache")
+            assert len(json.loads(cluster.client.run(*command))) == 23
+            assert service_packets(wire, family) == []
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_pods_whose_source_is_translated_to_an_address_on_no_interface(discard: bool) -> None:
+    """Egress gateways, NATOutgoingAddress: the node translates the flow, so it owns it."""
+    with Cluster() as cluster:
+        for i, (node, pod) in enumerate(zip(cluster.nodes, cluster.pods), 1):
+            egress = f"10.96.0.{50 + i}"
+            cluster.fabric.ip(f"route add {egress} via {cluster.node_address(i)}")
+            node.run("nft", "-f", "-", input="table ip egress {\nchain out {\n"
+                     "type nat hook postrouting priority srcnat - 1;\n"
+                     f"ip saddr {pod_address(i)} ip daddr 10.9.0.0/24 snat to {egress}\n}}\n}}\n")  # fmt: skip
+            if discard:
+                add_discard_route(node, "blackhole")
+        cluster.client.start(sys.executable, "-ISc", DOWNLOADS_TAKEN).wait_for("listening")
+        worst_case(cluster)
+
+        def uploads() -> int:
+            argv = (sys.executable, "-ISc", UPLOAD)
+            running = [pod.start(*argv, cluster.client_address(k), "8080", "3")
+                       for k in range(1, 9) for pod in cluster.pods]  # fmt: skip
+            poll(lambda: all(process.returncode() is not None for process in running), 8)
+            return sum("done" in process.output() for process in running)
+
+        assert uploads() == 0
+        cluster.flush()
+        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+            assert uploads() == 24
+
+
+def pod_address(i: int) -> str:
+    """Of the pod on node i."""
+    return f"10.244.{i}.2"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
+    """Internal addresses on an interface of their own: copies are heard there, without any option; routers are not."""
+    worst_case(cluster)
+    with daemons(cluster.nodes, "--peers", MANAGEMENT_PEERS[family]):
+        for service in Cluster.SERVICES:
+            cluster.flush()
+            assert len(cluster.download(service, family)) == 23
+        before = sum(sum(row.values()) for row in map(received_by_origin, cluster.nodes))
+        assert sum(received_by_origin(node)["peer"] for node in cluster.nodes) > 2 * 20
+        stranger = {4: "172.20.20.99", 6: "fd20::99"}[family]
+        for node in cluster.nodes:
+            cluster.mgmt.ip(f"addr replace {stranger}/{24 if family == 4 else 64} dev mgmt")
+            cluster.mgmt.ip(f"route replace {cluster.vip('host', family)} via "
+                            f"{MANAGEMENT_PEERS[family].split(',')[cluster.nodes.index(node)]}")  # fmt: skip
+            inject(cluster.mgmt, family, flow_errors(family, "host", src=stranger))
+        time.sleep(2 * pmtud.Nflog.GATHER_SECONDS)
+        assert sum(sum(row.values()) for row in map(received_by_origin, cluster.nodes)) == before
+        cluster.mgmt.ip(f"route del {cluster.vip('host', family)}", "addr flush dev mgmt")
+
+
+def received_by_origin(host: Host) -> dict[str, int]:
+    """Errors that a host's daemon took from NFLOG, by who sent them."""
+    samples = metrics(host)
+    return {origin: sum(int(value) for name, value in samples.items()
+                        if name.startswith("pmtud_received_total") and origin in name)
+            for origin in pmtud.ORIGINS}  # fmt: skip
+
+
+FILTERS_LOADED_LATER = {
+    "nft raw": "nft add table ip late; nft add chain ip late pre '{ type filter hook prerouting priority raw; }'; "
+               "nft add rule ip late pre fib saddr . iif oif 0 drop",
+    "iptables-nft": "iptables-nft -t raw -A PREROUTING -m rpfilter --invert -j DROP",
+    "iptables-legacy": "iptables-legacy -t raw -A PREROUTING -m rpfilter --invert -j DROP",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", FILTERS_LOADED_LATER)
+def test_a_reverse_path_filter_loaded_after_us_drops_nothing_before_us(tool: str) -> None:
+    """Of chains with equal priority the one registered last runs first."""
+    with Cluster() as cluster:
+        cluster.error_from_management()
+        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+            for node in cluster.nodes:
+                node.run("sh", "-ec", FILTERS_LOADED_LATER[tool])
+            for service in Cluster.SERVICES:
+                cluster.flush()
+                assert len(cluster.download(service)) == 23
+        cluster.flush()
+        assert cluster.download("pod", deadline=1.5) == []
+
+
+def drop_invalid_forwards(node: Host) -> None:
+    """What kube-proxy does, too: an error about another node's flow is not routed back to the fabric."""
+    node.run("nft", "-f", "-", input="table inet invalid {\nchain forward {\n"
+             "type filter hook forward priority filter;\nct state invalid drop\n}\n}\n")  # fmt: skip
+
+
+def mark_icmp(node: Host, priority: str) -> None:
+    """Traffic shaping that marks ICMP in OUTPUT."""
+    node.run("nft", "-f", "-", input="table inet shaping {\nchain out {\n"
+             f"type filter hook output priority {priority};\nmeta l4proto {{ icmp, ipv6-icmp }} meta mark set 1\n}}\n}}\n")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_mark_overwritten_after_us_lets_nothing_out(family: int) -> None:
+    """The guard sees our mark before `mangle` rules of others do, whenever they were loaded."""
+    with Cluster() as cluster:
+        for node in cluster.nodes:
+            drop_invalid_forwards(node)
+        with daemons(cluster.nodes, "--peers", ALL_PEERS), Capture(cluster.fabric) as wire:
+            for node in cluster.nodes:
+                mark_icmp(node, "mangle")
+            inject(cluster.router, family, flow_errors(family, "pod"))
+            assert poll(lambda: results(cluster.nodes, family)["not_owner"] == 3 * ERRORS, 5)
+            assert results(cluster.nodes, family)["owner"] == 0
+            assert service_packets(wire, family) == []
+            for service in Cluster.SERVICES:
+                cluster.flush()
+                assert len(cluster.download(service, family)) == 23
+
+
+def test_a_mark_overwritten_before_the_guard_is_noticed() -> None:
+    """Earlier than conntrack nobody can guard: deliveries to pods end, own addresses are served, the log says why."""
+    with Cluster() as cluster:
+        for node in cluster.nodes:
+            drop_invalid_forwards(node)
+        with quick_daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes, Capture(cluster.fabric) as wire:
+            for node in cluster.nodes:
+                mark_icmp(node, "raw")
+            for process in processes:
+                process.wait_for("our rules are overruled")
+            seen = len(service_packets(wire, 4))
+            inject(cluster.router, 4, flow_errors(4, "pod"))
+            assert poll(lambda: results(cluster.nodes, 4)["error"] == 3 * ERRORS, 5)
+            assert len(service_packets(wire, 4)) == seen
+            assert len(cluster.download("host")) == 23
+            for node in cluster.nodes:
+                node.run("nft", "delete", "table", "inet", "shaping")
+            assert poll(lambda: all(map(is_ready, cluster.nodes)), 5)
+            cluster.flush()
+            assert len(cluster.download("pod")) == 23
+            assert [process.output().count("overruled") for process in processes] == [2, 2, 2]  # once a family
+
+
+def test_a_delivery_that_the_stack_refuses_is_said_once(cluster: Cluster) -> None:
+    """A pod that cannot be reached after translation: an operator's problem, in the log and in the metrics."""
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes:
+        cluster.client.run("bash", "-c", "for i in 1 2 3 4 5 6; do echo > /dev/udp/10.96.0.2/80; done")
+        for i, node in enumerate(cluster.nodes, 1):
+            node.ip(f"route add prohibit {pod_address(i)}")
+        try:
+            tracked = [node.run("conntrack", "-L", "-p", "udp", "-d", "10.96.0.2") for node in cluster.nodes]
+            ports = [re.findall(r"dst=10.96.0.2 sport=(\d+)", text) for text in tracked]
+            assert sum(map(len, ports)) == 6
+            for port in (port for found in ports for port in found):
+                udp = struct.pack("!HHHH", 80, int(port), 1480, 0)
+                vip = cluster.vip("pod")
+                inject(cluster.router, 4, [mtu_error(V4, src="10.8.0.1", dst=vip, quoted_src=vip, protocol=17,
+                                                     quoted_dst=cluster.client_address(1), transport=udp)])  # fmt: skip
+            assert poll(lambda: results(cluster.nodes, 4)["error"] == 6, 3), results(cluster.nodes, 4)
+        finally:
+            for i, node in enumerate(cluster.nodes, 1):
+                node.ip(f"route del prohibit {pod_address(i)}")
+        said = [process.output().count("stack refuses a delivery") for process in processes]
+        assert said == [int(bool(found)) for found in ports]
+        assert any("problem=\"Permission denied\"" in process.output() for process in processes)
+
+
+def test_lo_that_is_down(node: Host) -> None:
+    """Deliveries to own addresses come in there."""
+    assert diagnose(node).of("delivery")["status"] == "OK"
+    node.ip("link set lo down")
+    found = diagnose(node).of("delivery")
+    assert (found["status"], found["fix"]) == ("FAIL", "ip link set dev lo up")
+    assert "refuses ipv4 errors: Network is unreachable" in found["found"]
+    run_fix(node, found)
+    assert diagnose(node).of("delivery")["status"] == "OK"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_rule_that_drops_deliveries_in_output(node: Host, family: int) -> None:
+    """To the daemon it looks like another node's flow; check tells the difference."""
+    table = f"inet firewall{family}"
+    node.run("nft", "-f", "-", input=f"table {table} {{\nchain out {{\ntype filter hook output priority 0;\n"
+             f"meta l4proto {'icmp' if family == 4 else 'ipv6-icmp'} drop\n}}\n}}\n")  # fmt: skip
+    found = diagnose(node).of("delivery")
+    assert found["status"] == "FAIL" and f"drops ipv{family} errors that pmtud delivers" in found["found"]
+    node.run("nft", "delete", "table", *table.split())
+    assert diagnose(node).of("delivery")["status"] == "OK"
+
+
 # -- rules
 
 
@@ -5762,7 +6077,7 @@ def test_flush_ruleset_where_tables_cannot_be_owned() -> None:
         for node in plain.nodes:
             node.run("nft", "flush", "ruleset")
         for process in processes:
-            process.wait_for("our rules are gone, someone flushed them: installing them again")
+            process.wait_for("our rules were flushed: installed again")
         for node in plain.nodes:
             assert poll(partial(lambda node: "log group 33" in node.run("nft", "list", "ruleset"), node), 3)
         assert_served(plain, ((4, "host"), (6, "host")))
