@@ -4931,7 +4931,7 @@ def test_a_good_node_is_all_ok(node: Host) -> None:
     assert not any(entry["fix"] for entry in good.checks)
     assert daemon and good.of("daemon")["found"].startswith(f"running, pid {daemon.pid} (python3 ")
     assert [entry["check"] for entry in good.checks] == [
-        "privileges", "nftables", "nflog_group", "daemon", "nflog_rule", "guard", "rp_filter", "ipv6",
+        "privileges", "nftables", "nflog_group", "daemon", "nflog_rule", "guard", "delivery", "rp_filter", "ipv6",
         "ip_no_pmtu_disc", "tcp_mtu_probing", "min_pmtu", "conntrack", "peers", "mtu"]  # fmt: skip
 
 
@@ -6478,6 +6478,12 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
         test_another_process_wants_the_group, test_second_daemon_names_the_holder),
     "`nft flush ruleset`, a firewall reload": (
         test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
+    "A firewall loaded later filters or marks at `raw` or `mangle`": (
+        test_a_reverse_path_filter_loaded_after_us_drops_nothing_before_us,
+        test_a_mark_overwritten_after_us_lets_nothing_out, test_a_mark_overwritten_before_the_guard_is_noticed),
+    "The service network has a discard route, or no route": (
+        test_discard_routes_and_no_route_refuse_no_delivery,),
+    "This node's stack refuses a delivery": (test_a_delivery_that_the_stack_refuses_is_said_once,),
     "Conntrack comes into use after us": (test_conntrack_that_comes_later_is_noticed,),
     "The conntrack table is full": (test_conntrack_table_full,),
     "A peer file is missing or bad": (test_file_source_failing_in_each_way, test_start_failures_are_one_line),
@@ -7068,8 +7074,11 @@ def test_reason_and_exit_code_tables() -> None:
     assert set(table("exit code")) == codes
 
 
-def test_rules_in_the_readme_are_the_printed_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rules_in_the_readme_are_the_printed_ones(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Word for word."""
+    monkeypatch.setattr(pmtud, "default_route_interfaces", lambda: ("eth0",))
     assert pmtud.main(["rules", "--iface", "eth0"]) == 0
     printed = capsys.readouterr().out
     ours = printed[:printed.index("# or iptables")].strip()
