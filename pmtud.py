@@ -222,7 +222,7 @@ IPV4_HEADER_LEN = 20
 IPV4_OFFSET_MASK, IPV4_MORE_FRAGMENTS = 0x1FFF, 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
-IPV4_HEAD = struct.Struct("!BBHHHBBH4s4s")  # all of it: version+IHL, TOS, length, id, fragment, TTL, protocol, sum, addresses
+IPV4_HEAD = struct.Struct("!BBHHHBBH4s4s")  # all of it: TTL, protocol and checksum stand before the addresses
 IPV6_HEAD = struct.Struct("!IHBB16s16s")  # version+class+label, payload length, next header, hop limit, addresses
 HOP_LIMIT = 64  # of deliveries, which go no further than a pod
 IPV6_EXTENSIONS_MAX = 8  # RFC 8200 section 4.1 recommends an order of at most 7 headers
@@ -1992,7 +1992,8 @@ def probe_delivery(family: Family, destination: bytes) -> int:
     icmp = family.icmp.pack(*family.error, 0, IPV6_MIN_MTU) + bytes(IPV6_HEADER_LEN + QUOTED_TRANSPORT_MIN)
     try:
         with DeliverySocket(family) as probe:
-            return probe.deliver(icmp, destination, own=True)
+            code: int = probe.deliver(icmp, destination, own=True)
+            return code
     except OSError as problem:
         return problem.errno or errno.EIO
     except PmtudError:
