@@ -868,9 +868,12 @@ class Policy:
 
 
 def is_martian(packed: bytes) -> bool:
-    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC 1122, RFC 4291)."""
+    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC 1122, RFC 4291).
+
+    Linux takes 240.0.0.0/4 as unicast, and all of 0.0.0.0/8 but 0.0.0.0 itself (since 5.3); private fabrics use them.
+    """
     if len(packed) == 4:
-        return packed[0] in (0, 127) or packed[0] >= 224
+        return packed[0] == 127 or 224 <= packed[0] < 240 or packed in (bytes(4), b"\xff" * 4)
     return packed[0] == 0xFF or packed[:10] == bytes(10)
 
 

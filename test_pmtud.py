@@ -274,6 +274,7 @@ LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the mos
     (pmtud.parse_iface, "eth0,bond0.100, abcdefghijklmno", ("eth0", "bond0.100", "abcdefghijklmno")),
     (pmtud.parse_peer, "10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
     (pmtud.parse_peer, "10.0.0.255", pmtud.PeerAddress(bytes([10, 0, 0, 255]))),
+    (pmtud.parse_peer, "240.0.0.12", pmtud.PeerAddress(bytes([240, 0, 0, 12]))),
     (pmtud.parse_peer, "fd00::12", pmtud.PeerAddress(b"\xfd" + bytes(14) + b"\x12")),
     (pmtud.parse_peer, "fe80::1%eth0", pmtud.PeerAddress(b"\xfe\x80" + bytes(13) + b"\1", "eth0")),
     (pmtud.parse_peer, "ff02::114%eth0", pmtud.PeerAddress(b"\xff\x02" + bytes(12) + b"\1\x14", "eth0")),
@@ -656,10 +657,11 @@ class WhoCase(NamedTuple):
 DELIVER, REPLICATE = pmtud.DELIVER, pmtud.REPLICATE
 NEIGHBOURS = (("10.77.0.5", V4), ("fd77::5", V6), ("fe80::1", V6))  # nodes or routers
 LINK_LOCAL = ("169.254.7.7", "fe80::7", "febf::7")
-SPECIAL = [("127.0.0.1", V4), ("127.9.9.9", V4), ("0.0.0.0", V4), ("224.0.0.5", V4), ("255.255.255.255", V4),
-           ("169.254.7.7", V4),
+SPECIAL = [("127.0.0.1", V4), ("127.9.9.9", V4), ("0.0.0.0", V4), ("224.0.0.0", V4), ("224.0.0.5", V4),
+           ("239.255.255.255", V4), ("255.255.255.255", V4), ("169.254.7.7", V4),
            ("::1", V6), ("::", V6), ("fe80::7", V6), ("febf::7", V6), ("ff02::1", V6), ("::ffff:127.0.0.1", V6),
            ("::127.0.0.1", V6)]  # fmt: skip
+UNUSUAL = ("240.0.0.1", "255.255.255.254", "0.0.0.1", "0.9.9.9")  # unicast for Linux, and in use in private fabrics
 WHO_CASES = (
     WhoCase("router", "vip", "vip", "router", REPLICATE),
     WhoCase("client", "vip", "vip", "router", REPLICATE),
@@ -683,6 +685,9 @@ WHO_CASES = (
     *(WhoCase(a, "node", "vip", "peer", DELIVER, (net,)) for a, net in NEIGHBOURS),
     *(WhoCase(a, "vip", "vip", "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL if a not in LINK_LOCAL),
     WhoCase("169.254.7.7", "vip", "vip", "router", REPLICATE, (V4,)),
+    *(WhoCase(a, "vip", "vip", "router", REPLICATE, (V4,)) for a in UNUSUAL),
+    *(WhoCase("router", a, a, "router", REPLICATE, (V4,)) for a in UNUSUAL),
+    *(WhoCase("peer", "node", a, "peer", DELIVER, (V4,)) for a in UNUSUAL),
     *(WhoCase("router", a, a, "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", a, a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", "node", a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
@@ -3097,6 +3102,61 @@ def test_a_peers_other_address_is_named_once(cluster: Cluster) -> None:
         assert drops(received(receiver, ERRORS)) == {"misaddressed": ERRORS}
         lines = [line for line in process.output().splitlines() if "add it to --peers" in line]
         assert len(lines) == 1 and Cluster.node_address(first + 1) in lines[0]
+
+
+class TwoNodes(Net):
+    """Two nodes with one service address, behind a router that takes all errors to the first.
+
+    router .5.0.1 --+-- node1 eth0 .5.0.11       all of one /8; the service .96.0.1 is on each node's lo,
+                    +-- node2 eth0 .5.0.12       the client .9.0.5 somewhere behind the router
+    """
+
+    def __init__(self, first_octet: int) -> None:
+        super().__init__()
+        self.router_address, *self.addresses, self.vip, self.client_address = (
+            f"{first_octet}.{rest}" for rest in ("5.0.1", "5.0.11", "5.0.12", "96.0.1", "9.0.5"))  # fmt: skip
+
+    def build(self) -> None:
+        self.router = self.host("router", forward=True)
+        self.nodes = [self.host(name) for name in ("node1", "node2")]
+        self.router.ip("link add nodes type bridge mcast_snooping 0", "link set nodes up",
+                       f"addr add {self.router_address}/24 dev nodes")
+        for node, address in zip(self.nodes, self.addresses):
+            self.link(self.router, node, names=("", "eth0"))
+            self.router.ip(f"link set to-{node.name} master nodes")
+            node.ip(f"addr add {address}/24 brd + dev eth0", f"addr add {self.vip}/32 dev lo",
+                    f"route add default via {self.router_address}")
+        self.router.ip(f"route add {self.vip} via {self.addresses[0]}")
+
+    def open_sender(self, node: Host) -> socket.socket:
+        """A UDP socket of a node from the service's address to the client, with DF."""
+        def dial() -> socket.socket:
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sender.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, IP_PMTUDISC_DO
+            sender.bind((self.vip, 0))
+            sender.connect((self.client_address, 9))
+            return sender
+        return node.inside(dial)
+
+
+@pytest.mark.parametrize(("first_octet", "peers", "seen_again"), [
+    (10, "unicast", {}), (240, "unicast", {}), (240, "broadcast", {"own": 1}), (0, "unicast", {}),
+])  # fmt: skip
+def test_addresses_that_only_private_fabrics_use(first_octet: int, peers: str, seen_again: dict[str, int]) -> None:
+    """Routers, peers and services in 240.0.0.0/4 and 0.0.0.0/8: the node whose flow it is learns from the other."""
+    with TwoNodes(first_octet) as net, contextlib.ExitStack() as stack:
+        sender = stack.enter_context(net.open_sender(net.nodes[1]))
+        listed = ",".join(net.addresses) if peers == "unicast" else f"{first_octet}.5.0.255"
+        stack.enter_context(daemons(net.nodes, "--peers", listed))
+        udp = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
+        packet = mtu_error(V4, src=f"{first_octet}.8.0.1", dst=net.vip, quoted_src=net.vip, protocol=UDP_PROTOCOL,
+                           quoted_dst=net.client_address, transport=udp)  # fmt: skip
+        assert known_mtu(sender) == 1500
+        inject(net.router, 4, [packet])
+        assert poll(lambda: known_mtu(sender) == 1400, 2)
+        samples = [received(node, 1) for node in net.nodes]
+    assert [drops(s) for s in samples] == [seen_again, {}]
+    assert [s['pmtud_delivered_total{family="ipv4",result="owner"}'] for s in samples] == [1, 1]
 
 
 def test_dry_run_sends_nothing(cluster: Cluster) -> None:
