@@ -227,7 +227,12 @@ PLAIN_IPV4_ERROR = struct.Struct("!BxHxxHxBxx4s4s H4xH BxHxxHxBxx4s4s HH")
 QUOTED_TRANSPORT_MIN = 8  # RFC 792: the quoted header plus 64 bits
 PORTS = struct.Struct("!HH")  # source and destination port: TCP, UDP, DCCP, SCTP
 PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
-PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {4, 41, 47, 50}  # and IPIP, 6in4, GRE, ESP, plus the family's own ICMP
+GRE, ESP = 47, 50
+PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {4, 41, GRE, ESP}  # 4, 41: IPIP, 6in4; plus the family's own ICMP
+ICMP_ECHO = struct.Struct("!BxxxH")  # type, id (RFC 792, RFC 4443 section 4)
+GRE_HEADER = struct.Struct("!HxxI")  # flags and version; with GRE_KEY and without GRE_CSUM the key (RFC 2890)
+GRE_CSUM, GRE_KEY = 0x8000, 0x2000
+ESP_HEADER = struct.Struct("!I")  # security parameters index (RFC 4303)
 IPV4_MIN_MTU, IPV6_MIN_MTU = 68, 1280  # RFC 791, RFC 8200
 IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below it
 
@@ -538,6 +543,7 @@ class MtuError(NamedTuple):
     destination_port: int
     mtu: int
     icmp: bytes
+    flow_id: int = 0  # of flow_id()
 
     def __str__(self) -> str:
         addresses = [str(ipaddress.ip_address(a)) for a in (self.src, self.dst, self.quoted_src, self.quoted_dst)]
@@ -557,6 +563,24 @@ def checksum_holds(family: Family, src: bytes, dst: bytes, icmp: bytes) -> bool:
     if family.pseudo_header:
         total += int.from_bytes(src + dst, "big") + len(icmp) + family.icmp_protocol
     return total % 0xFFFF == 0
+
+
+def flow_id(family: Family, protocol: int, packet: bytes, at: int) -> int:
+    """What tells flows between two addresses apart where there are no ports, 0 if nothing does.
+
+    `at` is where the transport header starts; eight bytes of it are there. PPTP has the call id in the key of GRE.
+    """
+    found = 0
+    if protocol == family.icmp_protocol:
+        kind, number = ICMP_ECHO.unpack_from(packet, at)
+        found = kind << 16 | number
+    if protocol == ESP:
+        (found,) = ESP_HEADER.unpack_from(packet, at)
+    if protocol == GRE:
+        flags, key = GRE_HEADER.unpack_from(packet, at)
+        if flags & (GRE_CSUM | GRE_KEY) == GRE_KEY:
+            found = key
+    return found
 
 
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
@@ -611,7 +635,9 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
     if end < transport + QUOTED_TRANSPORT_MIN:
         return Reason.QUOTED_SHORT
     ports = PORTS.unpack_from(packet, transport) if protocol in PROTOCOLS_WITH_PORTS else (0, 0)
-    return MtuError(family, src, dst, quoted_src, quoted_dst, protocol, length, ports[0], ports[1], mtu, icmp)
+    identifier = flow_id(family, protocol, packet, transport)
+    return MtuError(family, src, dst, quoted_src, quoted_dst, protocol, length, ports[0], ports[1], mtu, icmp,
+                    identifier)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -854,7 +880,7 @@ class Policy:
         if not self._limits:
             return None
         flow = (origin, error.quoted_src, error.quoted_dst, error.quoted_protocol,
-                error.source_port, error.destination_port, error.mtu)  # fmt: skip
+                error.source_port, error.destination_port, error.flow_id, error.mtu)  # fmt: skip
         last = self._flows.get(flow)
         if last is not None and now - last < self._interval:
             return Reason.LIMITED_FLOW

@@ -765,6 +765,28 @@ class LimitCase(NamedTuple):
     events: tuple[tuple[float, dict[str, Any], Optional[pmtud.Reason]], ...]
 
 
+def echo(identifier: int, sequence: int = 1, kind: int = 8) -> bytes:
+    """The first bytes of an ICMP echo request (RFC 792, RFC 4443 section 4)."""
+    return struct.pack("!BBHHH", kind, 0, 0x1234 + sequence, identifier, sequence)
+
+
+def gre(flags: int, key: int) -> bytes:
+    """The first bytes of GRE (RFC 2890); with 0x8000 in the flags the last four are a checksum, without 0x2000 data."""
+    return struct.pack("!HHI", flags, 0x0800, key)
+
+
+# Protocol, two flows that differ in what follows the addresses, and another packet of the first
+FLOWS_WITHOUT_PORTS: tuple[tuple[str, int, bytes, bytes, bytes, tuple[Plan, ...]], ...] = (
+    ("echo id", 1, echo(7), echo(8), echo(7, 2), (V4,)),
+    ("echo id", 58, echo(7, kind=128), echo(8, kind=128), echo(7, 2, 128), (V6,)),
+    ("request and reply", 1, echo(7), echo(7, kind=0), echo(7, 2), (V4,)),
+    ("request and reply", 58, echo(7, kind=128), echo(7, kind=129), echo(7, 2, 128), (V6,)),
+    ("SPI", 50, struct.pack("!II", 1, 9), struct.pack("!II", 2, 9), struct.pack("!II", 1, 10), (V4, V6)),
+    ("GRE key", 47, gre(0x2000, 1), gre(0x2000, 2), gre(0x2000, 1), (V4, V6)),
+    ("PPTP call", 47, gre(0x3081, 1), gre(0x3081, 2), gre(0x3001, 1), (V4, V6)),
+)
+NO_IDENTIFIERS = ((47, gre(0, 1), gre(0, 2)), (47, gre(0xA000, 1), gre(0xA000, 2)), (4, bytes(8), b"\1" * 8),
+                  (41, bytes(8), b"\1" * 8))  # fmt: skip
 OTHER_FLOW = {"transport": tcp_start(443, 40001)}
 COPY = {"src": "peer", "dst": "node"}
 LIMIT_CASES = {
@@ -803,6 +825,26 @@ def test_limits(name: str, net: Plan) -> None:
         named = {key: getattr(net, value) if isinstance(value, str) else value for key, value in fields.items()}
         action = DELIVER if fields is COPY else REPLICATE
         assert pmtud.decide(parsed(net, **named), policy, now)[1] is (reason or action), step
+
+
+@pytest.mark.parametrize(("case", "net"), [pytest.param(case, net, id=f"{case[0]}-{net.family.name}")
+                                           for case in FLOWS_WITHOUT_PORTS for net in case[5]])  # fmt: skip
+def test_flows_without_ports_are_told_apart(case: tuple[Any, ...], net: Plan) -> None:
+    """By their own identifier, whatever else changes from packet to packet; no port is made of it."""
+    _, protocol, first, second, again, _ = case
+    policy = make_policy(net, flow_interval=1.0)
+    found = [parsed(net, protocol=protocol, transport=start) for start in (first, second, again)]
+    reasons = [pmtud.decide(error, policy, 1.0)[1] for error in found]
+    assert reasons == [REPLICATE, REPLICATE, Reason.LIMITED_FLOW]
+    assert {(error.source_port, error.destination_port) for error in found} == {(0, 0)}
+
+
+@both_families
+@pytest.mark.parametrize(("protocol", "first", "second"), NO_IDENTIFIERS)
+def test_what_changes_with_each_packet_makes_no_flow(protocol: int, first: bytes, second: bytes, net: Plan) -> None:
+    policy = make_policy(net, flow_interval=1.0)
+    found = [parsed(net, protocol=protocol, transport=start) for start in (first, second)]
+    assert [pmtud.decide(error, policy, 1.0)[1] for error in found] == [REPLICATE, Reason.LIMITED_FLOW]
 
 
 def test_memory_is_bounded_under_a_spoofed_flood() -> None:
@@ -1988,6 +2030,16 @@ def test_a_damaged_error_is_an_error_or_a_reason(net: Plan, data: st.DataObject)
     assert isinstance(pmtud.parse(data.draw(damaged(mtu_error(net, inner=inner)))), (pmtud.MtuError, Reason))
     found = pmtud.parse(mtu_error(net, quoted=data.draw(damaged(quote(net, **inner)))))
     assert isinstance(found, pmtud.MtuError) or found.value.startswith("quoted")
+
+
+@given(st.sampled_from([6, 17, 33, 132, 1, 4, 41, 47, 50, 89]), st.binary(min_size=8, max_size=30), ports, st.data())
+def test_the_short_way_finds_what_the_long_way_finds(protocol: int, start: bytes, mtu: int,
+                                                     data: st.DataObject) -> None:  # fmt: skip
+    """plain_ipv4_error() leaves a packet to walk_error() or agrees with it; most of the usual ones it takes itself."""
+    whole = mtu_error(V4, protocol=protocol, transport=start, mtu=mtu, quoted_length=data.draw(ports))
+    assert (pmtud.plain_ipv4_error(whole) is None) is (protocol not in (6, 17, 33, 132))
+    for packet in (whole, data.draw(damaged(whole))):
+        assert pmtud.plain_ipv4_error(packet) in (None, pmtud.walk_error(packet))
 
 
 @given(nets, st.binary(max_size=64), st.data())
@@ -3207,6 +3259,36 @@ def test_option_effects(
     with daemons([node], "--peers", PEER_LISTS[4], *options):
         inject(cluster.router, 4, packets)
         assert drops(received(node, ERRORS)) == expected
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_pings_from_one_address_are_flows_of_their_own(cluster: Cluster, family: int) -> None:
+    """Echo requests from the service's address on three nodes: all errors reach one node, and each is acted on."""
+    net, vip, client = (V4, V6)[family == 6], Cluster.vip("host", family), Cluster.client_address(5, family)
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[family], "--flow-interval", "60"):
+        for number, node in enumerate(cluster.nodes):  # as frames: whatever the kernel has learned by then, they leave
+            request = echo(number, kind={4: 8, 6: 128}[family]) + bytes(1400)
+            packet = net.wrap(vip, client, net.family.icmp_protocol, request)
+            blast(node, "eth0", cluster.fabric, "nodes", [packet])
+        assert poll(lambda: acted(cluster) == 9, 5), [drops(metrics(node)) for node in cluster.nodes]
+        samples = [metrics(node) for node in cluster.nodes]
+    assert [drops(s) for s in samples] == [{}, {}, {}]
+    assert sorted(s['pmtud_acted_total{action="replicate"}'] for s in samples) == [0, 0, 3]
+    assert [s['pmtud_acted_total{action="deliver"}'] for s in samples].count(3) == 2
+
+
+@pytest.mark.parametrize(("interval", "copies"), [("0.1", 1), ("0", 32)])
+def test_what_an_interval_of_0_costs_where_service_addresses_loop(
+    cluster: Cluster, interval: str, copies: int
+) -> None:
+    """As the README says: an error circles between node and fabric until its TTL ends, and each round is one more."""
+    node = cluster.nodes[ingress(cluster, 4, "pod")]
+    with daemons([node], "--peers", PEER_LISTS[4], "--flow-interval", interval), Capture(cluster.fabric) as wire:
+        inject(cluster.router, 4, flow_errors(4, "pod", 1))
+        sent = node_packets(wire.settle(), 4)
+        assert sum(drops(metrics(node)).values()) == 32 - copies
+    destinations = Counter(socket.inet_ntop(AF[4], s.packet[DST[4]]) for s in sent)
+    assert len(destinations) == 2 and set(destinations.values()) == {copies}
 
 
 def test_total_rate(cluster: Cluster) -> None:
