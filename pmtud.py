@@ -236,7 +236,12 @@ PLAIN_IPV4_ERROR = struct.Struct("!BxHxxHxBxx4s4s H4xH BxHxxHxBxx4s4s HH")
 QUOTED_TRANSPORT_MIN = 8  # RFC 792: the quoted header plus 64 bits
 PORTS = struct.Struct("!HH")  # source and destination port: TCP, UDP, DCCP, SCTP
 PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
-PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {4, 41, 47, 50}  # and IPIP, 6in4, GRE, ESP, plus the family's own ICMP
+GRE, ESP = 47, 50
+PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {4, 41, GRE, ESP}  # 4, 41: IPIP, 6in4; plus the family's own ICMP
+ICMP_ECHO = struct.Struct("!BxxxH")  # type, id (RFC 792, RFC 4443 section 4)
+GRE_HEADER = struct.Struct("!HxxI")  # flags and version; with GRE_KEY and without GRE_CSUM the key (RFC 2890)
+GRE_CSUM, GRE_KEY = 0x8000, 0x2000
+ESP_HEADER = struct.Struct("!I")  # security parameters index (RFC 4303)
 IPV4_MIN_MTU, IPV6_MIN_MTU = 68, 1280  # RFC 791, RFC 8200
 IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below it
 
@@ -560,6 +565,7 @@ class MtuError(NamedTuple):
     destination_port: int
     mtu: int
     icmp: bytes
+    flow_id: int = 0  # of flow_id()
 
     def __str__(self) -> str:
         addresses = [str(ipaddress.ip_address(a)) for a in (self.src, self.dst, self.quoted_src, self.quoted_dst)]
@@ -588,6 +594,24 @@ def delivery_packet(family: Family, src: bytes, dst: bytes, icmp: bytes) -> byte
         checksum = 0xFFFF - checksum_remainder(family, src, dst, blank)
         icmp = icmp[:2] + checksum.to_bytes(2, "big") + icmp[4:]
     return family.head(src, dst, icmp) + icmp
+
+
+def flow_id(family: Family, protocol: int, packet: bytes, at: int) -> int:
+    """What tells flows between two addresses apart where there are no ports, 0 if nothing does.
+
+    `at` is where the transport header starts; eight bytes of it are there. PPTP has the call id in the key of GRE.
+    """
+    found = 0
+    if protocol == family.icmp_protocol:
+        kind, number = ICMP_ECHO.unpack_from(packet, at)
+        found = kind << 16 | number
+    if protocol == ESP:
+        (found,) = ESP_HEADER.unpack_from(packet, at)
+    if protocol == GRE:
+        flags, key = GRE_HEADER.unpack_from(packet, at)
+        if flags & (GRE_CSUM | GRE_KEY) == GRE_KEY:
+            found = key
+    return found
 
 
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
@@ -642,7 +666,9 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
     if end < transport + QUOTED_TRANSPORT_MIN:
         return Reason.QUOTED_SHORT
     ports = PORTS.unpack_from(packet, transport) if protocol in PROTOCOLS_WITH_PORTS else (0, 0)
-    return MtuError(family, src, dst, quoted_src, quoted_dst, protocol, length, ports[0], ports[1], mtu, icmp)
+    identifier = flow_id(family, protocol, packet, transport)
+    return MtuError(family, src, dst, quoted_src, quoted_dst, protocol, length, ports[0], ports[1], mtu, icmp,
+                    identifier)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -885,7 +911,7 @@ class Policy:
         if not self._limits:
             return None
         flow = (origin, error.quoted_src, error.quoted_dst, error.quoted_protocol,
-                error.source_port, error.destination_port, error.mtu)  # fmt: skip
+                error.source_port, error.destination_port, error.flow_id, error.mtu)  # fmt: skip
         last = self._flows.get(flow)
         if last is not None and now - last < self._interval:
             return Reason.LIMITED_FLOW
@@ -899,9 +925,12 @@ class Policy:
 
 
 def is_martian(packed: bytes) -> bool:
-    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC 1122, RFC 4291)."""
+    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC 1122, RFC 4291).
+
+    Linux takes 240.0.0.0/4 as unicast, and all of 0.0.0.0/8 but 0.0.0.0 itself (since 5.3); private fabrics use them.
+    """
     if len(packed) == 4:
-        return packed[0] in (0, 127) or packed[0] >= 224
+        return packed[0] == 127 or 224 <= packed[0] < 240 or packed in (bytes(4), b"\xff" * 4)
     return packed[0] == 0xFF or packed[:10] == bytes(10)
 
 

@@ -274,6 +274,7 @@ LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the mos
     (pmtud.parse_iface, "eth0,bond0.100, abcdefghijklmno", ("eth0", "bond0.100", "abcdefghijklmno")),
     (pmtud.parse_peer, "10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
     (pmtud.parse_peer, "10.0.0.255", pmtud.PeerAddress(bytes([10, 0, 0, 255]))),
+    (pmtud.parse_peer, "240.0.0.12", pmtud.PeerAddress(bytes([240, 0, 0, 12]))),
     (pmtud.parse_peer, "fd00::12", pmtud.PeerAddress(b"\xfd" + bytes(14) + b"\x12")),
     (pmtud.parse_peer, "fe80::1%eth0", pmtud.PeerAddress(b"\xfe\x80" + bytes(13) + b"\1", "eth0")),
     (pmtud.parse_peer, "ff02::114%eth0", pmtud.PeerAddress(b"\xff\x02" + bytes(12) + b"\1\x14", "eth0")),
@@ -656,10 +657,11 @@ class WhoCase(NamedTuple):
 DELIVER, REPLICATE = pmtud.DELIVER, pmtud.REPLICATE
 NEIGHBOURS = (("10.77.0.5", V4), ("fd77::5", V6), ("fe80::1", V6))  # nodes or routers
 LINK_LOCAL = ("169.254.7.7", "fe80::7", "febf::7")
-SPECIAL = [("127.0.0.1", V4), ("127.9.9.9", V4), ("0.0.0.0", V4), ("224.0.0.5", V4), ("255.255.255.255", V4),
-           ("169.254.7.7", V4),
+SPECIAL = [("127.0.0.1", V4), ("127.9.9.9", V4), ("0.0.0.0", V4), ("224.0.0.0", V4), ("224.0.0.5", V4),
+           ("239.255.255.255", V4), ("255.255.255.255", V4), ("169.254.7.7", V4),
            ("::1", V6), ("::", V6), ("fe80::7", V6), ("febf::7", V6), ("ff02::1", V6), ("::ffff:127.0.0.1", V6),
            ("::127.0.0.1", V6)]  # fmt: skip
+UNUSUAL = ("240.0.0.1", "255.255.255.254", "0.0.0.1", "0.9.9.9")  # unicast for Linux, and in use in private fabrics
 WHO_CASES = (
     WhoCase("router", "vip", "vip", "router", REPLICATE),
     WhoCase("client", "vip", "vip", "router", REPLICATE),
@@ -683,6 +685,9 @@ WHO_CASES = (
     *(WhoCase(a, "node", "vip", "peer", DELIVER, (net,)) for a, net in NEIGHBOURS),
     *(WhoCase(a, "vip", "vip", "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL if a not in LINK_LOCAL),
     WhoCase("169.254.7.7", "vip", "vip", "router", REPLICATE, (V4,)),
+    *(WhoCase(a, "vip", "vip", "router", REPLICATE, (V4,)) for a in UNUSUAL),
+    *(WhoCase("router", a, a, "router", REPLICATE, (V4,)) for a in UNUSUAL),
+    *(WhoCase("peer", "node", a, "peer", DELIVER, (V4,)) for a in UNUSUAL),
     *(WhoCase("router", a, a, "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", a, a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
     *(WhoCase("peer", "node", a, "peer", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL),
@@ -760,6 +765,28 @@ class LimitCase(NamedTuple):
     events: tuple[tuple[float, dict[str, Any], Optional[pmtud.Reason]], ...]
 
 
+def echo(identifier: int, sequence: int = 1, kind: int = 8) -> bytes:
+    """The first bytes of an ICMP echo request (RFC 792, RFC 4443 section 4)."""
+    return struct.pack("!BBHHH", kind, 0, 0x1234 + sequence, identifier, sequence)
+
+
+def gre(flags: int, key: int) -> bytes:
+    """The first bytes of GRE (RFC 2890); with 0x8000 in the flags the last four are a checksum, without 0x2000 data."""
+    return struct.pack("!HHI", flags, 0x0800, key)
+
+
+# Protocol, two flows that differ in what follows the addresses, and another packet of the first
+FLOWS_WITHOUT_PORTS: tuple[tuple[str, int, bytes, bytes, bytes, tuple[Plan, ...]], ...] = (
+    ("echo id", 1, echo(7), echo(8), echo(7, 2), (V4,)),
+    ("echo id", 58, echo(7, kind=128), echo(8, kind=128), echo(7, 2, 128), (V6,)),
+    ("request and reply", 1, echo(7), echo(7, kind=0), echo(7, 2), (V4,)),
+    ("request and reply", 58, echo(7, kind=128), echo(7, kind=129), echo(7, 2, 128), (V6,)),
+    ("SPI", 50, struct.pack("!II", 1, 9), struct.pack("!II", 2, 9), struct.pack("!II", 1, 10), (V4, V6)),
+    ("GRE key", 47, gre(0x2000, 1), gre(0x2000, 2), gre(0x2000, 1), (V4, V6)),
+    ("PPTP call", 47, gre(0x3081, 1), gre(0x3081, 2), gre(0x3001, 1), (V4, V6)),
+)
+NO_IDENTIFIERS = ((47, gre(0, 1), gre(0, 2)), (47, gre(0xA000, 1), gre(0xA000, 2)), (4, bytes(8), b"\1" * 8),
+                  (41, bytes(8), b"\1" * 8))  # fmt: skip
 OTHER_FLOW = {"transport": tcp_start(443, 40001)}
 COPY = {"src": "peer", "dst": "node"}
 LIMIT_CASES = {
@@ -798,6 +825,26 @@ def test_limits(name: str, net: Plan) -> None:
         named = {key: getattr(net, value) if isinstance(value, str) else value for key, value in fields.items()}
         action = DELIVER if fields is COPY else REPLICATE
         assert pmtud.decide(parsed(net, **named), policy, now)[1] is (reason or action), step
+
+
+@pytest.mark.parametrize(("case", "net"), [pytest.param(case, net, id=f"{case[0]}-{net.family.name}")
+                                           for case in FLOWS_WITHOUT_PORTS for net in case[5]])  # fmt: skip
+def test_flows_without_ports_are_told_apart(case: tuple[Any, ...], net: Plan) -> None:
+    """By their own identifier, whatever else changes from packet to packet; no port is made of it."""
+    _, protocol, first, second, again, _ = case
+    policy = make_policy(net, flow_interval=1.0)
+    found = [parsed(net, protocol=protocol, transport=start) for start in (first, second, again)]
+    reasons = [pmtud.decide(error, policy, 1.0)[1] for error in found]
+    assert reasons == [REPLICATE, REPLICATE, Reason.LIMITED_FLOW]
+    assert {(error.source_port, error.destination_port) for error in found} == {(0, 0)}
+
+
+@both_families
+@pytest.mark.parametrize(("protocol", "first", "second"), NO_IDENTIFIERS)
+def test_what_changes_with_each_packet_makes_no_flow(protocol: int, first: bytes, second: bytes, net: Plan) -> None:
+    policy = make_policy(net, flow_interval=1.0)
+    found = [parsed(net, protocol=protocol, transport=start) for start in (first, second)]
+    assert [pmtud.decide(error, policy, 1.0)[1] for error in found] == [REPLICATE, Reason.LIMITED_FLOW]
 
 
 def test_memory_is_bounded_under_a_spoofed_flood() -> None:
@@ -1985,6 +2032,16 @@ def test_a_damaged_error_is_an_error_or_a_reason(net: Plan, data: st.DataObject)
     assert isinstance(found, pmtud.MtuError) or found.value.startswith("quoted")
 
 
+@given(st.sampled_from([6, 17, 33, 132, 1, 4, 41, 47, 50, 89]), st.binary(min_size=8, max_size=30), ports, st.data())
+def test_the_short_way_finds_what_the_long_way_finds(protocol: int, start: bytes, mtu: int,
+                                                     data: st.DataObject) -> None:  # fmt: skip
+    """plain_ipv4_error() leaves a packet to walk_error() or agrees with it; most of the usual ones it takes itself."""
+    whole = mtu_error(V4, protocol=protocol, transport=start, mtu=mtu, quoted_length=data.draw(ports))
+    assert (pmtud.plain_ipv4_error(whole) is None) is (protocol not in (6, 17, 33, 132))
+    for packet in (whole, data.draw(damaged(whole))):
+        assert pmtud.plain_ipv4_error(packet) in (None, pmtud.walk_error(packet))
+
+
 @given(nets, st.binary(max_size=64), st.data())
 def test_nflog_survives_damage(net: Plan, prefix: bytes, data: st.DataObject) -> None:
     datagram = nflog_message(mtu_error(net), 1, prefix) + nflog_message(mtu_error(net), 2)
@@ -3099,6 +3156,61 @@ def test_a_peers_other_address_is_named_once(cluster: Cluster) -> None:
         assert len(lines) == 1 and Cluster.node_address(first + 1) in lines[0]
 
 
+class TwoNodes(Net):
+    """Two nodes with one service address, behind a router that takes all errors to the first.
+
+    router .5.0.1 --+-- node1 eth0 .5.0.11       all of one /8; the service .96.0.1 is on each node's lo,
+                    +-- node2 eth0 .5.0.12       the client .9.0.5 somewhere behind the router
+    """
+
+    def __init__(self, first_octet: int) -> None:
+        super().__init__()
+        self.router_address, *self.addresses, self.vip, self.client_address = (
+            f"{first_octet}.{rest}" for rest in ("5.0.1", "5.0.11", "5.0.12", "96.0.1", "9.0.5"))  # fmt: skip
+
+    def build(self) -> None:
+        self.router = self.host("router", forward=True)
+        self.nodes = [self.host(name) for name in ("node1", "node2")]
+        self.router.ip("link add nodes type bridge mcast_snooping 0", "link set nodes up",
+                       f"addr add {self.router_address}/24 dev nodes")
+        for node, address in zip(self.nodes, self.addresses):
+            self.link(self.router, node, names=("", "eth0"))
+            self.router.ip(f"link set to-{node.name} master nodes")
+            node.ip(f"addr add {address}/24 brd + dev eth0", f"addr add {self.vip}/32 dev lo",
+                    f"route add default via {self.router_address}")
+        self.router.ip(f"route add {self.vip} via {self.addresses[0]}")
+
+    def open_sender(self, node: Host) -> socket.socket:
+        """A UDP socket of a node from the service's address to the client, with DF."""
+        def dial() -> socket.socket:
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sender.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, IP_PMTUDISC_DO
+            sender.bind((self.vip, 0))
+            sender.connect((self.client_address, 9))
+            return sender
+        return node.inside(dial)
+
+
+@pytest.mark.parametrize(("first_octet", "peers", "seen_again"), [
+    (10, "unicast", {}), (240, "unicast", {}), (240, "broadcast", {"own": 1}), (0, "unicast", {}),
+])  # fmt: skip
+def test_addresses_that_only_private_fabrics_use(first_octet: int, peers: str, seen_again: dict[str, int]) -> None:
+    """Routers, peers and services in 240.0.0.0/4 and 0.0.0.0/8: the node whose flow it is learns from the other."""
+    with TwoNodes(first_octet) as net, contextlib.ExitStack() as stack:
+        sender = stack.enter_context(net.open_sender(net.nodes[1]))
+        listed = ",".join(net.addresses) if peers == "unicast" else f"{first_octet}.5.0.255"
+        stack.enter_context(daemons(net.nodes, "--peers", listed))
+        udp = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
+        packet = mtu_error(V4, src=f"{first_octet}.8.0.1", dst=net.vip, quoted_src=net.vip, protocol=UDP_PROTOCOL,
+                           quoted_dst=net.client_address, transport=udp)  # fmt: skip
+        assert known_mtu(sender) == 1500
+        inject(net.router, 4, [packet])
+        assert poll(lambda: known_mtu(sender) == 1400, 2)
+        samples = [received(node, 1) for node in net.nodes]
+    assert [drops(s) for s in samples] == [seen_again, {}]
+    assert [s['pmtud_delivered_total{family="ipv4",result="owner"}'] for s in samples] == [1, 1]
+
+
 def test_dry_run_sends_nothing(cluster: Cluster) -> None:
     """--dry-run decides, counts and logs, and not one packet leaves or is delivered."""
     node = cluster.nodes[ingress(cluster, 4)]
@@ -3147,6 +3259,36 @@ def test_option_effects(
     with daemons([node], "--peers", PEER_LISTS[4], *options):
         inject(cluster.router, 4, packets)
         assert drops(received(node, ERRORS)) == expected
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_pings_from_one_address_are_flows_of_their_own(cluster: Cluster, family: int) -> None:
+    """Echo requests from the service's address on three nodes: all errors reach one node, and each is acted on."""
+    net, vip, client = (V4, V6)[family == 6], Cluster.vip("host", family), Cluster.client_address(5, family)
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[family], "--flow-interval", "60"):
+        for number, node in enumerate(cluster.nodes):  # as frames: whatever the kernel has learned by then, they leave
+            request = echo(number, kind={4: 8, 6: 128}[family]) + bytes(1400)
+            packet = net.wrap(vip, client, net.family.icmp_protocol, request)
+            blast(node, "eth0", cluster.fabric, "nodes", [packet])
+        assert poll(lambda: acted(cluster) == 9, 5), [drops(metrics(node)) for node in cluster.nodes]
+        samples = [metrics(node) for node in cluster.nodes]
+    assert [drops(s) for s in samples] == [{}, {}, {}]
+    assert sorted(s['pmtud_acted_total{action="replicate"}'] for s in samples) == [0, 0, 3]
+    assert [s['pmtud_acted_total{action="deliver"}'] for s in samples].count(3) == 2
+
+
+@pytest.mark.parametrize(("interval", "copies"), [("0.1", 1), ("0", 32)])
+def test_what_an_interval_of_0_costs_where_service_addresses_loop(
+    cluster: Cluster, interval: str, copies: int
+) -> None:
+    """As the README says: an error circles between node and fabric until its TTL ends, and each round is one more."""
+    node = cluster.nodes[ingress(cluster, 4, "pod")]
+    with daemons([node], "--peers", PEER_LISTS[4], "--flow-interval", interval), Capture(cluster.fabric) as wire:
+        inject(cluster.router, 4, flow_errors(4, "pod", 1))
+        sent = node_packets(wire.settle(), 4)
+        assert sum(drops(metrics(node)).values()) == 32 - copies
+    destinations = Counter(socket.inet_ntop(AF[4], s.packet[DST[4]]) for s in sent)
+    assert len(destinations) == 2 and set(destinations.values()) == {copies}
 
 
 def test_total_rate(cluster: Cluster) -> None:
