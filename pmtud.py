@@ -44,6 +44,17 @@ Needs Linux 4.17 or later and Python 3.9 or later; prometheus-client only for /m
 # ///
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and not {"check", "rules"}.intersection(sys.argv):
+    # Before the other imports, which take a second where there is no bytecode: the kernel drops a signal to process 1
+    # of a container while there is no handler. So far nothing is open; run() sets the handlers that close everything.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the peers have not been read so far
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
 import argparse
 import contextlib
 import ctypes
@@ -53,17 +64,14 @@ import ipaddress
 import json
 import logging
 import math
-import os
 import platform
 import re
 import select
 import shlex
-import signal
 import socket
 import socketserver
 import stat
 import struct
-import sys
 import threading
 import time
 import urllib.parse

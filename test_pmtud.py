@@ -3490,6 +3490,76 @@ def test_clean_stop(cluster: Cluster, number: int) -> None:
     assert process.output().splitlines()[-1].split()[2] == "stopped"
 
 
+SLOW_IMPORT = """
+import pathlib, time
+pathlib.Path({0!r}).touch()
+time.sleep(60)
+"""
+
+
+def as_init(host: Host, *options: str, env: dict[str, str] | None = None) -> tuple[Process, int]:
+    """The daemon as process 1 of a PID namespace, as in a container, and its pid out here."""
+    command = (sys.executable, "--", str(PROGRAM), "--iface", "lo", "--metrics-port", "0", *options)
+    process = host.start("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *command, env=env)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    assert poll(lambda: children.read_text().split(), 10), process.output()
+    return process, int(children.read_text())
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for it: the kernel drops signals without one that are sent to process 1."""
+    (mask,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> signal.SIGTERM - 1 & 1)
+
+
+def ended(process: Process) -> bool:
+    return process.returncode() is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Path) -> None:
+    """While modules are imported, and at a dozen moments up to the last line that tells of the start; at once."""
+    loading = tmp_path / "loading"
+    (tmp_path / "argparse.py").write_text(SLOW_IMPORT.format(str(loading)))
+    with Net() as net:
+        node = net.host("bare")
+        process, pid = as_init(node, env={"PYTHONPATH": str(tmp_path)})
+        assert poll(loading.exists, 10), process.output()
+        begun = time.monotonic()
+        os.kill(pid, number)
+        assert poll(partial(ended, process), 5), "the signal was lost"
+        assert (process.returncode(), process.output(), time.monotonic() - begun < 1) == (0, "", True)
+        process, pid = as_init(node)
+        assert poll(partial(handles_sigterm, pid), 10)
+        begun = time.monotonic()
+        process.wait_for("limits:")
+        whole = time.monotonic() - begun
+        os.kill(pid, number)
+        for part in range(12):
+            assert poll(partial(ended, process), 5), "the signal was lost"
+            assert process.returncode() == 0 and "Traceback" not in process.output(), process.output()
+            assert "pmtud" not in node.run("nft", "list", "ruleset")
+            process, pid = as_init(node)
+            assert poll(partial(handles_sigterm, pid), 10)
+            time.sleep(whole * part / 10)
+            os.kill(pid, number)
+
+
+@pytest.mark.parametrize("command,code", [("run", 0), ("check", -signal.SIGTERM), ("rules", -signal.SIGTERM)])
+def test_signals_before_the_command_is_known(command: str, code: int, tmp_path: Path) -> None:
+    """SIGHUP, and then SIGTERM, while modules are imported; no doctor that was interrupted says that all is well."""
+    loading = tmp_path / "loading"
+    (tmp_path / "argparse.py").write_text(SLOW_IMPORT.format(str(loading)))
+    with Net() as net:
+        argv = (sys.executable, "--", str(PROGRAM), "--iface", "lo", command)
+        process = net.host("bare").start(*argv, env={"PYTHONPATH": str(tmp_path)})
+        assert poll(loading.exists, 10), process.output()
+        if command == "run":
+            os.kill(process.pid, signal.SIGHUP)
+            time.sleep(0.2)
+        assert process.stop() == code, process.output()
+
+
 def test_sigkill_leaves_nothing(cluster: Cluster) -> None:
     """The kernel removes the table and frees the group."""
     node = cluster.nodes[0]
@@ -3885,6 +3955,7 @@ def test_manifest_keeps_its_promises() -> None:
     assert ACTIVE["Service"]["spec"]["publishNotReadyAddresses"] is True
     assert POD["automountServiceAccountToken"] is ACTIVE["ServiceAccount"]["automountServiceAccountToken"] is False
     assert (POD["hostNetwork"], POD["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert POD["shareProcessNamespace"] is True
     assert (POD["priorityClassName"], POD["tolerations"]) == ("system-node-critical", [{"operator": "Exists"}])
     assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "10%"}
     assert POD["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
