@@ -963,7 +963,7 @@ class Histogram:
 
 
 class CopyCounts:
-    """Copies sent and refused for each peer of one set; peers that stay keep their totals.
+    """Copies sent and refused for each peer of one set; peers that stay keep their counts.
 
     A round is one copy to every peer, so that counting costs the same for 1 peer and for 1,000.
     """
@@ -974,6 +974,13 @@ class CopyCounts:
         self._peers = tuple(peers)
         self._sent_before = before.sent() if before else {}
         self._refused_before = before.errors() if before else {}
+        self._totals_before = before.totals() if before else (0, 0)
+
+    def totals(self) -> tuple[int, int]:
+        """Copies sent and refused, those of peers that have left included."""
+        sent, refused = self._totals_before
+        refused_now = sum(self.refused)
+        return sent + self.rounds * len(self._peers) - refused_now, refused + refused_now
 
     def sent(self) -> dict[str, int]:
         """Copies the kernel took, by peer."""
@@ -1010,14 +1017,15 @@ class Counters:
         return {peer: count for copies in self.copies.values() for peer, count in copies.errors().items()}
 
     def summary(self) -> dict[str, int]:
-        """The totals of the minute's log line."""
+        """The totals of the minute's log line; they never fall."""
+        copies = [counts.totals() for counts in self.copies.values()]
         totals = {
             "received": sum(self.received.values()),
             "replicated": self.acted["replicate"],
-            "copies": sum(self.copies_sent().values()),
+            "copies": sum(sent for sent, _ in copies),
             "owned": sum(n for (_, result), n in self.delivered.items() if result == "owner"),
             "rpf_rescued": self.rpf_rescued,
-            "copy_errors": sum(self.copy_errors().values()),
+            "copy_errors": sum(refused for _, refused in copies),
             "nflog_lost": self.nflog_lost,
         }
         totals.update({f"dropped_{reason.value}": count for reason, count in self.dropped.items()})

@@ -859,6 +859,8 @@ def test_copy_counts_stay_with_the_peers_that_stay() -> None:
     second = pmtud.CopyCounts(["b", "c"], first)
     second.rounds, second.refused[0] = 5, 1
     assert (second.sent(), second.errors()) == ({"b": 11, "c": 5}, {"b": 4, "c": 0})
+    assert (first.totals(), second.totals()) == ((17, 3), (26, 4))
+    assert pmtud.CopyCounts([], second).totals() == (26, 4)
 
 
 def scrape(counters: pmtud.Counters) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -4231,6 +4233,39 @@ def test_summary_of_the_last_minute(cluster: Cluster) -> None:
     assert sum(int(n) for line in lines for n in re.findall(r" received=(\d+)", line)) == ERRORS
     assert sum(int(n) for line in lines for n in re.findall(r" copies=(\d+)", line)) == ERRORS * 2
     assert process.stop() == 0
+
+
+def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> None:
+    """Minutes and the last line count every copy there was; the series of who has left are gone all the same."""
+    node, path = cluster.nodes[ingress(cluster, 4)], tmp_path / "peers"
+    path.write_text("10.0.0.77\n10.0.0.78\n10.0.0.79\n")
+    options = ("--peers", f"file:{path}", "--flow-interval", "0")
+    process = node.start(sys.executable, "-c", SHORT_MINUTE, *options, env={"PYTHONPATH": str(HERE)})
+    process.wait_for("limits:")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, ERRORS)
+    path.write_text("10.0.0.80\n")
+    process.wait_for("peers changed")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, 2 * ERRORS)
+    node.ip("route add unreachable 10.0.0.80")
+    try:
+        inject(cluster.router, 4, flow_errors(4))
+        samples = received(node, 3 * ERRORS)
+    finally:
+        node.ip("route del unreachable 10.0.0.80")
+    assert {name for name in samples if "{peer=" in name} == {
+        f'pmtud_cop{end}{{peer="10.0.0.80"}}' for end in ("ies_sent_total", "y_errors_total")}  # fmt: skip
+    path.write_text("10.0.0.81\n")
+    assert poll(lambda: process.output().count("peers changed") == 2, 5)
+    time.sleep(1.2)  # a minute more
+    assert process.stop() == 0
+    minutes = [line for line in process.output().splitlines() if "last minute" in line]
+    (stopped,) = [line for line in process.output().splitlines() if " stopped " in line]
+    for name, count in (("copies", 4 * ERRORS), ("copy_errors", ERRORS)):
+        assert f" {name}={count} " in f"{stopped} "
+        assert sum(int(n) for line in minutes for n in re.findall(rf" {name}=(-?\d+)", line)) == count
+    assert "=-" not in process.output()
 
 
 @pytest.mark.parametrize("python", interpreters())
