@@ -420,12 +420,27 @@ def parse_iface(text: str) -> tuple[str, ...]:
     return names
 
 
+def explain_no_address(text: str) -> str:
+    """What to write instead of a peer that is no address; networks are what people try."""
+    try:
+        given = ipaddress.ip_interface(text)
+    except ValueError:
+        return f"{text!r} is not an IP address"
+    if given.network.prefixlen >= given.max_prefixlen - 1:
+        return f"{text} is a network, no peer; name the node: {given.ip}"
+    if given.version == 6:
+        group = "a multicast group of their link like ff02::114%eth0"
+        return f"{text} is a network, no peer; name its nodes, or {group}"
+    broadcast = given.network.broadcast_address
+    return f"{text} is a network, no peer; to reach all of it name its broadcast address, {broadcast}"
+
+
 def parse_peer(text: str) -> PeerAddress:
     """One peer address: IPv4, subnet broadcast, IPv6, or link-local or multicast IPv6 with %interface."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not an IP address") from None
+        raise ValueError(explain_no_address(text)) from None
     mapped = getattr(address, "ipv4_mapped", None)
     address = mapped or address
     zone = getattr(address, "scope_id", None) or ""
@@ -3865,6 +3880,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--log-format", choices=("text", "json"), help="(default: text)")  # fmt: skip
 
 
+COMMANDS = ("run", "check", "rules")
+
+
 def build_parser() -> Parser:
     """The whole command line; every default is SUPPRESS, so that what was given can be told from what was not."""
     parser = Parser(
@@ -3875,7 +3893,7 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("run", "check", "rules"), default="run",
+    parser.add_argument("command", nargs="?", metavar=f"{{{','.join(COMMANDS)}}}", default="run",
                         help="run: the daemon (default); check: what is wrong on this node, and how to repair it; "
                         "rules: print the rules the daemon would install")  # fmt: skip
     parser.add_argument("hosts", nargs="*", default=(), metavar="HOST[:PORT]",
@@ -3930,32 +3948,73 @@ def config_from(options: Mapping[str, Any]) -> Config:
     if len(values["peers"]) > PEERS_MAX:
         raise UsageError(f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet")
     values["rescue"] = not options.get("no_rescue", False)
-    if not values["rescue"] and not items:
-        raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
     return Config(**values)
 
 
 class Invocation(NamedTuple):
     """What the user asked for."""
 
-    command: str  # run, check or rules
+    command: str  # one of COMMANDS
     config: Config
     hosts: tuple[str, ...] = ()
     as_json: bool = False
     color: bool = True
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known: the one that may have been meant."""
+    import difflib
+
+    alike = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {alike[0]}?" if alike else "see pmtud.py --help"
+
+
+def refuse_unknown_options(parser: Parser, argv: Sequence[str]) -> None:
+    """Name the first option that does not exist: argparse would take its value for a command, and blame that."""
+    options = parser._option_string_actions
+    for word in argv:
+        if word == "--":
+            return
+        option = word.partition("=")[0]
+        if re.match("--|-[a-zA-Z]", word) and " " not in word and option not in options:
+            raise UsageError(f"unknown option {option}; {nearest(option, options)}")
+
+
+def refuse_split_lists(parser: Parser, argv: Sequence[str], stray: str = "") -> None:
+    """Say so where a list was split, like --peers A, B: at a comma, or before the word that has no other place."""
+    for before, value, word in zip(["", *argv], argv, argv[1:]):
+        if word.startswith("-") or word in COMMANDS:
+            continue
+        if word != stray and not value.endswith(",") and not word.startswith(","):
+            continue
+        option = value.partition("=")[0] if value.startswith("-") else before
+        if isinstance(parser._option_string_actions.get(option), argparse._AppendAction):
+            values = option.rpartition("-")[2].rstrip("s") + "s"
+            raise UsageError(f"{word}: separate {values} with commas")
+
+
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     """The command line and the environment together; raises UsageError."""
     parser = build_parser()
+    refuse_unknown_options(parser, argv)
+    refuse_split_lists(parser, argv)
     given = vars(parser.parse_intermixed_args(list(argv)))  # HOST may follow options
     options = {**environment_options(parser, environ), **given}
     command, hosts = given.pop("command"), tuple(given.pop("hosts"))
     words = {name: options.pop(name, None) for name in ("command", "hosts", "json", "no_color")}
-    if command != "check" and (hosts or "json" in given or "no_color" in given):
-        raise UsageError(f"{hosts[0] if hosts else '--json and --no-color'}: only for `pmtud.py check`")
+    if command not in COMMANDS:
+        refuse_split_lists(parser, argv, command)
+        raise UsageError(f"unknown command {command}; {nearest(command, COMMANDS)}")
+    if command != "check" and hosts:
+        refuse_split_lists(parser, argv, hosts[0])
+        raise UsageError(f"{hosts[0]}: only for `pmtud.py check`")
+    if command != "check" and ("json" in given or "no_color" in given):
+        raise UsageError("--json and --no-color: only for `pmtud.py check`")
     color = not words["no_color"] and "NO_COLOR" not in environ
-    return Invocation(command, config_from(options), hosts, bool(words["json"]), color)
+    config = config_from(options)
+    if command == "run" and not (config.rescue or config.peers or config.peer_sources):
+        raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
+    return Invocation(command, config, hosts, bool(words["json"]), color)
 
 
 def print_rules(config: Config) -> None:

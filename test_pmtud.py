@@ -256,6 +256,7 @@ def test_errors_are_one_line_with_an_exit_code(problem: pmtud.PmtudError, text: 
 NETWORK_HINT = "; networks are written like 10.0.0.0/8 or fd00::/64"
 PORT_HINT = " is not a port or a range of ports; write them like 443,8000-8100"
 PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast address"
+BROADCAST = " is a network, no peer; to reach all of it name its broadcast address, "
 KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
 LABEL = "a" * 63
 LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the most that DNS carries
@@ -315,7 +316,15 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     # the kernel refuses `:` in names (dev_valid_name), eth0:1 labels an address
     (pmtud.parse_iface, "eth0:1", "'eth0:1' is not an interface name"),
     (pmtud.parse_peer, "node-1", "'node-1' is not an IP address"),
-    (pmtud.parse_peer, "10.0.0.0/24", "'10.0.0.0/24' is not an IP address"),
+    (pmtud.parse_peer, "10.0.0.0/24", "10.0.0.0/24" + BROADCAST + "10.0.0.255"),
+    (pmtud.parse_peer, "10.0.0.11/23", "10.0.0.11/23" + BROADCAST + "10.0.1.255"),
+    (pmtud.parse_peer, "10.0.0.11/255.255.255.0", "10.0.0.11/255.255.255.0" + BROADCAST + "10.0.0.255"),
+    (pmtud.parse_peer, "10.0.0.12/32", "10.0.0.12/32 is a network, no peer; name the node: 10.0.0.12"),
+    (pmtud.parse_peer, "10.0.0.12/31", "10.0.0.12/31 is a network, no peer; name the node: 10.0.0.12"),
+    (pmtud.parse_peer, "fd00::12/128", "fd00::12/128 is a network, no peer; name the node: fd00::12"),
+    (pmtud.parse_peer, "fd00::/64", "fd00::/64 is a network, no peer; name its nodes, or a multicast group of "
+     "their link like ff02::114%eth0"),
+    (pmtud.parse_peer, "10.0.0.0/33", "'10.0.0.0/33' is not an IP address"),
     (pmtud.parse_peer, "fe80::1", "fe80::1 needs its interface, like fe80::1%eth0"),
     (pmtud.parse_peer, "ff02::1", "ff02::1 needs its interface, like ff02::1%eth0"),
     (pmtud.parse_peer, "127.0.0.1", "127.0.0.1" + PEER_HINT),
@@ -326,13 +335,14 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.parse_peer, "255.255.255.255", "255.255.255.255" + PEER_HINT),
     (pmtud.parse_peer, "224.0.0.1", "224.0.0.1" + PEER_HINT),
     *((pmtud.parse_peer_items, text, f"{text!r} is not an IP address; a peer is {KINDS}")
-      for text in ("fe::zz", "10.0.0.999", "10.0.0.0/24", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
+      for text in ("fe::zz", "10.0.0.999", "10.0.0.0/240", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
                    "a" * 64, LONG_NAME + "c", "a b")),
     *((pmtud.parse_peer_items, text, f"{text!r} is not {KINDS}")
       for text in ("dns:", "dns:-x", "dns:10.0.0.1", "dns:fd00::1", "dns:a/b", "file:", "zoo:keeper", "kube:",
                    "kube:pods", "kube:nodes/x")),
     (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
     (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
+    (pmtud.parse_peer_lines, "\n10.0.0.0/24", "line 2: 10.0.0.0/24" + BROADCAST + "10.0.0.255"),
     (pmtud.parse_peer_lines, "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
      "16385 peers; there must be 1 to 16384, one broadcast address reaches a subnet"),
 ])  # fmt: skip
@@ -1860,8 +1870,24 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--rules", "maybe"], {}, "argument --rules: invalid choice: 'maybe' (choose from"),
     (["--log-level", "loud"], {}, "argument --log-level: invalid choice: 'loud' (choose from"),
     (["--rate"], {}, "argument --rate: expected one argument"),
-    (["--rat=5"], {}, "unrecognized arguments: --rat=5"),
-    (["chekc"], {}, "argument command: invalid choice: 'chekc' (choose from"),
+    (["--rat=5"], {}, "unknown option --rat; did you mean --rate?"),
+    (["--peer", "10.0.0.12"], {}, "unknown option --peer; did you mean --peers?"),
+    (["check", "--peeers", "10.0.0.12"], {}, "unknown option --peeers; did you mean --peers?"),
+    (["-peers", "10.0.0.12"], {}, "unknown option -peers; did you mean --peers?"),
+    (["--interface", "eth0"], {}, "unknown option --interface; did you mean --iface?"),
+    (["-v"], {}, "unknown option -v; see pmtud.py --help"),
+    (["chekc"], {}, "unknown command chekc; did you mean check?"),
+    (["10.0.0.12"], {}, "unknown command 10.0.0.12; see pmtud.py --help"),
+    (["run", "10.0.0.12"], {}, "10.0.0.12: only for `pmtud.py check`"),
+    (["--ttl", "5", "6"], {}, "unknown command 6; see pmtud.py --help"),
+    (["--peers", "10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
+    (["--peers=10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
+    (["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"], {}, "10.0.0.13: separate peers with commas"),
+    (["rules", "--iface", "eth0", "eth1"], {}, "eth1: separate ifaces with commas"),
+    (["--ports", "80", "443", "--ttl", "3"], {}, "443: separate ports with commas"),
+    (["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"], {}, "fd00::/8: separate networks with commas"),
+    (["check", "--peers", "10.0.0.12", ",10.0.0.13"], {}, ",10.0.0.13: separate peers with commas"),
+    (["--peers", "10.0.0.0/24"], {}, "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS),
     (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
     ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
     ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
@@ -1885,6 +1911,30 @@ def test_bad_command_lines(argv: list[str], environ: dict[str, str], message: st
     assert (output.out, output.err.count("\n")) == ("", 1)
     start, choices, _ = output.err.partition("(choose from")
     assert start + choices == f"pmtud: {message}" + ("" if choices else "\n")
+
+
+@pytest.mark.parametrize("argv", [
+    ["check", "10.9.0.2", "fd09::2"], ["check", "--peers", "10.0.0.12", "10.9.0.2"], ["--iface", "eth0", "check"],
+    ["check", "--ttl", "5", "10.9.0.2"], ["--peers", "10.0.0.12", "rules"], ["run", "--peers", "10.0.0.12"],
+    ["--peers", "10.0.0.12,", "check"], ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
+])  # fmt: skip
+def test_words_that_are_in_their_place(argv: list[str]) -> None:
+    """A command may come after options, and so may the hosts of `check`."""
+    asked = pmtud.parse_args(argv, {})
+    assert asked.command in argv
+    assert list(asked.hosts) == [word for word in argv if word in ("10.9.0.2", "fd09::2")]
+
+
+def test_no_rescue_and_no_peers_is_nothing_to_do_for_the_daemon_only() -> None:
+    """The doctor and `rules` have something to say all the same, whoever gave the option."""
+    for command in ("check", "rules"):
+        assert pmtud.parse_args([command, "--no-rescue"], {}).config == pmtud.parse_args(
+            [command], {"PMTUD_NO_RESCUE": "yes"}).config == parse_options([])._replace(rescue=False)  # fmt: skip
+    for argv in (["check"], ["rules", "--iface", "eth0"]):
+        done = run_program(*argv, "--no-rescue")
+        assert (done.stderr, bool(done.stdout)) == ("", True)
+    with pytest.raises(pmtud.UsageError):
+        pmtud.parse_args([], {"PMTUD_NO_RESCUE": "yes"})
 
 
 @pytest.mark.parametrize(("argv", "environ", "line"), [
