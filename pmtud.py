@@ -3905,6 +3905,24 @@ def build_parser() -> Parser:
     return parser
 
 
+# What Kubernetes tells every container of Services called pmtud or pmtud-something: https://kubernetes.io/docs/
+# concepts/services-networking/service/#environment-variables, "makeLinkVariables" in its source
+SERVICE_VARIABLE = re.compile(
+    r"PMTUD(_\w+)?(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_[A-Z]+(_PROTO|_PORT|_ADDR)?)=|PMTUD(_\w+)?_PORT=[a-z]+://"
+)
+
+
+def unknown_variables(parser: Parser, environ: Mapping[str, str]) -> Iterator[str]:
+    """A warning about each variable that looks like an option's and is none."""
+    options = [action for action in parser._actions if action.option_strings]
+    known = {f"PMTUD_{action.dest.upper()}" for action in options} - {"PMTUD_HELP", "PMTUD_VERSION"}
+    for name in sorted(environ):
+        if not name.upper().startswith("PMTUD_") or name in known:
+            continue
+        if not SERVICE_VARIABLE.match(f"{name}={environ[name]}"):
+            yield f"{name} is no option; {nearest(name.upper(), known)}"
+
+
 def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str, Any]:
     """The options set by PMTUD_* variables; an error names the variable."""
     found: dict[str, Any] = {}
@@ -3913,9 +3931,7 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
             continue
         variable = "PMTUD_" + action.dest.upper()
         text = environ.get(variable, "").strip()
-        if text.startswith("tcp://"):  # Kubernetes describes a Service called pmtud-metrics in PMTUD_METRICS_PORT
-            continue
-        if not text:
+        if not text or SERVICE_VARIABLE.match(f"{variable}={text}"):
             continue
         option = action.option_strings[0]
         if action.nargs == 0:
@@ -3959,6 +3975,7 @@ class Invocation(NamedTuple):
     hosts: tuple[str, ...] = ()
     as_json: bool = False
     color: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -4014,7 +4031,8 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     config = config_from(options)
     if command == "run" and not (config.rescue or config.peers or config.peer_sources):
         raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
-    return Invocation(command, config, hosts, bool(words["json"]), color)
+    warnings = tuple(unknown_variables(parser, environ))
+    return Invocation(command, config, hosts, bool(words["json"]), color, warnings)
 
 
 def print_rules(config: Config) -> None:
@@ -4081,7 +4099,6 @@ def check_metrics_library(config: Config) -> None:
 def run(config: Config) -> None:
     """The daemon: open, turn until a signal, close."""
     shed_syntax_tree()
-    set_up_logging(config.log_level, config.log_format)
     check_metrics_library(config)
     service = Service(config)
     service.handle_signals()
@@ -4098,6 +4115,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; the exit code. Unexpected exceptions keep their traceback."""
     try:
         asked = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+        set_up_logging(asked.config.log_level, asked.config.log_format)
+        for warning in asked.warnings:
+            log("warning", warning)
         if asked.command == "check":
             return check(asked.config, asked.hosts, asked.as_json, asked.color)
         (run if asked.command == "run" else print_rules)(asked.config)

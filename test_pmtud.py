@@ -96,7 +96,19 @@ import pmtud
 
 Reason = pmtud.Reason
 README = (HERE / "README.md").read_text()
-SCRIPT = os.environ.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
+ENVIRONMENT = dict(os.environ)  # with the tests' own settings, for other runs of this file
+
+
+def hide_settings() -> None:
+    """Take them out of the environment: the daemon would warn of options that do not exist."""
+    for name in ENVIRONMENT:
+        if name.startswith("PMTUD_"):
+            os.environ.pop(name, None)
+
+
+if __name__ != "__main__":  # there pytest.main() has yet to import this file once more
+    hide_settings()
+SCRIPT = ENVIRONMENT.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
 settings.register_profile("pmtud", max_examples=200, deadline=None, database=None)
 settings.load_profile("pmtud")
 
@@ -232,8 +244,7 @@ def parsed(net: Plan, **fields: Any) -> pmtud.MtuError:
 
 def run_program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The program as a user starts it."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PMTUD_")}
-    return subprocess.run([sys.executable, str(PROGRAM), *argv], env={**clean, **environ}, text=True,
+    return subprocess.run([sys.executable, str(PROGRAM), *argv], env={**os.environ, **environ}, text=True,
                           capture_output=True, check=False, timeout=20)  # fmt: skip
 
 
@@ -1911,6 +1922,48 @@ def test_bad_command_lines(argv: list[str], environ: dict[str, str], message: st
     assert (output.out, output.err.count("\n")) == ("", 1)
     start, choices, _ = output.err.partition("(choose from")
     assert start + choices == f"pmtud: {message}" + ("" if choices else "\n")
+
+
+OF_KUBERNETES = {  # the Services pmtud and pmtud-metrics, as a kubelet describes them to every container
+    "PMTUD_SERVICE_HOST": "10.96.0.7", "PMTUD_SERVICE_PORT": "30040", "PMTUD_SERVICE_PORT_METRICS": "30040",
+    "PMTUD_PORT": "tcp://10.96.0.7:30040", "PMTUD_PORT_30040_TCP": "tcp://10.96.0.7:30040",
+    "PMTUD_PORT_30040_TCP_PROTO": "tcp", "PMTUD_PORT_30040_TCP_PORT": "30040",
+    "PMTUD_PORT_30040_TCP_ADDR": "10.96.0.7", "PMTUD_METRICS_SERVICE_HOST": "10.96.0.8",
+    "PMTUD_METRICS_SERVICE_PORT": "53", "PMTUD_METRICS_PORT": "udp://10.96.0.8:53",
+    "PMTUD_METRICS_PORT_53_UDP": "udp://10.96.0.8:53", "PMTUD_METRICS_PORT_53_UDP_ADDR": "10.96.0.8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "advice"), [
+    ("PMTUD_PEER", "did you mean PMTUD_PEERS?"),
+    ("PMTUD_Peers", "did you mean PMTUD_PEERS?"),
+    ("pmtud_dry_run", "did you mean PMTUD_DRY_RUN?"),
+    ("PMTUD_INTERFACE", "did you mean PMTUD_IFACE?"),
+    ("PMTUD_PORT", "did you mean PMTUD_PORTS?"),
+    ("PMTUD_HOSTS", "did you mean PMTUD_PORTS?"),
+    ("PMTUD_COLOUR_OF_THE_SKY", "see pmtud.py --help"),
+])  # fmt: skip
+@pytest.mark.parametrize("value", ["", "10.0.0.12"])
+def test_variables_that_are_no_options(name: str, advice: str, value: str) -> None:
+    asked = pmtud.parse_args([], {"PATH": "/bin", **OF_KUBERNETES, name: value})
+    assert asked.warnings == (f"{name} is no option; {advice}",)
+    assert asked.config == parse_options([])
+
+
+def test_variables_of_options_and_of_kubernetes_are_in_order() -> None:
+    names = {"PMTUD_" + option[2:].replace("-", "_").upper(): examples[0] for option, examples in EXAMPLES.items()}
+    flags = dict.fromkeys(("PMTUD_DRY_RUN", "PMTUD_NO_RESCUE", "PMTUD_JSON", "PMTUD_NO_COLOR"), "yes")
+    assert pmtud.parse_args(["check"], {**names, **flags}).warnings == ()
+    assert pmtud.parse_args([], OF_KUBERNETES) == pmtud.parse_args([], {})
+
+
+def test_a_warning_about_a_variable_is_one_line_of_the_log() -> None:
+    """In the form that the log has; what the command prints stays as it is, for whoever reads it."""
+    line = r"\S+Z WARNING PMTUD_PEER is no option; did you mean PMTUD_PEERS\?\n"
+    done = run_program("rules", "--iface", "eth0", PMTUD_PEER="10.0.0.12")
+    assert re.fullmatch(line, done.stderr) and (done.returncode, done.stdout[:10]) == (0, "# nftables")
+    done = run_program("check", "--json", PMTUD_PEER="10.0.0.12", PMTUD_LOG_FORMAT="json")
+    assert json.loads(done.stderr)["level"] == "warning" and json.loads(done.stdout)["schema"] == 1
 
 
 @pytest.mark.parametrize("argv", [
@@ -4227,15 +4280,14 @@ class Breaking(pmtud.Nflog):
             raise OSError(errno.EIO, "broken by the test")
         return super().read()
 pmtud.Nflog = Breaking
-pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+sys.exit(pmtud.main())
 """
 
 
 TAKEN_SOCKET = BROKEN_SOCKET.replace("        return super().read()", """        return super().read()
     def close(self):
         super().close()
-        self.other = Breaking.__mro__[1](33)""").replace("pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)",
-                                                         "sys.exit(pmtud.main())")  # fmt: skip
+        self.other = Breaking.__mro__[1](33)""")
 
 
 def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Cluster) -> None:
@@ -4265,7 +4317,7 @@ def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
 SHORT_MINUTE = """
 import pmtud, sys
 pmtud.Service.SUMMARY = 1.0
-pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+sys.exit(pmtud.main())
 """
 
 
@@ -4321,7 +4373,7 @@ def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> No
 @pytest.mark.parametrize("python", interpreters())
 def test_every_python_passes_the_unit_tests(python: str) -> None:
     """Each in a virtual environment of its own, which stays for the next time."""
-    environ = {**os.environ, "PMTUD_VENV": str(VENV / f"units-{Path(python).name}")}
+    environ = {**ENVIRONMENT, "PMTUD_VENV": str(VENV / f"units-{Path(python).name}")}
     done = subprocess.run([python, __file__, "unit", "-x"], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and re.search(r"^\d+ passed", done.stdout, re.M), done.stdout[-4000:] + done.stderr
 
@@ -6693,7 +6745,7 @@ def test_hostile_flood() -> None:
 
     PMTUD_TEST_PACKETS=1000000 for the long one.
     """
-    wanted = int(os.environ.get("PMTUD_TEST_PACKETS", "100000"))
+    wanted = int(ENVIRONMENT.get("PMTUD_TEST_PACKETS", "100000"))
     arsenal = Arsenal(2026, rounds=wanted // 5000)
     with Range() as net, daemons([net.node], *HOSTILE_OPTIONS) as [process], Capture(net.outside) as outside:
         metrics(net.node)  # imports what a scrape needs
@@ -6760,7 +6812,7 @@ def test_coverage_guided_fuzzing(tmp_path: Path) -> None:
     """libFuzzer through atheris on the parsers and the netlink codec; PMTUD_FUZZ_SECONDS, by default 5."""
     if importlib.util.find_spec("atheris") is None:
         pytest.skip(f"there is no atheris for Python {sys.version_info[:2]} on {os.uname().machine}")
-    seconds, corpus = int(os.environ.get("PMTUD_FUZZ_SECONDS", "5")), tmp_path / "corpus"
+    seconds, corpus = int(ENVIRONMENT.get("PMTUD_FUZZ_SECONDS", "5")), tmp_path / "corpus"
     corpus.mkdir()
     for number, packet in enumerate(packet for net in (V4, V6) for packet, _, _ in hostile_templates(Random(1), net)):
         (corpus / f"packet{number}").write_bytes(packet)
@@ -6803,7 +6855,7 @@ def load(cluster: Cluster, random: Random) -> None:
 
 def test_soak(cluster: Cluster, tmp_path: Path) -> None:
     """Peers churn, load varies, scrapes come in: no growth, and the accounts balance. PMTUD_SOAK_SECONDS, here 15."""
-    path, random, seconds = tmp_path / "peers", Random(4), float(os.environ.get("PMTUD_SOAK_SECONDS", "15"))
+    path, random, seconds = tmp_path / "peers", Random(4), float(ENVIRONMENT.get("PMTUD_SOAK_SECONDS", "15"))
     path.write_text(ALL_PEERS)
     with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
         usages: list[list[dict[str, int]]] = [[], [], []]
@@ -7975,7 +8027,7 @@ def start_lab(*argv: str, **environ: str) -> subprocess.Popen[str]:
     """The default signals: where these tests run under nohup, the lab would ignore SIGHUP."""
     return subprocess.Popen(["env", "--default-signal", sys.executable, __file__, "lab", *argv], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**os.environ, **environ})  # fmt: skip
+                            env={**ENVIRONMENT, **environ})  # fmt: skip
 
 
 @pytest.mark.parametrize(("sig", "stop_at"), [(signal.SIGINT, "The MTU lab"), (signal.SIGINT, "2.4 "),
@@ -7995,7 +8047,7 @@ def test_an_interrupt_removes_the_lab(sig: int, stop_at: str) -> None:
 
 def test_a_reader_that_goes_away_ends_the_lab() -> None:
     process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "1"], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+                               stderr=subprocess.PIPE, env=ENVIRONMENT)  # fmt: skip
     assert process.stdout and process.stderr
     for _ in range(20):
         process.stdout.readline()
@@ -8045,7 +8097,8 @@ def test_usage_errors(argv: list[str], text: str) -> None:
 @pytest.mark.parametrize("argv", [[], ["--no-color"]])
 def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
     parent, child = pty.openpty()
-    process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "2.4", *argv], stdout=child, stderr=child)
+    process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "2.4", *argv], stdout=child, stderr=child,
+                               env=ENVIRONMENT)  # fmt: skip
     os.close(child)
     chunks: list[bytes] = []
 
@@ -8754,10 +8807,9 @@ class Units:
 
 def main(argv: Sequence[str]) -> int:
     """Run the lab, the bench, or the tests."""
-    if argv[:1] == ["lab"]:
-        return lab(argv[1:])
-    if argv[:1] == ["bench"]:
-        return bench(argv[1:])
+    if argv[:1] in (["lab"], ["bench"]):
+        hide_settings()
+        return (lab if argv[0] == "lab" else bench)(argv[1:])
     unit, argv = argv[:1] == ["unit"], argv[argv[:1] == ["unit"] :]
     options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning",
                "-W", "ignore::pytest.PytestAssertRewriteWarning", str(Path(__file__)), *argv]
