@@ -2017,6 +2017,9 @@ class PeerSource:
         self.complaint = ""  # the failure that was logged last
         self._left_out: set[str] = set()
 
+    def prepare(self) -> None:
+        """What can be known before the daemon starts; raises PeerSourceError where no waiting will help."""
+
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses now, None if unchanged; raises PeerSourceError."""
         raise NotImplementedError
@@ -2094,6 +2097,10 @@ class FileSource(PeerSource):
         self._path = path
         self._content = b""
 
+    def prepare(self) -> None:
+        """Read it for the first time."""
+        self.answer = self.load()
+
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses in the file, None if it has not changed; raises PeerSourceError as long as it is bad."""
         try:
@@ -2140,6 +2147,17 @@ class KubeSource(PeerSource):
         self._failures, self._retry_after = 0, 0.0  # in a row; seconds
         self._start_over()
 
+    def prepare(self) -> None:
+        """Look for what a pod is told and given about the API server, which need not answer yet."""
+        try:
+            self._server()
+        except OSError as problem:
+            raise PeerSourceError(f"{self.name}: {problem}") from problem
+        for path in (f"{self.ACCOUNT}/token", f"{self.ACCOUNT}/ca.crt"):
+            if not os.path.exists(path):
+                advice = "the pod needs automountServiceAccountToken: true"
+                raise PeerSourceError(f"{self.name}: there is no {path}; {advice}")
+
     def _start_over(self) -> None:
         """List all nodes at the next look, from the first page."""
         self._version = self._page = ""  # the resourceVersion of what is known; the token of the next page
@@ -2172,6 +2190,14 @@ class KubeSource(PeerSource):
             self._connection.close()
         self._connection = self._events = None
 
+    @staticmethod
+    def _server() -> tuple[str, int]:
+        """Host and port of the API server; raises OSError outside a pod."""
+        host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
+        if not host:
+            raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
+        return host, int(os.environ.get("KUBERNETES_SERVICE_PORT") or 443)
+
     def _connect(self, host: str, port: int) -> http.client.HTTPSConnection:
         """A connection to the API server that has yet to shake hands; ACCOUNT/ca.crt says whom to believe."""
         import http.client
@@ -2190,13 +2216,11 @@ class KubeSource(PeerSource):
     def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
         """The answer to one GET of the nodes; raises OSError unless it is 200."""
         self._asked_at = time.monotonic()
-        host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
-        if not host:
-            raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
+        host, port = self._server()
         with open(f"{self.ACCOUNT}/token") as stream:  # a kubelet renews it about every hour
             headers = {"Authorization": f"Bearer {stream.read().strip()}", "Accept": "application/json"}
         if not (self._connection and self._connection.sock):
-            self._connection = self._connect(host, int(port or 443))
+            self._connection = self._connect(host, port)
         self._timer.cancel()
         self._timer = threading.Timer(self.ANSWER_SECONDS, end_connection, [self._connection.sock])
         self._timer.daemon = True
@@ -2282,14 +2306,13 @@ class Peers:
         self._changed = changed
         self._closed = False
 
-    def read_files(self) -> None:
-        """Read the files once, raising UsageError if one is bad."""
+    def prepare(self) -> None:
+        """Read the files once; raises UsageError for a bad one, and for kube:nodes outside a pod."""
         for source in self._sources:
-            if isinstance(source, FileSource):
-                try:
-                    source.answer = source.load()
-                except PeerSourceError as problem:
-                    raise UsageError(f"peers: {problem}") from problem
+            try:
+                source.prepare()
+            except PeerSourceError as problem:
+                raise UsageError(f"peers: {problem}") from problem
 
     def follow(self) -> None:
         """Follow all sources from now on."""
@@ -2636,7 +2659,7 @@ class Service:
         config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
-            self.peers.read_files()
+            self.peers.prepare()
             self.ifaces = self._choose_ifaces()
             self._nflog = Nflog(config.nflog_group)
             stack.callback(lambda: self._nflog.close())  # noqa: PLW0108 - it may be another one by then

@@ -1017,7 +1017,7 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     config = pmtud.Config(peers=addresses("fd00::12"), peer_sources=(name,))
     peers = pmtud.Peers(config, counters, lambda: changes.append(1))
     assert not peers.answered()
-    peers.read_files()
+    peers.prepare()
     peers.follow()
     try:
         good = {"static": addresses("fd00::12"), name: addresses("10.0.0.12")}
@@ -1037,7 +1037,7 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
 def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     config = pmtud.Config(peer_sources=(f"file:{tmp_path}/none",))
     with pytest.raises(pmtud.UsageError) as caught:
-        pmtud.Peers(config, pmtud.Counters(), lambda: None).read_files()
+        pmtud.Peers(config, pmtud.Counters(), lambda: None).prepare()
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
 
 
@@ -1689,6 +1689,24 @@ def test_kube_source_outside_a_pod(api: FakeApi, monkeypatch: pytest.MonkeyPatch
     assert look(pmtud.KubeSource()) == f"kube:nodes: [Errno 2] No such file or directory: '{api.account}/token'"
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
     assert look(pmtud.KubeSource()) == f"kube:nodes: {advice}"
+
+
+def test_kube_source_outside_a_pod_is_a_usage_error(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no waiting will change is said at the start; an API server that does not answer is waited for."""
+    peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), pmtud.Counters(), lambda: None)
+    api.bearer = "unknown to the pod"
+    peers.prepare()
+    for name in ("token", "ca.crt"):
+        (api.account / name).rename(api.account / "away")
+        with pytest.raises(pmtud.UsageError) as caught:
+            peers.prepare()
+        assert str(caught.value) == (f"peers: kube:nodes: there is no {api.account}/{name}; the pod needs "
+                                     "automountServiceAccountToken: true")  # fmt: skip
+        (api.account / "away").rename(api.account / name)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    with pytest.raises(pmtud.UsageError):
+        peers.prepare()
+    assert len(api.requests) == 0
 
 
 def test_kube_source_believes_only_the_clusters_authority(api: FakeApi, tmp_path: Path) -> None:
@@ -3713,6 +3731,8 @@ START_FAILURES = [
     (["--iface", "eth7"], 2, "--iface: there is no interface eth7; there are lo"),
     (["--peers", "file:/nonexistent"], 2, "peers: file:/nonexistent: No such file or directory"),
     (["--no-rescue"], 2, "--no-rescue without --peers leaves nothing to do; give --peers"),
+    (["--iface", "lo", "--peers", "10.0.0.12,kube:nodes"], 2,
+     "peers: kube:nodes: KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster"),
     ([], 1, "there is no default route; name the interface errors come in on with --iface"),
 ]
 
