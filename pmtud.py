@@ -173,7 +173,7 @@ NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
 NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
 NF_IP_PRI_RAW, NF_IP_PRI_MANGLE = -300, -150  # conntrack sits between them, at -200
-NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 2, 3, 6
+NFT_MSG_NEWTABLE, NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 1, 2, 3, 6
 NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM = 9, 12
 NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = 1, 2, 3, 1
 NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFT_TYPE_MARK = 1, 2, 19
@@ -1391,8 +1391,17 @@ def describe_process(pid: int) -> str:
     return f"pid {pid} ({words[:80]})"
 
 
-def netlink_holder(port: int) -> str:
-    """The process behind a netlink port id of NETLINK_NETFILTER, found through its socket's inode."""
+def is_pmtud(pid: int) -> bool:
+    """Whether a process is a daemon of ours: by the name it gives itself, or by its script."""
+    said = b""
+    for name in ("comm", "cmdline"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
+            said += stream.read() + b"\0"
+    return said.startswith(b"pmtud\n") or bool(re.search(rb"[\0/]pmtud\.py\0", said))
+
+
+def netlink_holder(port: int) -> int:
+    """The process behind a netlink port id of NETLINK_NETFILTER, found through its socket's inode; 0: not visible."""
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/net/netlink") as stream:
             rows = [line.split() for line in stream.readlines()[1:]]
@@ -1401,8 +1410,8 @@ def netlink_holder(port: int) -> str:
             with contextlib.suppress(OSError):
                 for descriptor in os.listdir(f"/proc/{pid}/fd"):
                     if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                        return describe_process(int(pid))
-    return "a process not visible from here"
+                        return int(pid)
+    return 0
 
 
 def group_holder(group: int) -> Optional[int]:
@@ -1412,6 +1421,18 @@ def group_holder(group: int) -> Optional[int]:
             if int(fields[0]) == group:
                 return int(fields[1])
     return None
+
+
+def table_owner_lives(group: int) -> bool:
+    """Whether there is a table of ours for this group that the kernel removes with its process: so pmtud runs."""
+    for name in (f"pmtud_{group}", f"pmtud_{group}_guard"):
+        query = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, name)
+        with contextlib.suppress(PmtudError), Netlink(NETLINK_NETFILTER) as netlink:
+            kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
+            table = attributes(netlink.request("look for our table", kind, 0, query)[0][1], NFGENMSG_LEN)
+            if int.from_bytes(table[NFTA_TABLE_FLAGS], "big") & NFT_TABLE_F_OWNER:
+                return True
+    return False
 
 
 class Nflog(Descriptor):
@@ -1450,7 +1471,11 @@ class Nflog(Descriptor):
         """What to do about a group that cannot be bound."""
         port = group_holder(group)
         if port is not None:  # the kernel says EPERM to whoever is not the holder
-            return PmtudError(f"NFLOG group {group} is taken by port id {port}, {netlink_holder(port)} "
+            pid = netlink_holder(port)
+            if pid != os.getpid() and (is_pmtud(pid) or table_owner_lives(group)):  # in another group it would do harm
+                place = f"pid {pid}" if pid else "in a process not visible from here"
+                return PmtudError(f"pmtud already runs here ({place})")
+            return PmtudError(f"NFLOG group {group} is taken by port id {port}, {describe_process(pid)} "
                               f"(see {NFLOG_INSTANCES}); choose another with --nflog-group")  # fmt: skip
         if number == errno.EPERM:
             return PmtudError(f"NFLOG group {group} cannot be bound; {PRIVILEGES}")
@@ -3241,15 +3266,17 @@ def program(config: Config, *words: str) -> str:
 def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bool]:
     """The process that is pmtud, empty if none has the group; and whether it delivers: no --dry-run, no --no-rescue."""
     port, said = group_holder(group), b"\0"
-    holder = "" if port is None else netlink_holder(port)
-    if pid := re.match(r"pid (\d+)", holder):
-        for name in ("cmdline", "environ"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid[1]}/{name}", "rb") as stream:
-                said += stream.read()
-    table = any(re.match(rf"inet pmtud_{group}(_guard)? ", place) for place, _ in rules)
-    if not holder or not (table or b"pmtud.py\0" in said):
+    if port is None:
         return "", False
-    return holder, not re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
+    pid = netlink_holder(port)
+    table = any(re.match(rf"inet pmtud_{group}(_guard)? ", place) for place, _ in rules)
+    if not table and not is_pmtud(pid):
+        return "", False
+    for name in ("cmdline", "environ"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
+            said += stream.read()
+    idle = re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
+    return describe_process(pid), not idle
 
 
 def check_kernel(node: Node) -> Iterator[Finding]:

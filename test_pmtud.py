@@ -3704,16 +3704,46 @@ def run_to_end(host: Host, *options: str, python: Sequence[str] = (sys.executabl
     return code, process.output()
 
 
-def test_second_daemon_names_the_holder(cluster: Cluster) -> None:
-    """Exit 1 and one line with port id, pid and what to do."""
+def test_second_daemon_names_the_first(cluster: Cluster) -> None:
+    """Exit 1 and one line; no advice to take another group, where every error would be copied twice."""
     node = cluster.nodes[0]
     with daemons([node]) as [first]:
+        assert run_to_end(node) == (1, f"pmtud: pmtud already runs here (pid {first.pid})\n")
+        with daemon_of_group(node, 34, "--metrics-port", "0") as other:  # whoever insists
+            assert run_to_end(node, "--nflog-group", "34") == (1, f"pmtud: pmtud already runs here (pid {other.pid})\n")
+
+
+@pytest.mark.parametrize("start", [
+    ("sh", "-c", f"exec {sys.executable} -c 'import pmtud, sys; sys.exit(pmtud.main())' --rules off"),
+    (sys.executable, "-m", "pmtud", "--rules", "off"),
+    (sys.executable, "-m", "pmtud"),
+])  # fmt: skip
+def test_second_daemon_knows_the_first_however_that_was_started(cluster: Cluster, start: tuple[str, ...]) -> None:
+    """By its table, its name or its script; also where its process cannot be seen, as from a container."""
+    node = cluster.nodes[0]
+    first = node.start(*start, env={"PYTHONPATH": str(HERE)})
+    first.wait_for("limits:")
+    assert run_to_end(node) == (1, f"pmtud: pmtud already runs here (pid {first.pid})\n")
+    blind = ("unshare", "--pid", "--fork", "--mount-proc", sys.executable)
+    line = "pmtud: pmtud already runs here (in a process not visible from here)\n"
+    assert run_to_end(node, python=blind) == (1, line)
+    assert first.stop() == 0
+
+
+def test_group_held_by_another_program(cluster: Cluster, tmp_path: Path) -> None:
+    """Exit 1 and one line with port id, pid and what to do; a pasted table of ours is no daemon."""
+    node = cluster.nodes[0]
+    (tmp_path / "go-pmtud").write_text(HOLDER.format(str(HERE)))
+    stranger = node.start(sys.executable, str(tmp_path / "go-pmtud"))
+    stranger.wait_for("held")
+    node.run("nft", "add table inet pmtud_33")
+    try:
         code, output = run_to_end(node)
-        assert code == 1 and output.count("\n") == 1
-        assert f"NFLOG group 33 is taken by port id {first.pid}, pid {first.pid} (" in output
-        assert "pmtud.py) (see /proc/net/netfilter/nfnetlink_log); choose another with --nflog-group" in output
-        with daemon_of_group(node, 34, "--metrics-port", "0"):
-            pass
+    finally:
+        node.run("nft", "delete table inet pmtud_33")
+    assert code == 1 and output.count("\n") == 1
+    assert f"NFLOG group 33 is taken by port id {stranger.pid}, pid {stranger.pid} (" in output
+    assert ") (see /proc/net/netfilter/nfnetlink_log); choose another with --nflog-group" in output
 
 
 @contextlib.contextmanager
@@ -5967,7 +5997,7 @@ def test_another_process_wants_the_group(cluster: Cluster) -> None:
     with daemons(cluster.nodes, "--peers", ALL_PEERS):
         for node in cluster.nodes:
             code, output = run_to_end(node, "--metrics-port", "0")
-            assert code == 1 and "NFLOG group 33 is taken" in output
+            assert code == 1 and "pmtud already runs here" in output
             env = {"PYTHONPATH": str(HERE)}
             thief = node.start(sys.executable, "-c", STEAL, env=env)
             assert poll(partial(lambda thief: thief.returncode() is not None, thief), 5)
@@ -6387,7 +6417,9 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "The NFLOG socket breaks": (test_a_broken_nflog_socket_is_opened_again,
                                 test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon),
     "Another process wants our NFLOG group": (
-        test_another_process_wants_the_group, test_second_daemon_names_the_holder),
+        test_another_process_wants_the_group, test_group_held_by_another_program),
+    "pmtud is started a second time": (
+        test_second_daemon_names_the_first, test_second_daemon_knows_the_first_however_that_was_started),
     "`nft flush ruleset`, a firewall reload": (
         test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
     "Conntrack comes into use after us": (test_conntrack_that_comes_later_is_noticed,),
