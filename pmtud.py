@@ -44,6 +44,17 @@ Needs Linux 4.17 or later and Python 3.9 or later; prometheus-client only for /m
 # ///
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and not {"check", "rules"}.intersection(sys.argv):
+    # Before the other imports, which take a second where there is no bytecode: the kernel drops a signal to process 1
+    # of a container while there is no handler. So far nothing is open; run() sets the handlers that close everything.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the peers have not been read so far
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
 import argparse
 import contextlib
 import ctypes
@@ -53,22 +64,20 @@ import ipaddress
 import json
 import logging
 import math
-import os
 import platform
 import re
 import select
 import shlex
-import signal
 import socket
 import socketserver
 import stat
 import struct
-import sys
 import threading
 import time
 import urllib.parse
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
 
@@ -127,22 +136,9 @@ class iovec(ctypes.Structure):
     _fields_ = [("iov_base", ctypes.c_char_p), ("iov_len", ctypes.c_size_t)]
 
 
-class msghdr(ctypes.Structure):
-    """struct msghdr as user space sees it, sys/socket.h."""
-
-    _fields_ = [
-        ("msg_name", ctypes.c_void_p), ("msg_namelen", ctypes.c_uint32),
-        ("msg_iov", ctypes.c_void_p), ("msg_iovlen", ctypes.c_size_t),
-        ("msg_control", ctypes.c_void_p), ("msg_controllen", ctypes.c_size_t), ("msg_flags", ctypes.c_int),
-    ]  # fmt: skip
-
-
-class mmsghdr(ctypes.Structure):
-    """struct mmsghdr of sys/socket.h."""
-
-    _fields_ = [("msg_hdr", msghdr), ("msg_len", ctypes.c_uint)]
-
-
+# struct mmsghdr of sys/socket.h: msg_name, msg_namelen, msg_iov, msg_iovlen, msg_control, msg_controllen, msg_flags;
+# msg_len. A packed one takes 1 us to make where a ctypes.Structure takes 5.
+MMSGHDR = struct.Struct("@PIPNPNiI0P")
 UIO_MAXIOV = 1024  # linux/uio.h: the most messages one sendmmsg() takes
 
 # linux/netfilter/nfnetlink.h
@@ -168,7 +164,7 @@ NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
 # get before us: a filter that drops an error, a rule that overwrites our mark.
 NF_IP_PRI_BEFORE_RAW = -399  # directly behind defragmentation, NF_IP_PRI_CONNTRACK_DEFRAG
 NF_IP_PRI_BEHIND_CONNTRACK = -199  # NF_IP_PRI_CONNTRACK is -200, NAT of destinations -100
-NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 2, 3, 6
+NFT_MSG_NEWTABLE, NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 1, 2, 3, 6
 NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM = 9, 12
 NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = 1, 2, 3, 1
 NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFT_TYPE_MARK = 1, 2, 19
@@ -330,7 +326,7 @@ class PeerAddress(NamedTuple):
         return len(self.packed) == 16 and self.packed[0] == 0xFF
 
     def __str__(self) -> str:
-        text = str(ipaddress.ip_address(self.packed))
+        text = socket.inet_ntop(socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6, self.packed)
         return f"{text}%{self.zone}" if self.zone else text
 
 
@@ -426,12 +422,27 @@ def parse_iface(text: str) -> tuple[str, ...]:
     return names
 
 
+def explain_no_address(text: str) -> str:
+    """What to write instead of a peer that is no address; networks are what people try."""
+    try:
+        given = ipaddress.ip_interface(text)
+    except ValueError:
+        return f"{text!r} is not an IP address"
+    if given.network.prefixlen >= given.max_prefixlen - 1:
+        return f"{text} is a network, no peer; name the node: {given.ip}"
+    if given.version == 6:
+        group = "a multicast group of their link like ff02::114%eth0"
+        return f"{text} is a network, no peer; name its nodes, or {group}"
+    broadcast = given.network.broadcast_address
+    return f"{text} is a network, no peer; to reach all of it name its broadcast address, {broadcast}"
+
+
 def parse_peer(text: str) -> PeerAddress:
     """One peer address: IPv4, subnet broadcast, IPv6, or link-local or multicast IPv6 with %interface."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not an IP address") from None
+        raise ValueError(explain_no_address(text)) from None
     mapped = getattr(address, "ipv4_mapped", None)
     address = mapped or address
     zone = getattr(address, "scope_id", None) or ""
@@ -1015,7 +1026,7 @@ class Histogram:
 
 
 class CopyCounts:
-    """Copies sent and refused for each peer of one set; peers that stay keep their totals.
+    """Copies sent and refused for each peer of one set; peers that stay keep their counts.
 
     A round is one copy to every peer, so that counting costs the same for 1 peer and for 1,000.
     """
@@ -1026,6 +1037,13 @@ class CopyCounts:
         self._peers = tuple(peers)
         self._sent_before = before.sent() if before else {}
         self._refused_before = before.errors() if before else {}
+        self._totals_before = before.totals() if before else (0, 0)
+
+    def totals(self) -> tuple[int, int]:
+        """Copies sent and refused, those of peers that have left included."""
+        sent, refused = self._totals_before
+        refused_now = sum(self.refused)
+        return sent + self.rounds * len(self._peers) - refused_now, refused + refused_now
 
     def sent(self) -> dict[str, int]:
         """Copies the kernel took, by peer."""
@@ -1062,14 +1080,15 @@ class Counters:
         return {peer: count for copies in self.copies.values() for peer, count in copies.errors().items()}
 
     def summary(self) -> dict[str, int]:
-        """The totals of the minute's log line."""
+        """The totals of the minute's log line; they never fall."""
+        copies = [counts.totals() for counts in self.copies.values()]
         totals = {
             "received": sum(self.received.values()),
             "replicated": self.acted["replicate"],
-            "copies": sum(self.copies_sent().values()),
+            "copies": sum(sent for sent, _ in copies),
             "owned": sum(n for (_, result), n in self.delivered.items() if result == "owner"),
             "rpf_rescued": self.rpf_rescued,
-            "copy_errors": sum(self.copy_errors().values()),
+            "copy_errors": sum(refused for _, refused in copies),
             "nflog_lost": self.nflog_lost,
         }
         totals.update({f"dropped_{reason.value}": count for reason, count in self.dropped.items()})
@@ -1425,8 +1444,17 @@ def describe_process(pid: int) -> str:
     return f"pid {pid} ({words[:80]})"
 
 
-def netlink_holder(port: int) -> str:
-    """The process behind a netlink port id of NETLINK_NETFILTER, found through its socket's inode."""
+def is_pmtud(pid: int) -> bool:
+    """Whether a process is a daemon of ours: by the name it gives itself, or by its script."""
+    said = b""
+    for name in ("comm", "cmdline"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
+            said += stream.read() + b"\0"
+    return said.startswith(b"pmtud\n") or bool(re.search(rb"[\0/]pmtud\.py\0", said))
+
+
+def netlink_holder(port: int) -> int:
+    """The process behind a netlink port id of NETLINK_NETFILTER, found through its socket's inode; 0: not visible."""
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/net/netlink") as stream:
             rows = [line.split() for line in stream.readlines()[1:]]
@@ -1435,8 +1463,8 @@ def netlink_holder(port: int) -> str:
             with contextlib.suppress(OSError):
                 for descriptor in os.listdir(f"/proc/{pid}/fd"):
                     if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                        return describe_process(int(pid))
-    return "a process not visible from here"
+                        return int(pid)
+    return 0
 
 
 def group_holder(group: int) -> Optional[int]:
@@ -1446,6 +1474,18 @@ def group_holder(group: int) -> Optional[int]:
             if int(fields[0]) == group:
                 return int(fields[1])
     return None
+
+
+def table_owner_lives(group: int) -> bool:
+    """Whether there is a table of ours for this group that the kernel removes with its process: so pmtud runs."""
+    for name in (f"pmtud_{group}", f"pmtud_{group}_guard"):
+        query = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, name)
+        with contextlib.suppress(PmtudError), Netlink(NETLINK_NETFILTER) as netlink:
+            kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
+            table = attributes(netlink.request("look for our table", kind, 0, query)[0][1], NFGENMSG_LEN)
+            if int.from_bytes(table[NFTA_TABLE_FLAGS], "big") & NFT_TABLE_F_OWNER:
+                return True
+    return False
 
 
 class Nflog(Descriptor):
@@ -1484,7 +1524,11 @@ class Nflog(Descriptor):
         """What to do about a group that cannot be bound."""
         port = group_holder(group)
         if port is not None:  # the kernel says EPERM to whoever is not the holder
-            return PmtudError(f"NFLOG group {group} is taken by port id {port}, {netlink_holder(port)} "
+            pid = netlink_holder(port)
+            if pid != os.getpid() and (is_pmtud(pid) or table_owner_lives(group)):  # in another group it would do harm
+                place = f"pid {pid}" if pid else "in a process not visible from here"
+                return PmtudError(f"pmtud already runs here ({place})")
+            return PmtudError(f"NFLOG group {group} is taken by port id {port}, {describe_process(pid)} "
                               f"(see {NFLOG_INSTANCES}); choose another with --nflog-group")  # fmt: skip
         if number == errno.EPERM:
             return PmtudError(f"NFLOG group {group} cannot be bound; {PRIVILEGES}")
@@ -1884,8 +1928,9 @@ class Firewall(Descriptor):
                     table, string(NFTA_SET_NAME, name), be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, 0),
                     be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
                 ))  # fmt: skip
-            keys = [nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, address)))
-                    for address in addresses]  # fmt: skip
+            value = attribute(NFTA_DATA_VALUE, bytes(family.address_len))
+            head = nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, value))[: -family.address_len]
+            keys = [head + address for address in addresses]  # all are of one length, so have the same headers
             for start in range(0, len(keys), self.ELEMENTS_MAX):
                 elements = nested(NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX])
                 names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(NFTA_SET_ELEM_LIST_SET, name)
@@ -2069,11 +2114,11 @@ class Fanout:
         self._bodies = (iovec * self._slots)()
         raw = [sockaddr(peer) for peer in peers]
         self._addresses = ctypes.create_string_buffer(b"".join(raw))  # in one piece: objects cost 0.1 us a copy more
-        self._messages = (mmsghdr * (self._slots * len(self.peers)))()
-        name, iov, size = ctypes.addressof(self._addresses), ctypes.addressof(self._bodies), ctypes.sizeof(iovec)
-        for number, entry in enumerate(self._messages):
-            slot, peer = divmod(number, len(raw))
-            entry.msg_hdr = msghdr(name + peer * len(raw[0]), len(raw[0]), iov + slot * size, 1, None, 0, 0)
+        name, size = ctypes.addressof(self._addresses), len(raw[0])
+        names = [name + number * size for number in range(len(raw))]
+        bodies = [ctypes.addressof(body) for body in self._bodies]
+        headers = [MMSGHDR.pack(name, size, body, 1, 0, 0, 0, 0) for body in bodies for name in names]
+        self._messages = ctypes.create_string_buffer(b"".join(headers))
         self._sendmmsg = ctypes.CDLL(None, use_errno=True).sendmmsg
         self._sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
         self._sendmmsg.restype = ctypes.c_int
@@ -2109,7 +2154,7 @@ class Fanout:
             slot.iov_base, slot.iov_len = body, len(body)
         done, count = 0, len(bodies) * len(self.peers)
         while done < count:
-            at = ctypes.addressof(self._messages) + done * ctypes.sizeof(mmsghdr)
+            at = ctypes.addressof(self._messages) + done * MMSGHDR.size
             sent = self._sendmmsg(self._socket.fileno(), at, min(count - done, UIO_MAXIOV), 0)
             if sent <= 0 and ctypes.get_errno() != errno.EINTR:  # the first of these failed: go on with the next
                 refused.append((done % len(self.peers), ctypes.get_errno()))
@@ -2144,7 +2189,11 @@ class PeerSource:
         self.answer: Optional[tuple[PeerAddress, ...]] = None  # the last good one
         self.doubt = ""  # what failed in the last load() although it answered
         self.complaint = ""  # the failure that was logged last
+        self._parsed: dict[str, PeerAddress] = {}  # the texts of the last answer: with many, few are new
         self._left_out: set[str] = set()
+
+    def prepare(self) -> None:
+        """What can be known before the daemon starts; raises PeerSourceError where no waiting will help."""
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses now, None if unchanged; raises PeerSourceError."""
@@ -2152,16 +2201,17 @@ class PeerSource:
 
     def _usable(self, *answers: Iterable[str]) -> tuple[PeerAddress, ...]:
         """The peers among all addresses there are now; one that no node can have is left out, and logged once."""
-        peers, left_out = set(), set()
+        parsed: dict[str, PeerAddress] = {}
+        left_out = set()
         for text in set().union(*answers):
             try:
-                peers.add(parse_peer(text))
+                parsed[text] = self._parsed.get(text) or parse_peer(text)
             except ValueError as problem:
                 left_out.add(str(problem))
         for why in sorted(left_out - self._left_out):
             log("warning", "an address is left out", source=self.name, problem=why)
-        self._left_out = left_out
-        return tuple(sorted(peers))
+        self._parsed, self._left_out = parsed, left_out
+        return tuple(sorted(set(parsed.values())))
 
 
 class DnsSource(PeerSource):
@@ -2223,6 +2273,10 @@ class FileSource(PeerSource):
         self._path = path
         self._content = b""
 
+    def prepare(self) -> None:
+        """Read it for the first time."""
+        self.answer = self.load()
+
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses in the file, None if it has not changed; raises PeerSourceError as long as it is bad."""
         try:
@@ -2269,6 +2323,17 @@ class KubeSource(PeerSource):
         self._failures, self._retry_after = 0, 0.0  # in a row; seconds
         self._start_over()
 
+    def prepare(self) -> None:
+        """Look for what a pod is told and given about the API server, which need not answer yet."""
+        try:
+            self._server()
+        except OSError as problem:
+            raise PeerSourceError(f"{self.name}: {problem}") from problem
+        for path in (f"{self.ACCOUNT}/token", f"{self.ACCOUNT}/ca.crt"):
+            if not os.path.exists(path):
+                advice = "the pod needs automountServiceAccountToken: true"
+                raise PeerSourceError(f"{self.name}: there is no {path}; {advice}")
+
     def _start_over(self) -> None:
         """List all nodes at the next look, from the first page."""
         self._version = self._page = ""  # the resourceVersion of what is known; the token of the next page
@@ -2301,6 +2366,14 @@ class KubeSource(PeerSource):
             self._connection.close()
         self._connection = self._events = None
 
+    @staticmethod
+    def _server() -> tuple[str, int]:
+        """Host and port of the API server; raises OSError outside a pod."""
+        host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
+        if not host:
+            raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
+        return host, int(os.environ.get("KUBERNETES_SERVICE_PORT") or 443)
+
     def _connect(self, host: str, port: int) -> http.client.HTTPSConnection:
         """A connection to the API server that has yet to shake hands; ACCOUNT/ca.crt says whom to believe."""
         import http.client
@@ -2319,13 +2392,11 @@ class KubeSource(PeerSource):
     def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
         """The answer to one GET of the nodes; raises OSError unless it is 200."""
         self._asked_at = time.monotonic()
-        host, port = (os.environ.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
-        if not host:
-            raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
+        host, port = self._server()
         with open(f"{self.ACCOUNT}/token") as stream:  # a kubelet renews it about every hour
             headers = {"Authorization": f"Bearer {stream.read().strip()}", "Accept": "application/json"}
         if not (self._connection and self._connection.sock):
-            self._connection = self._connect(host, int(port or 443))
+            self._connection = self._connect(host, port)
         self._timer.cancel()
         self._timer = threading.Timer(self.ANSWER_SECONDS, end_connection, [self._connection.sock])
         self._timer.daemon = True
@@ -2411,14 +2482,13 @@ class Peers:
         self._changed = changed
         self._closed = False
 
-    def read_files(self) -> None:
-        """Read the files once, raising UsageError if one is bad."""
+    def prepare(self) -> None:
+        """Read the files once; raises UsageError for a bad one, and for kube:nodes outside a pod."""
         for source in self._sources:
-            if isinstance(source, FileSource):
-                try:
-                    source.answer = source.load()
-                except PeerSourceError as problem:
-                    raise UsageError(f"peers: {problem}") from problem
+            try:
+                source.prepare()
+            except PeerSourceError as problem:
+                raise UsageError(f"peers: {problem}") from problem
 
     def follow(self) -> None:
         """Follow all sources from now on."""
@@ -2434,9 +2504,9 @@ class Peers:
         """The last good answer of each source that has given one."""
         return {"static": self._static, **{s.name: s.answer for s in self._sources if s.answer is not None}}
 
-    def answered(self) -> bool:
-        """Whether every source has answered once."""
-        return all(source.answer is not None for source in self._sources)
+    def answered(self, listed: Collection[str]) -> bool:
+        """Whether every source is among these, which had answered."""
+        return all(source.name in listed for source in self._sources)
 
     def reload(self) -> None:
         """Look at every source now; after a look that has begun there is another."""
@@ -2465,14 +2535,29 @@ class Peers:
             answer, trouble = None, str(problem)
         self._failures[source.name] += bool(trouble)
         if trouble and trouble != source.complaint:
-            text = "peer source failed, its last good peers stay" if answer is None else "peer source failed in part"
-            log("warning", text, problem=trouble, kept=len(answer or source.answer or ()))
+            self._complain(trouble, answer, source.answer)
         elif source.complaint and not trouble:
             log("info", "peer source answers again", source=source.name)
         source.complaint = trouble
         if answer is not None and answer != source.answer:
             source.answer = answer
             self._changed()
+
+    @staticmethod
+    def _complain(trouble: str, answer: Optional[Sequence[PeerAddress]], last: Optional[Sequence[PeerAddress]]) -> None:
+        """One line about a look that failed, and what it leaves in force."""
+        if answer is not None:
+            log("warning", "peer source failed in part", problem=trouble, kept=len(answer))
+        elif last is not None:
+            log("warning", "peer source failed, its last good peers stay", problem=trouble, kept=len(last))
+        else:
+            log("warning", "peer source failed, it has not answered so far", problem=trouble)
+
+
+def some(peers: Collection[PeerAddress], most: int = 8) -> str:
+    """The addresses of a few of them, and how many more there are."""
+    shown = ", ".join(map(str, list(peers)[:most]))
+    return f"{shown} and {len(peers) - most} more" if len(peers) > most else shown
 
 
 class Arrangement(NamedTuple):
@@ -2484,6 +2569,11 @@ class Arrangement(NamedTuple):
     inside: dict[str, LocalAddress]  # by family name: the own address at which deliveries come in
     per_source: dict[str, int]  # peers in force by source
     view: View
+
+    @property
+    def everyone(self) -> list[PeerAddress]:
+        """The peers of both families."""
+        return [peer for peers in self.targets.values() for peer in peers]
 
     @property
     def senders(self) -> Senders:
@@ -2744,6 +2834,7 @@ class Service:
     BUSY = 100  # errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core takes 3 %
     BATCH, BATCH_COPIES = 40, 6400  # errors and copies per turn then: signals and timers are never starved by a flood
     TICK = 1.0  # seconds between housekeeping
+    CHANGE_GAP = 1.0  # seconds from one change of peers and addresses to the next: each costs 10 ms with 1,000 peers
     SLOW_TICKS = 10  # every tenth: default route, guard
     SUMMARY = 60.0  # seconds between summaries in the log
     NEWS_PER_MINUTE = 20  # lines about routers and destinations not seen before
@@ -2767,6 +2858,9 @@ class Service:
         self._firewall: Optional[Firewall] = None
         self._server: Optional[StatusServer] = None
         self._stopping = self._hangup = self._stale = False
+        self._change_at = 0.0  # when the next change may be put in force
+        self._refusals: Counter[tuple[PeerAddress, int]] = Counter()  # copies by peer and errno, since the last warning
+        self._refusals_at = 0.0  # when the next one may come
         self._complaints: dict[str, str] = {}  # what is not in force now and why; tried again each second
         self._ticks = 0
         self._turned = time.monotonic()
@@ -2789,7 +2883,7 @@ class Service:
         config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
-            self.peers.read_files()
+            self.peers.prepare()
             self._default_route = default_route_interfaces()
             self.ifaces = self._choose_ifaces()
             self._nflog = Nflog(config.nflog_group)
@@ -2863,15 +2957,12 @@ class Service:
 
     def _announce(self) -> None:
         config, arrangement = self.config, self._arrangement
-        peers = [str(peer) for peers in arrangement.targets.values() for peer in peers]
-        shown = ", ".join(peers[:8]) + (f" and {len(peers) - 8} more" if len(peers) > 8 else "")
         table = "" if config.rules == "auto" else "your own NFLOG rule, "
         table += f"table inet {self._firewall.table}" if self._firewall else "no guard"
         table += " (not owned: old kernel)" if self._firewall and not self._firewall.owned else ""
         log("info", f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
             f"NFLOG group {config.nflog_group}, rules: {table}")  # fmt: skip
-        nobody = "none, standalone: local rescue only" if self.peers.answered() else "none yet, asking for them"
-        log("info", f"peers: {len(peers)} ({shown})" if peers else f"peers: {nobody}")
+        self._tell_peers()
         if arrangement.removed:
             log("info", f"own address removed from peers: {', '.join(map(str, arrangement.removed))}")
         passed = arrangement.senders.rate(config.rate)
@@ -2881,8 +2972,22 @@ class Service:
             f"{rate} in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
             + ("; dry run: nothing is sent" if config.dry_run else ""))  # fmt: skip
 
+    def _tell_peers(self) -> None:
+        """One line about the peers in force."""
+        peers = self._arrangement.everyone
+        if peers:
+            log("info", f"peers: {len(peers)} ({some(peers)})")
+        elif self._all_answered():
+            log("info", "peers: none, standalone: local rescue only")
+        else:
+            log("info", "peers: none yet, asking for them")
+
+    def _all_answered(self) -> bool:
+        """Whether an answer of every peer source is in force, not only on its way."""
+        return self.peers.answered(self._arrangement.per_source)
+
     def _status(self) -> str:
-        totals, peers = self.counters.summary(), sum(map(len, self._arrangement.targets.values()))
+        totals, peers = self.counters.summary(), len(self._arrangement.everyone)
         return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
 
     def close(self) -> None:
@@ -2907,7 +3012,7 @@ class Service:
         before, self._arrangement = self._arrangement, arrangement
         self.policy.look(arrangement.view)
         self.counters.peers = arrangement.per_source
-        zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
+        zones = any(peer.zone for peer in arrangement.everyone)  # may have a new index
         sockets_before = before.targets, before.sources, before.inside
         if zones or sockets_before != (arrangement.targets, arrangement.sources, arrangement.inside):
             self._close_outlets()
@@ -2993,6 +3098,7 @@ class Service:
         if self._ticks % self.SLOW_TICKS == 0:
             self._follow_default_route()
             self._probe_guard()
+        self._tell_refusals(now)
         if now >= self._summary_at:
             self._summarize(now)
 
@@ -3023,7 +3129,7 @@ class Service:
     def ready(self) -> bool:
         """Whether errors can come in and go out: group bound, rules in place, every peer source answered."""
         guarded = all(self.guarded.values()) or self.config.rules == "off"
-        return self.healthy() and guarded and self.peers.answered()
+        return self.healthy() and guarded and self._all_answered()
 
     # -- the loop
 
@@ -3033,7 +3139,7 @@ class Service:
             self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            wake_at = min(tick_at, self._manager.watchdog_at)
+            wake_at = min(tick_at, self._manager.watchdog_at, self._change_at if self._stale else math.inf)
             ready = dict(self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1)))
             self._turned = now = time.monotonic()
             if self._nflog.fileno() in ready:
@@ -3046,16 +3152,23 @@ class Service:
                 self._drain_monitor()
             if self._hangup:
                 self._hangup = False
-                log("info", "SIGHUP: reading the peer sources again")
+                self._tell_reload()
                 self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 self.peers.reload()
                 self._manager.tell("READY=1", self._status())
             if now >= tick_at:
                 tick_at = now + self.TICK
                 self._tick(now)
-            if self._stale:
+            if self._stale and now >= self._change_at:
                 self._stale = False
                 self._peers_changed()
+                self._change_at = time.monotonic() + self.CHANGE_GAP
+
+    def _tell_reload(self) -> None:
+        if self.config.peer_sources:
+            log("info", "SIGHUP: reading the peer sources again")
+        else:
+            log("info", "SIGHUP: nothing to read again, no peer source is in use; options are read at the start")
 
     def stop(self, *_: object) -> None:
         """Signal handler: end the loop."""
@@ -3073,7 +3186,7 @@ class Service:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def _drain_monitor(self) -> None:
-        """An address came or went: rearrange at the end of this turn, once for a burst of changes."""
+        """An address came or went: rearrange, once for a burst of changes."""
         with contextlib.suppress(OSError):  # nothing left, or events were lost: either way look again
             while True:
                 self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
@@ -3087,9 +3200,19 @@ class Service:
             self._complain("peers", "cannot put the new peers in force, the old ones stay", problem)
             return
         self._complaints.pop("peers", None)
-        if self._arrangement.targets != before.targets:
-            log("info", "peers changed", **{f"peers_{name}": len(p) for name, p in self._arrangement.targets.items()})
+        self._tell_change(before)
+
+    def _tell_change(self, before: Arrangement) -> None:
+        """One line about who came and went; also where all sources have answered now, and there is nobody."""
+        old, new = set(before.everyone), set(self._arrangement.everyone)
+        changes = ((new - old, "came"), (old - new, "went"))
+        told = ", ".join(f"{len(peers)} {what} ({some(sorted(peers))})" for peers, what in changes if peers)
+        if told:
+            counts = {f"peers_{name}": len(peers) for name, peers in self._arrangement.targets.items()}
+            log("info", f"peers changed: {told}", **counts)
             self._manager.tell(self._status())
+        elif not new and self._arrangement.per_source.keys() != before.per_source.keys():
+            self._tell_peers()
 
     # -- the packet's way
 
@@ -3172,8 +3295,23 @@ class Service:
 
     def _replicate(self, family_name: str, bodies: Sequence[bytes]) -> None:
         fanout = self._outlets[family_name].fanout
-        for peer, code in fanout.send(bodies) if fanout and bodies else ():
+        refused = fanout.send(bodies) if fanout and bodies else []
+        if refused:
+            self._refusals.update(refused)
+        for peer, code in refused:
             log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
+
+    def _tell_refusals(self, now: float) -> None:
+        """A warning about the copies that the kernel refused, at most once a minute."""
+        if not self._refusals or now < self._refusals_at:
+            return
+        shown = []
+        for (peer, code), count in self._refusals.most_common(8):
+            shown.append(f"{peer}: {os.strerror(code)} ({errno.errorcode.get(code, code)}), {count} times")
+        more = f"; and {len(self._refusals) - 8} more" if len(self._refusals) > 8 else ""
+        log("warning", f"the kernel refused copies to {'; '.join(shown)}{more}")
+        self._refusals.clear()
+        self._refusals_at = now + self.SUMMARY
 
     def _deliver(self, error: MtuError, rpf: bool) -> None:
         """Give the error to this node's own stack; the guard decides whether it is the owner."""
@@ -3396,15 +3534,17 @@ def program(config: Config, *words: str) -> str:
 def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bool]:
     """The process that is pmtud, empty if none has the group; and whether it delivers: no --dry-run, no --no-rescue."""
     port, said = group_holder(group), b"\0"
-    holder = "" if port is None else netlink_holder(port)
-    if pid := re.match(r"pid (\d+)", holder):
-        for name in ("cmdline", "environ"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid[1]}/{name}", "rb") as stream:
-                said += stream.read()
-    table = any(re.match(rf"inet pmtud_{group}(_guard)? ", place) for place, _ in rules)
-    if not holder or not (table or b"pmtud.py\0" in said):
+    if port is None:
         return "", False
-    return holder, not re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
+    pid = netlink_holder(port)
+    table = any(re.match(rf"inet pmtud_{group}(_guard)? ", place) for place, _ in rules)
+    if not table and not is_pmtud(pid):
+        return "", False
+    for name in ("cmdline", "environ"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
+            said += stream.read()
+    idle = re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
+    return describe_process(pid), not idle
 
 
 def check_kernel(node: Node) -> Iterator[Finding]:
@@ -4077,6 +4217,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--log-format", choices=("text", "json"), help="(default: text)")  # fmt: skip
 
 
+COMMANDS = ("run", "check", "rules")
+
+
 def build_parser() -> Parser:
     """The whole command line; every default is SUPPRESS, so that what was given can be told from what was not."""
     parser = Parser(
@@ -4087,7 +4230,7 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("run", "check", "rules"), default="run",
+    parser.add_argument("command", nargs="?", metavar=f"{{{','.join(COMMANDS)}}}", default="run",
                         help="run: the daemon (default); check: what is wrong on this node, and how to repair it; "
                         "rules: print the rules the daemon would install")  # fmt: skip
     parser.add_argument("hosts", nargs="*", default=(), metavar="HOST[:PORT]",
@@ -4099,6 +4242,24 @@ def build_parser() -> Parser:
     return parser
 
 
+# What Kubernetes tells every container of Services called pmtud or pmtud-something: https://kubernetes.io/docs/
+# concepts/services-networking/service/#environment-variables, "makeLinkVariables" in its source
+SERVICE_VARIABLE = re.compile(
+    r"PMTUD(_\w+)?(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_[A-Z]+(_PROTO|_PORT|_ADDR)?)=|PMTUD(_\w+)?_PORT=[a-z]+://"
+)
+
+
+def unknown_variables(parser: Parser, environ: Mapping[str, str]) -> Iterator[str]:
+    """A warning about each variable that looks like an option's and is none."""
+    options = [action for action in parser._actions if action.option_strings]
+    known = {f"PMTUD_{action.dest.upper()}" for action in options} - {"PMTUD_HELP", "PMTUD_VERSION"}
+    for name in sorted(environ):
+        if not name.upper().startswith("PMTUD_") or name in known:
+            continue
+        if not SERVICE_VARIABLE.match(f"{name}={environ[name]}"):
+            yield f"{name} is no option; {nearest(name.upper(), known)}"
+
+
 def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str, Any]:
     """The options set by PMTUD_* variables; an error names the variable."""
     found: dict[str, Any] = {}
@@ -4107,9 +4268,7 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
             continue
         variable = "PMTUD_" + action.dest.upper()
         text = environ.get(variable, "").strip()
-        if text.startswith("tcp://"):  # Kubernetes describes a Service called pmtud-metrics in PMTUD_METRICS_PORT
-            continue
-        if not text:
+        if not text or SERVICE_VARIABLE.match(f"{variable}={text}"):
             continue
         option = action.option_strings[0]
         if action.nargs == 0:
@@ -4142,32 +4301,75 @@ def config_from(options: Mapping[str, Any]) -> Config:
     if len(values["peers"]) > PEERS_MAX:
         raise UsageError(f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet")
     values["rescue"] = not options.get("no_rescue", False)
-    if not values["rescue"] and not items:
-        raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
     return Config(**values)
 
 
 class Invocation(NamedTuple):
     """What the user asked for."""
 
-    command: str  # run, check or rules
+    command: str  # one of COMMANDS
     config: Config
     hosts: tuple[str, ...] = ()
     as_json: bool = False
     color: bool = True
+    warnings: tuple[str, ...] = ()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known: the one that may have been meant."""
+    import difflib
+
+    alike = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {alike[0]}?" if alike else "see pmtud.py --help"
+
+
+def refuse_unknown_options(parser: Parser, argv: Sequence[str]) -> None:
+    """Name the first option that does not exist: argparse would take its value for a command, and blame that."""
+    options = parser._option_string_actions
+    for word in argv:
+        if word == "--":
+            return
+        option = word.partition("=")[0]
+        if re.match("--|-[a-zA-Z]", word) and " " not in word and option not in options:
+            raise UsageError(f"unknown option {option}; {nearest(option, options)}")
+
+
+def refuse_split_lists(parser: Parser, argv: Sequence[str], stray: str = "") -> None:
+    """Say so where a list was split, like --peers A, B: at a comma, or before the word that has no other place."""
+    for before, value, word in zip(["", *argv], argv, argv[1:]):
+        if word.startswith("-") or word in COMMANDS:
+            continue
+        if word != stray and not value.endswith(",") and not word.startswith(","):
+            continue
+        option = value.partition("=")[0] if value.startswith("-") else before
+        if isinstance(parser._option_string_actions.get(option), argparse._AppendAction):
+            values = option.rpartition("-")[2].rstrip("s") + "s"
+            raise UsageError(f"{word}: separate {values} with commas")
 
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     """The command line and the environment together; raises UsageError."""
     parser = build_parser()
+    refuse_unknown_options(parser, argv)
+    refuse_split_lists(parser, argv)
     given = vars(parser.parse_intermixed_args(list(argv)))  # HOST may follow options
     options = {**environment_options(parser, environ), **given}
     command, hosts = given.pop("command"), tuple(given.pop("hosts"))
     words = {name: options.pop(name, None) for name in ("command", "hosts", "json", "no_color")}
-    if command != "check" and (hosts or "json" in given or "no_color" in given):
-        raise UsageError(f"{hosts[0] if hosts else '--json and --no-color'}: only for `pmtud.py check`")
+    if command not in COMMANDS:
+        refuse_split_lists(parser, argv, command)
+        raise UsageError(f"unknown command {command}; {nearest(command, COMMANDS)}")
+    if command != "check" and hosts:
+        refuse_split_lists(parser, argv, hosts[0])
+        raise UsageError(f"{hosts[0]}: only for `pmtud.py check`")
+    if command != "check" and ("json" in given or "no_color" in given):
+        raise UsageError("--json and --no-color: only for `pmtud.py check`")
     color = not words["no_color"] and "NO_COLOR" not in environ
-    return Invocation(command, config_from(options), hosts, bool(words["json"]), color)
+    config = config_from(options)
+    if command == "run" and not (config.rescue or config.peers or config.peer_sources):
+        raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
+    warnings = tuple(unknown_variables(parser, environ))
+    return Invocation(command, config, hosts, bool(words["json"]), color, warnings)
 
 
 IPTABLES_ADDRESSES_MAX = 100  # in one command: a line that people can still read
@@ -4254,7 +4456,6 @@ def check_metrics_library(config: Config) -> None:
 def run(config: Config) -> None:
     """The daemon: open, turn until a signal, close."""
     shed_syntax_tree()
-    set_up_logging(config.log_level, config.log_format)
     check_metrics_library(config)
     service = Service(config)
     service.handle_signals()
@@ -4271,6 +4472,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; the exit code. Unexpected exceptions keep their traceback."""
     try:
         asked = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+        set_up_logging(asked.config.log_level, asked.config.log_format)
+        for warning in asked.warnings:
+            log("warning", warning)
         if asked.command == "check":
             return check(asked.config, asked.hosts, asked.as_json, asked.color)
         (run if asked.command == "run" else print_rules)(asked.config)

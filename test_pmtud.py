@@ -96,7 +96,19 @@ import pmtud
 
 Reason = pmtud.Reason
 README = (HERE / "README.md").read_text()
-SCRIPT = os.environ.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
+ENVIRONMENT = dict(os.environ)  # with the tests' own settings, for other runs of this file
+
+
+def hide_settings() -> None:
+    """Take them out of the environment: the daemon would warn of options that do not exist."""
+    for name in ENVIRONMENT:
+        if name.startswith("PMTUD_"):
+            os.environ.pop(name, None)
+
+
+if __name__ != "__main__":  # there pytest.main() has yet to import this file once more
+    hide_settings()
+SCRIPT = ENVIRONMENT.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
 settings.register_profile("pmtud", max_examples=200, deadline=None, database=None)
 settings.load_profile("pmtud")
 
@@ -232,8 +244,7 @@ def parsed(net: Plan, **fields: Any) -> pmtud.MtuError:
 
 def run_program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The program as a user starts it."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PMTUD_")}
-    return subprocess.run([sys.executable, str(PROGRAM), *argv], env={**clean, **environ}, text=True,
+    return subprocess.run([sys.executable, str(PROGRAM), *argv], env={**os.environ, **environ}, text=True,
                           capture_output=True, check=False, timeout=20)  # fmt: skip
 
 
@@ -256,6 +267,7 @@ def test_errors_are_one_line_with_an_exit_code(problem: pmtud.PmtudError, text: 
 NETWORK_HINT = "; networks are written like 10.0.0.0/8 or fd00::/64"
 PORT_HINT = " is not a port or a range of ports; write them like 443,8000-8100"
 PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast address"
+BROADCAST = " is a network, no peer; to reach all of it name its broadcast address, "
 KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
 LABEL = "a" * 63
 LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the most that DNS carries
@@ -316,7 +328,15 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     # the kernel refuses `:` in names (dev_valid_name), eth0:1 labels an address
     (pmtud.parse_iface, "eth0:1", "'eth0:1' is not an interface name"),
     (pmtud.parse_peer, "node-1", "'node-1' is not an IP address"),
-    (pmtud.parse_peer, "10.0.0.0/24", "'10.0.0.0/24' is not an IP address"),
+    (pmtud.parse_peer, "10.0.0.0/24", "10.0.0.0/24" + BROADCAST + "10.0.0.255"),
+    (pmtud.parse_peer, "10.0.0.11/23", "10.0.0.11/23" + BROADCAST + "10.0.1.255"),
+    (pmtud.parse_peer, "10.0.0.11/255.255.255.0", "10.0.0.11/255.255.255.0" + BROADCAST + "10.0.0.255"),
+    (pmtud.parse_peer, "10.0.0.12/32", "10.0.0.12/32 is a network, no peer; name the node: 10.0.0.12"),
+    (pmtud.parse_peer, "10.0.0.12/31", "10.0.0.12/31 is a network, no peer; name the node: 10.0.0.12"),
+    (pmtud.parse_peer, "fd00::12/128", "fd00::12/128 is a network, no peer; name the node: fd00::12"),
+    (pmtud.parse_peer, "fd00::/64", "fd00::/64 is a network, no peer; name its nodes, or a multicast group of "
+     "their link like ff02::114%eth0"),
+    (pmtud.parse_peer, "10.0.0.0/33", "'10.0.0.0/33' is not an IP address"),
     (pmtud.parse_peer, "fe80::1", "fe80::1 needs its interface, like fe80::1%eth0"),
     (pmtud.parse_peer, "ff02::1", "ff02::1 needs its interface, like ff02::1%eth0"),
     (pmtud.parse_peer, "127.0.0.1", "127.0.0.1" + PEER_HINT),
@@ -327,13 +347,14 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.parse_peer, "255.255.255.255", "255.255.255.255" + PEER_HINT),
     (pmtud.parse_peer, "224.0.0.1", "224.0.0.1" + PEER_HINT),
     *((pmtud.parse_peer_items, text, f"{text!r} is not an IP address; a peer is {KINDS}")
-      for text in ("fe::zz", "10.0.0.999", "10.0.0.0/24", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
+      for text in ("fe::zz", "10.0.0.999", "10.0.0.0/240", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
                    "a" * 64, LONG_NAME + "c", "a b")),
     *((pmtud.parse_peer_items, text, f"{text!r} is not {KINDS}")
       for text in ("dns:", "dns:-x", "dns:10.0.0.1", "dns:fd00::1", "dns:a/b", "file:", "zoo:keeper", "kube:",
                    "kube:pods", "kube:nodes/x")),
     (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
     (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
+    (pmtud.parse_peer_lines, "\n10.0.0.0/24", "line 2: 10.0.0.0/24" + BROADCAST + "10.0.0.255"),
     (pmtud.parse_peer_lines, "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
      "16385 peers; there must be 1 to 16384, one broadcast address reaches a subnet"),
 ])  # fmt: skip
@@ -906,6 +927,8 @@ def test_copy_counts_stay_with_the_peers_that_stay() -> None:
     second = pmtud.CopyCounts(["b", "c"], first)
     second.rounds, second.refused[0] = 5, 1
     assert (second.sent(), second.errors()) == ({"b": 11, "c": 5}, {"b": 4, "c": 0})
+    assert (first.totals(), second.totals()) == ((17, 3), (26, 4))
+    assert pmtud.CopyCounts([], second).totals() == (26, 4)
 
 
 def scrape(counters: pmtud.Counters) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -1026,6 +1049,11 @@ def test_file_source_explains(name: str, tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def all_answered(peers: pmtud.Peers) -> bool:
+    """Whether every source has answered."""
+    return peers.answered(peers.listed())
+
+
 def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + seconds
@@ -1040,12 +1068,12 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     name = f"file:{path}"
     config = pmtud.Config(peers=addresses("fd00::12"), peer_sources=(name,))
     peers = pmtud.Peers(config, counters, lambda: changes.append(1))
-    assert not peers.answered()
-    peers.read_files()
+    assert not all_answered(peers)
+    peers.prepare()
     peers.follow()
     try:
         good = {"static": addresses("fd00::12"), name: addresses("10.0.0.12")}
-        assert (peers.answered(), peers.listed(), counters.refresh_failures) == (True, good, {name: 0})
+        assert (all_answered(peers), peers.listed(), counters.refresh_failures) == (True, good, {name: 0})
         path.write_text("nonsense")
         peers.reload()
         until(lambda: counters.refresh_failures[name] >= 1)
@@ -1061,7 +1089,7 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
 def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     config = pmtud.Config(peer_sources=(f"file:{tmp_path}/none",))
     with pytest.raises(pmtud.UsageError) as caught:
-        pmtud.Peers(config, pmtud.Counters(), lambda: None).read_files()
+        pmtud.Peers(config, pmtud.Counters(), lambda: None).prepare()
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
 
 
@@ -1181,7 +1209,7 @@ def test_hundreds_of_names_need_few_threads(dns: Answers) -> None:
     try:
         peers.follow()
         assert threading.active_count() - before <= 8
-        until(peers.answered)
+        until(partial(all_answered, peers))
         assert set(peers.listed()) == {"static", *names}
         dns[socket.AF_INET] = dns[socket.AF_INET6] = socket.EAI_AGAIN
         peers.reload()
@@ -1229,9 +1257,9 @@ def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPat
     peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
     try:
         peers.follow()
-        assert not peers.answered()
+        assert not all_answered(peers)
         free.set()
-        until(peers.answered)
+        until(partial(all_answered, peers))
         assert peers.listed()["dns:nodes"] == addresses("10.0.0.12")
         dns[socket.AF_INET] = socket.EAI_AGAIN
         dns[socket.AF_INET6] = socket.EAI_AGAIN
@@ -1715,6 +1743,24 @@ def test_kube_source_outside_a_pod(api: FakeApi, monkeypatch: pytest.MonkeyPatch
     assert look(pmtud.KubeSource()) == f"kube:nodes: {advice}"
 
 
+def test_kube_source_outside_a_pod_is_a_usage_error(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no waiting will change is said at the start; an API server that does not answer is waited for."""
+    peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), pmtud.Counters(), lambda: None)
+    api.bearer = "unknown to the pod"
+    peers.prepare()
+    for name in ("token", "ca.crt"):
+        (api.account / name).rename(api.account / "away")
+        with pytest.raises(pmtud.UsageError) as caught:
+            peers.prepare()
+        assert str(caught.value) == (f"peers: kube:nodes: there is no {api.account}/{name}; the pod needs "
+                                     "automountServiceAccountToken: true")  # fmt: skip
+        (api.account / "away").rename(api.account / name)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    with pytest.raises(pmtud.UsageError):
+        peers.prepare()
+    assert len(api.requests) == 0
+
+
 def test_kube_source_believes_only_the_clusters_authority(api: FakeApi, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -1732,7 +1778,7 @@ def test_an_hour_without_the_api_changes_nothing(api: FakeApi) -> None:
     peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
     try:
         peers.follow()
-        until(peers.answered)
+        until(partial(all_answered, peers))
         until(lambda: api.watches == 1)
         api.bearer = "unknown to the pod"
         api.disconnect()
@@ -1905,8 +1951,24 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--rules", "maybe"], {}, "argument --rules: invalid choice: 'maybe' (choose from"),
     (["--log-level", "loud"], {}, "argument --log-level: invalid choice: 'loud' (choose from"),
     (["--rate"], {}, "argument --rate: expected one argument"),
-    (["--rat=5"], {}, "unrecognized arguments: --rat=5"),
-    (["chekc"], {}, "argument command: invalid choice: 'chekc' (choose from"),
+    (["--rat=5"], {}, "unknown option --rat; did you mean --rate?"),
+    (["--peer", "10.0.0.12"], {}, "unknown option --peer; did you mean --peers?"),
+    (["check", "--peeers", "10.0.0.12"], {}, "unknown option --peeers; did you mean --peers?"),
+    (["-peers", "10.0.0.12"], {}, "unknown option -peers; did you mean --peers?"),
+    (["--interface", "eth0"], {}, "unknown option --interface; did you mean --iface?"),
+    (["-v"], {}, "unknown option -v; see pmtud.py --help"),
+    (["chekc"], {}, "unknown command chekc; did you mean check?"),
+    (["10.0.0.12"], {}, "unknown command 10.0.0.12; see pmtud.py --help"),
+    (["run", "10.0.0.12"], {}, "10.0.0.12: only for `pmtud.py check`"),
+    (["--ttl", "5", "6"], {}, "unknown command 6; see pmtud.py --help"),
+    (["--peers", "10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
+    (["--peers=10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
+    (["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"], {}, "10.0.0.13: separate peers with commas"),
+    (["rules", "--iface", "eth0", "eth1"], {}, "eth1: separate ifaces with commas"),
+    (["--ports", "80", "443", "--ttl", "3"], {}, "443: separate ports with commas"),
+    (["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"], {}, "fd00::/8: separate networks with commas"),
+    (["check", "--peers", "10.0.0.12", ",10.0.0.13"], {}, ",10.0.0.13: separate peers with commas"),
+    (["--peers", "10.0.0.0/24"], {}, "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS),
     (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
     ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
     ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
@@ -1930,6 +1992,72 @@ def test_bad_command_lines(argv: list[str], environ: dict[str, str], message: st
     assert (output.out, output.err.count("\n")) == ("", 1)
     start, choices, _ = output.err.partition("(choose from")
     assert start + choices == f"pmtud: {message}" + ("" if choices else "\n")
+
+
+OF_KUBERNETES = {  # the Services pmtud and pmtud-metrics, as a kubelet describes them to every container
+    "PMTUD_SERVICE_HOST": "10.96.0.7", "PMTUD_SERVICE_PORT": "30040", "PMTUD_SERVICE_PORT_METRICS": "30040",
+    "PMTUD_PORT": "tcp://10.96.0.7:30040", "PMTUD_PORT_30040_TCP": "tcp://10.96.0.7:30040",
+    "PMTUD_PORT_30040_TCP_PROTO": "tcp", "PMTUD_PORT_30040_TCP_PORT": "30040",
+    "PMTUD_PORT_30040_TCP_ADDR": "10.96.0.7", "PMTUD_METRICS_SERVICE_HOST": "10.96.0.8",
+    "PMTUD_METRICS_SERVICE_PORT": "53", "PMTUD_METRICS_PORT": "udp://10.96.0.8:53",
+    "PMTUD_METRICS_PORT_53_UDP": "udp://10.96.0.8:53", "PMTUD_METRICS_PORT_53_UDP_ADDR": "10.96.0.8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "advice"), [
+    ("PMTUD_PEER", "did you mean PMTUD_PEERS?"),
+    ("PMTUD_Peers", "did you mean PMTUD_PEERS?"),
+    ("pmtud_dry_run", "did you mean PMTUD_DRY_RUN?"),
+    ("PMTUD_INTERFACE", "did you mean PMTUD_IFACE?"),
+    ("PMTUD_PORT", "did you mean PMTUD_PORTS?"),
+    ("PMTUD_HOSTS", "did you mean PMTUD_PORTS?"),
+    ("PMTUD_COLOUR_OF_THE_SKY", "see pmtud.py --help"),
+])  # fmt: skip
+@pytest.mark.parametrize("value", ["", "10.0.0.12"])
+def test_variables_that_are_no_options(name: str, advice: str, value: str) -> None:
+    asked = pmtud.parse_args([], {"PATH": "/bin", **OF_KUBERNETES, name: value})
+    assert asked.warnings == (f"{name} is no option; {advice}",)
+    assert asked.config == parse_options([])
+
+
+def test_variables_of_options_and_of_kubernetes_are_in_order() -> None:
+    names = {"PMTUD_" + option[2:].replace("-", "_").upper(): examples[0] for option, examples in EXAMPLES.items()}
+    flags = dict.fromkeys(("PMTUD_DRY_RUN", "PMTUD_NO_RESCUE", "PMTUD_JSON", "PMTUD_NO_COLOR"), "yes")
+    assert pmtud.parse_args(["check"], {**names, **flags}).warnings == ()
+    assert pmtud.parse_args([], OF_KUBERNETES) == pmtud.parse_args([], {})
+
+
+def test_a_warning_about_a_variable_is_one_line_of_the_log() -> None:
+    """In the form that the log has; what the command prints stays as it is, for whoever reads it."""
+    line = r"\S+Z WARNING PMTUD_PEER is no option; did you mean PMTUD_PEERS\?\n"
+    done = run_program("rules", "--iface", "eth0", PMTUD_PEER="10.0.0.12")
+    assert re.fullmatch(line, done.stderr) and (done.returncode, done.stdout[:10]) == (0, "# nftables")
+    done = run_program("check", "--json", PMTUD_PEER="10.0.0.12", PMTUD_LOG_FORMAT="json")
+    assert json.loads(done.stderr)["level"] == "warning" and json.loads(done.stdout)["schema"] == 1
+
+
+@pytest.mark.parametrize("argv", [
+    ["check", "10.9.0.2", "fd09::2"], ["check", "--peers", "10.0.0.12", "10.9.0.2"], ["--iface", "eth0", "check"],
+    ["check", "--ttl", "5", "10.9.0.2"], ["--peers", "10.0.0.12", "rules"], ["run", "--peers", "10.0.0.12"],
+    ["--peers", "10.0.0.12,", "check"], ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
+])  # fmt: skip
+def test_words_that_are_in_their_place(argv: list[str]) -> None:
+    """A command may come after options, and so may the hosts of `check`."""
+    asked = pmtud.parse_args(argv, {})
+    assert asked.command in argv
+    assert list(asked.hosts) == [word for word in argv if word in ("10.9.0.2", "fd09::2")]
+
+
+def test_no_rescue_and_no_peers_is_nothing_to_do_for_the_daemon_only() -> None:
+    """The doctor and `rules` have something to say all the same, whoever gave the option."""
+    for command in ("check", "rules"):
+        assert pmtud.parse_args([command, "--no-rescue"], {}).config == pmtud.parse_args(
+            [command], {"PMTUD_NO_RESCUE": "yes"}).config == parse_options([])._replace(rescue=False)  # fmt: skip
+    for argv in (["check"], ["rules", "--iface", "eth0"]):
+        done = run_program(*argv, "--no-rescue")
+        assert (done.stderr, bool(done.stdout)) == ("", True)
+    with pytest.raises(pmtud.UsageError):
+        pmtud.parse_args([], {"PMTUD_NO_RESCUE": "yes"})
 
 
 @pytest.mark.parametrize(("argv", "environ", "line"), [
@@ -3950,6 +4078,76 @@ def test_clean_stop(cluster: Cluster, number: int) -> None:
     assert process.output().splitlines()[-1].split()[2] == "stopped"
 
 
+SLOW_IMPORT = """
+import pathlib, time
+pathlib.Path({0!r}).touch()
+time.sleep(60)
+"""
+
+
+def as_init(host: Host, *options: str, env: dict[str, str] | None = None) -> tuple[Process, int]:
+    """The daemon as process 1 of a PID namespace, as in a container, and its pid out here."""
+    command = (sys.executable, "--", str(PROGRAM), "--iface", "lo", "--metrics-port", "0", *options)
+    process = host.start("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *command, env=env)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    assert poll(lambda: children.read_text().split(), 10), process.output()
+    return process, int(children.read_text())
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for it: the kernel drops signals without one that are sent to process 1."""
+    (mask,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> signal.SIGTERM - 1 & 1)
+
+
+def ended(process: Process) -> bool:
+    return process.returncode() is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Path) -> None:
+    """While modules are imported, and at a dozen moments up to the last line that tells of the start; at once."""
+    loading = tmp_path / "loading"
+    (tmp_path / "argparse.py").write_text(SLOW_IMPORT.format(str(loading)))
+    with Net() as net:
+        node = net.host("bare")
+        process, pid = as_init(node, env={"PYTHONPATH": str(tmp_path)})
+        assert poll(loading.exists, 10), process.output()
+        begun = time.monotonic()
+        os.kill(pid, number)
+        assert poll(partial(ended, process), 5), "the signal was lost"
+        assert (process.returncode(), process.output(), time.monotonic() - begun < 1) == (0, "", True)
+        process, pid = as_init(node)
+        assert poll(partial(handles_sigterm, pid), 10)
+        begun = time.monotonic()
+        process.wait_for("limits:")
+        whole = time.monotonic() - begun
+        os.kill(pid, number)
+        for part in range(12):
+            assert poll(partial(ended, process), 5), "the signal was lost"
+            assert process.returncode() == 0 and "Traceback" not in process.output(), process.output()
+            assert "pmtud" not in node.run("nft", "list", "ruleset")
+            process, pid = as_init(node)
+            assert poll(partial(handles_sigterm, pid), 10)
+            time.sleep(whole * part / 10)
+            os.kill(pid, number)
+
+
+@pytest.mark.parametrize("command,code", [("run", 0), ("check", -signal.SIGTERM), ("rules", -signal.SIGTERM)])
+def test_signals_before_the_command_is_known(command: str, code: int, tmp_path: Path) -> None:
+    """SIGHUP, and then SIGTERM, while modules are imported; no doctor that was interrupted says that all is well."""
+    loading = tmp_path / "loading"
+    (tmp_path / "argparse.py").write_text(SLOW_IMPORT.format(str(loading)))
+    with Net() as net:
+        argv = (sys.executable, "--", str(PROGRAM), "--iface", "lo", command)
+        process = net.host("bare").start(*argv, env={"PYTHONPATH": str(tmp_path)})
+        assert poll(loading.exists, 10), process.output()
+        if command == "run":
+            os.kill(process.pid, signal.SIGHUP)
+            time.sleep(0.2)
+        assert process.stop() == code, process.output()
+
+
 def test_sigkill_leaves_nothing(cluster: Cluster) -> None:
     """The kernel removes the table and frees the group."""
     node = cluster.nodes[0]
@@ -3971,16 +4169,46 @@ def run_to_end(host: Host, *options: str, python: Sequence[str] = (sys.executabl
     return code, process.output()
 
 
-def test_second_daemon_names_the_holder(cluster: Cluster) -> None:
-    """Exit 1 and one line with port id, pid and what to do."""
+def test_second_daemon_names_the_first(cluster: Cluster) -> None:
+    """Exit 1 and one line; no advice to take another group, where every error would be copied twice."""
     node = cluster.nodes[0]
     with daemons([node]) as [first]:
+        assert run_to_end(node) == (1, f"pmtud: pmtud already runs here (pid {first.pid})\n")
+        with daemon_of_group(node, 34, "--metrics-port", "0") as other:  # whoever insists
+            assert run_to_end(node, "--nflog-group", "34") == (1, f"pmtud: pmtud already runs here (pid {other.pid})\n")
+
+
+@pytest.mark.parametrize("start", [
+    ("sh", "-c", f"exec {sys.executable} -c 'import pmtud, sys; sys.exit(pmtud.main())' --rules off"),
+    (sys.executable, "-m", "pmtud", "--rules", "off"),
+    (sys.executable, "-m", "pmtud"),
+])  # fmt: skip
+def test_second_daemon_knows_the_first_however_that_was_started(cluster: Cluster, start: tuple[str, ...]) -> None:
+    """By its table, its name or its script; also where its process cannot be seen, as from a container."""
+    node = cluster.nodes[0]
+    first = node.start(*start, env={"PYTHONPATH": str(HERE)})
+    first.wait_for("limits:")
+    assert run_to_end(node) == (1, f"pmtud: pmtud already runs here (pid {first.pid})\n")
+    blind = ("unshare", "--pid", "--fork", "--mount-proc", sys.executable)
+    line = "pmtud: pmtud already runs here (in a process not visible from here)\n"
+    assert run_to_end(node, python=blind) == (1, line)
+    assert first.stop() == 0
+
+
+def test_group_held_by_another_program(cluster: Cluster, tmp_path: Path) -> None:
+    """Exit 1 and one line with port id, pid and what to do; a pasted table of ours is no daemon."""
+    node = cluster.nodes[0]
+    (tmp_path / "go-pmtud").write_text(HOLDER.format(str(HERE)))
+    stranger = node.start(sys.executable, str(tmp_path / "go-pmtud"))
+    stranger.wait_for("held")
+    node.run("nft", "add table inet pmtud_33")
+    try:
         code, output = run_to_end(node)
-        assert code == 1 and output.count("\n") == 1
-        assert f"NFLOG group 33 is taken by port id {first.pid}, pid {first.pid} (" in output
-        assert "pmtud.py) (see /proc/net/netfilter/nfnetlink_log); choose another with --nflog-group" in output
-        with daemon_of_group(node, 34, "--metrics-port", "0"):
-            pass
+    finally:
+        node.run("nft", "delete table inet pmtud_33")
+    assert code == 1 and output.count("\n") == 1
+    assert f"NFLOG group 33 is taken by port id {stranger.pid}, pid {stranger.pid} (" in output
+    assert ") (see /proc/net/netfilter/nfnetlink_log); choose another with --nflog-group" in output
 
 
 @contextlib.contextmanager
@@ -3998,6 +4226,8 @@ START_FAILURES = [
     (["--iface", "eth7"], 2, "--iface: there is no interface eth7; there are lo"),
     (["--peers", "file:/nonexistent"], 2, "peers: file:/nonexistent: No such file or directory"),
     (["--no-rescue"], 2, "--no-rescue without --peers leaves nothing to do; give --peers"),
+    (["--iface", "lo", "--peers", "10.0.0.12,kube:nodes"], 2,
+     "peers: kube:nodes: KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster"),
     ([], 1, "there is no default route; name the interface errors come in on with --iface"),
 ]
 
@@ -4280,7 +4510,7 @@ def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
         assert get(node, "/readyz") == ("200", "ok\n")
         assert "WARNING" not in booted.log().replace("WARNING prometheus-client is not installed", "")
         booted.systemctl("reload", "pmtud")
-        assert poll(lambda: "SIGHUP: reading the peer sources again" in booted.log(), 5)
+        assert poll(lambda: "SIGHUP: nothing to read again, no peer source is in use" in booted.log(), 5)
         assert booted.show("ActiveState") == "active"
         first = booted.daemon()
         os.kill(first, signal.SIGSTOP)
@@ -4345,6 +4575,7 @@ def test_manifest_keeps_its_promises() -> None:
     assert ACTIVE["Service"]["spec"]["publishNotReadyAddresses"] is True
     assert POD["automountServiceAccountToken"] is ACTIVE["ServiceAccount"]["automountServiceAccountToken"] is False
     assert (POD["hostNetwork"], POD["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert POD["shareProcessNamespace"] is True
     assert (POD["priorityClassName"], POD["tolerations"]) == ("system-node-critical", [{"operator": "Exists"}])
     assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "10%"}
     assert POD["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
@@ -4564,15 +4795,14 @@ class Breaking(pmtud.Nflog):
             raise OSError(errno.EIO, "broken by the test")
         return super().read()
 pmtud.Nflog = Breaking
-pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+sys.exit(pmtud.main())
 """
 
 
 TAKEN_SOCKET = BROKEN_SOCKET.replace("        return super().read()", """        return super().read()
     def close(self):
         super().close()
-        self.other = Breaking.__mro__[1](33)""").replace("pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)",
-                                                         "sys.exit(pmtud.main())")  # fmt: skip
+        self.other = Breaking.__mro__[1](33)""")
 
 
 def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Cluster) -> None:
@@ -4602,7 +4832,7 @@ def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
 SHORT_MINUTE = """
 import pmtud, sys
 pmtud.Service.SUMMARY = 1.0
-pmtud.run(pmtud.parse_args(sys.argv[1:], {}).config)
+sys.exit(pmtud.main())
 """
 
 
@@ -4622,10 +4852,43 @@ def test_summary_of_the_last_minute(cluster: Cluster) -> None:
     assert process.stop() == 0
 
 
+def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> None:
+    """Minutes and the last line count every copy there was; the series of who has left are gone all the same."""
+    node, path = cluster.nodes[ingress(cluster, 4)], tmp_path / "peers"
+    path.write_text("10.0.0.77\n10.0.0.78\n10.0.0.79\n")
+    options = ("--peers", f"file:{path}", "--flow-interval", "0")
+    process = node.start(sys.executable, "-c", SHORT_MINUTE, *options, env={"PYTHONPATH": str(HERE)})
+    process.wait_for("limits:")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, ERRORS)
+    path.write_text("10.0.0.80\n")
+    process.wait_for("peers changed")
+    inject(cluster.router, 4, flow_errors(4))
+    received(node, 2 * ERRORS)
+    node.ip("route add unreachable 10.0.0.80")
+    try:
+        inject(cluster.router, 4, flow_errors(4))
+        samples = received(node, 3 * ERRORS)
+    finally:
+        node.ip("route del unreachable 10.0.0.80")
+    assert {name for name in samples if "{peer=" in name} == {
+        f'pmtud_cop{end}{{peer="10.0.0.80"}}' for end in ("ies_sent_total", "y_errors_total")}  # fmt: skip
+    path.write_text("10.0.0.81\n")
+    assert poll(lambda: process.output().count("peers changed") == 2, 5)
+    time.sleep(1.2)  # a minute more
+    assert process.stop() == 0
+    minutes = [line for line in process.output().splitlines() if "last minute" in line]
+    (stopped,) = [line for line in process.output().splitlines() if " stopped " in line]
+    for name, count in (("copies", 4 * ERRORS), ("copy_errors", ERRORS)):
+        assert f" {name}={count} " in f"{stopped} "
+        assert sum(int(n) for line in minutes for n in re.findall(rf" {name}=(-?\d+)", line)) == count
+    assert "=-" not in process.output()
+
+
 @pytest.mark.parametrize("python", interpreters())
 def test_every_python_passes_the_unit_tests(python: str) -> None:
     """Each in a virtual environment of its own, which stays for the next time."""
-    environ = {**os.environ, "PMTUD_VENV": str(VENV / f"units-{Path(python).name}")}
+    environ = {**ENVIRONMENT, "PMTUD_VENV": str(VENV / f"units-{Path(python).name}")}
     done = subprocess.run([python, __file__, "unit", "-x"], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and re.search(r"^\d+ passed", done.stdout, re.M), done.stdout[-4000:] + done.stderr
 
@@ -4752,6 +5015,7 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
         assert count() == 2
         path.write_text("10.0.0.12\n")
         assert poll(lambda: count() == 1, 5)
+        process.wait_for("peers changed: 1 went (10.0.0.13) peers_ipv4=1 peers_ipv6=0\n")
         assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' not in metrics(node)
         path.write_text("10.0.0.12\n10.0.0.999\n")
         process.wait_for("line 2: '10.0.0.999' is not an IP address", 5)
@@ -4762,9 +5026,110 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
         assert count() == 1
         path.write_text("10.0.0.12\n10.0.0.13\n")
         assert poll(lambda: count() == 2, 5)
+        process.wait_for("peers changed: 1 came (10.0.0.13) peers_ipv4=2 peers_ipv6=0\n")
         os.kill(process.pid, signal.SIGHUP)
         process.wait_for("SIGHUP: reading the peer sources again")
         assert count() == 2
+
+
+KUBE_DAEMON = """
+import sys, pmtud
+pmtud.KubeSource.ACCOUNT = sys.argv.pop(1)
+sys.exit(pmtud.main())
+"""
+
+
+def test_sighup_without_peer_sources_says_that_it_reads_nothing(cluster: Cluster) -> None:
+    for options in ((), ("--peers", PEER_LISTS[4])):
+        with daemons(cluster.nodes[:1], *options) as [process]:
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for("SIGHUP: nothing to read again, no peer source is in use; options are read at the start")
+        assert "SIGHUP: reading" not in process.output()
+
+
+def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
+    """With peer and errno, those that were refused most first; here a minute is 1.5 seconds."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    kinds = {f"203.0.113.{n}": "unreachable" for n in range(100, 109)} | {"203.0.113.7": "prohibit"}
+    script = QUICK.replace("0.2, 2", "0.2, 2\npmtud.Service.SUMMARY = 1.5")
+    peers = ",".join((*kinds, "10.0.0.77"))
+    with contextlib.ExitStack() as stack:
+        for address, kind in kinds.items():
+            node.ip(f"route add {kind} {address}")
+            stack.callback(node.ip, f"route del {kind} {address}")
+        with quick_daemons([node], "--peers", peers, "--flow-interval", "0", script=script) as [process]:
+            begun = time.monotonic()
+            inject(cluster.router, 4, flow_errors(4))
+            first = process.wait_for("the kernel refused copies to ")
+            assert re.search(r"WARNING the kernel refused copies to (203\.0\.113\.\d+: [^;]+, \d+ times; ){7}"
+                             r"203\.0\.113\.\d+: [^;]+, \d+ times; and 2 more\n", first), first  # fmt: skip
+            node.ip("route del prohibit 203.0.113.7", "route add blackhole 203.0.113.7")
+            inject(cluster.router, 4, flow_errors(4) * 2)
+            assert poll(lambda: process.output().count("the kernel refused") == 2, 5)
+            node.ip("route del blackhole 203.0.113.7", "route add prohibit 203.0.113.7")
+            took = time.monotonic() - begun
+            received(node, 3 * ERRORS)
+            time.sleep(2)  # a minute in which nothing is refused
+    told = re.findall("WARNING the kernel refused copies to (.*)", process.output())
+    assert 2 <= len(told) <= 2 + took / 1.5
+    assert "203.0.113.100: No route to host (EHOSTUNREACH), " in "".join(told)
+    assert "77" not in "".join(told)
+
+
+def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
+    """Never called standalone before the answer is in force; afterwards, where there is nobody but this node, it is."""
+    node = cluster.nodes[0]
+    script = """if True:
+        import pmtud, sys, time
+        start = pmtud.Service._start_threads
+        def wait(self, stack):
+            start(self, stack)
+            while len(self.peers.listed()) < 2:
+                time.sleep(0.01)
+        pmtud.Service._start_threads = wait
+        sys.exit(pmtud.main())
+    """
+    cases = {("10.0.0.11", "10.0.0.12", "10.0.0.13"): "peers changed: 2 came (10.0.0.12, 10.0.0.13)",
+             ("10.0.0.11",): "peers: none, standalone: local rescue only"}  # fmt: skip
+    with NameServer(cluster, "10.0.0.1") as names:
+        for addresses, line in cases.items():
+            names.serve(*addresses)
+            process = node.start(sys.executable, "-c", script, "--peers", "pmtud", env={"PYTHONPATH": str(HERE)})
+            process.wait_for(line)
+            told = re.findall(r"INFO (peers.*?)(?: peers_ipv4.*)?\n", process.output())
+            assert told == ["peers: none yet, asking for them", line]
+            assert get(node, "/readyz")[0] == "200"
+            assert process.stop() == 0
+
+
+def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
+    """One that comes alone is in force at once; 90 that follow it are one. Here that second lasts three."""
+    script = KUBE_DAEMON.replace("sys.exit", "pmtud.Service.CHANGE_GAP = 3.0\nsys.exit")
+    with Net() as net, ExitStack() as stack:
+        node = net.host("node")
+        api = stack.enter_context(node.inside(lambda: FakeApi(tmp_path)))
+        stack.callback(api.shutdown)
+        stack.callback(api.disconnect)
+        for number in (12, 13, 14):
+            api.change("ADDED", f"node-{number}", f"10.0.0.{number}")
+        process = node.start(sys.executable, "-c", script, str(tmp_path), "--iface", "lo", "--peers", "kube:nodes",
+                             env={**api.environ, "PYTHONPATH": str(HERE)})  # fmt: skip
+        process.wait_for("peers changed: 3 came (10.0.0.12, 10.0.0.13, 10.0.0.14) peers_ipv4=3 peers_ipv6=0\n")
+        assert poll(lambda: api.watches == 1, 5)
+        time.sleep(3.2)
+        begun = time.monotonic()
+        api.change("ADDED", "node-15", "fd00::15")
+        process.wait_for("peers changed: 1 came (fd00::15) peers_ipv4=3 peers_ipv6=1\n")
+        assert time.monotonic() - begun < 2.5
+        for number in range(87):
+            api.change("ADDED", f"new-{number}", f"10.1.0.{number}")
+        for number in (12, 13, 14):
+            api.change("DELETED", f"node-{number}")
+        few = ", ".join(f"10.1.0.{number}" for number in range(8))
+        process.wait_for(f"peers changed: 87 came ({few} and 79 more), 3 went (10.0.0.12, 10.0.0.13, 10.0.0.14) "
+                         "peers_ipv4=87 peers_ipv6=1\n")  # fmt: skip
+        assert process.output().count("peers changed") == 3
+        assert process.stop() == 0
 
 
 class NameServer:
@@ -4881,6 +5246,9 @@ def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
     with NameServer(cluster, "10.0.0.1") as names, daemons(cluster.nodes, "--peers", "pmtud") as processes:
         assert "peers: none yet, asking for them" in processes[0].output()
         assert get(cluster.nodes[0], "/readyz")[0] == "503"
+        for process in processes:
+            process.wait_for("peer source failed, it has not answered so far problem=")
+            assert "kept=" not in process.output()
         nodes = [Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)]
         names.serve(*nodes)
         for process in processes:
@@ -4938,11 +5306,10 @@ def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_p
     api = cluster.fabric.inside(lambda: FakeApi(tmp_path, "10.0.0.1"))
     for i in (1, 2, 3):
         api.change("ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge")
-    program = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import pmtud; "
-               f"pmtud.KubeSource.ACCOUNT = {str(tmp_path)!r}; sys.exit(pmtud.main())")  # fmt: skip
-    command = (sys.executable, "-c", program, "--peers", "kube:nodes?role=edge")
+    command = (sys.executable, "-c", KUBE_DAEMON, str(tmp_path), "--peers", "kube:nodes?role=edge")
     with api:
-        processes = [node.start(*command, env=api.environ) for node in cluster.nodes]
+        env = {**api.environ, "PYTHONPATH": str(HERE)}
+        processes = [node.start(*command, env=env) for node in cluster.nodes]
         label, gone = 'pmtud_peers{source="kube:nodes?role=edge"}', 'pmtud_copies_sent_total{peer="10.0.0.13"}'
         for process in processes:
             process.wait_for("limits:")
@@ -6123,15 +6490,15 @@ class Frames:
         """Put every packet on the link, in order."""
         for start in range(0, len(packets), pmtud.UIO_MAXIOV):
             bodies = packets[start : start + pmtud.UIO_MAXIOV]
-            vectors, entries = (pmtud.iovec * len(bodies))(), (pmtud.mmsghdr * len(bodies))()
-            for vector, entry, body in zip(vectors, entries, bodies):
+            vectors, heads = (pmtud.iovec * len(bodies))(), []
+            for vector, body in zip(vectors, bodies):
                 kind = b"\x86\xdd" if body[:1] and body[0] >> 4 == 6 else b"\x08\x00"
                 frame = self._destination + kind + body
                 vector.iov_base, vector.iov_len = frame, len(frame)
-                entry.msg_hdr.msg_iov, entry.msg_hdr.msg_iovlen = ctypes.addressof(vector), 1
-            done = 0
+                heads.append(pmtud.MMSGHDR.pack(0, 0, ctypes.addressof(vector), 1, 0, 0, 0, 0))
+            entries, done = ctypes.create_string_buffer(b"".join(heads)), 0
             while done < len(bodies):
-                address = ctypes.addressof(entries) + done * ctypes.sizeof(pmtud.mmsghdr)
+                address = ctypes.addressof(entries) + done * pmtud.MMSGHDR.size
                 sent = self._send(self._socket.fileno(), address, len(bodies) - done, 0)
                 if sent <= 0:
                     raise OSError(ctypes.get_errno(), "sendmmsg")
@@ -6199,7 +6566,7 @@ def test_another_process_wants_the_group(cluster: Cluster) -> None:
     with daemons(cluster.nodes, "--peers", ALL_PEERS):
         for node in cluster.nodes:
             code, output = run_to_end(node, "--metrics-port", "0")
-            assert code == 1 and "NFLOG group 33 is taken" in output
+            assert code == 1 and "pmtud already runs here" in output
             env = {"PYTHONPATH": str(HERE)}
             thief = node.start(sys.executable, "-c", STEAL, env=env)
             assert poll(partial(lambda thief: thief.returncode() is not None, thief), 5)
@@ -6611,7 +6978,8 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "A node's address changes": (test_address_changed, test_an_address_that_moves_here_is_removed_from_the_peers),
     "No default route at the start": (test_start_failures_are_one_line,),
     "The default route goes, or moves": (test_default_route_gone_and_moved,),
-    "A peer cannot be reached": (test_peers_that_cannot_be_reached, test_one_bad_peer_does_not_starve_the_others),
+    "A peer cannot be reached": (test_peers_that_cannot_be_reached, test_one_bad_peer_does_not_starve_the_others,
+                                 test_refused_copies_are_named_once_a_minute),
     "A firewall refuses our copies": (test_a_firewall_that_refuses_copies,),
     "A copy is larger than the path to a peer": (test_copies_larger_than_the_path_to_a_peer,),
     "The send buffer is full": (test_queues_full_of_copies_nobody_takes,),
@@ -6619,7 +6987,9 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "The NFLOG socket breaks": (test_a_broken_nflog_socket_is_opened_again,
                                 test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon),
     "Another process wants our NFLOG group": (
-        test_another_process_wants_the_group, test_second_daemon_names_the_holder),
+        test_another_process_wants_the_group, test_group_held_by_another_program),
+    "pmtud is started a second time": (
+        test_second_daemon_names_the_first, test_second_daemon_knows_the_first_however_that_was_started),
     "`nft flush ruleset`, a firewall reload": (
         test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
     "A firewall loaded later filters or marks at `raw` or `mangle`": (
@@ -6639,6 +7009,7 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "Standard error is closed, or nobody reads it": (
         test_standard_streams_closed, test_standard_error_is_a_full_pipe, test_standard_error_without_a_reader),
     "No file descriptors left": (test_file_descriptors_exhausted,),
+    "Hundreds of nodes come or go at once": (test_changes_within_a_second_are_taken_together,),
     "A storm of SIGHUPs": (test_sighup_storm,),
     "SIGSTOP, or no CPU for a while": (test_stopped_and_continued,),
     "A memory limit, and a flood": (test_memory_limit_under_a_flood,),
@@ -7003,7 +7374,7 @@ def test_hostile_flood() -> None:
 
     PMTUD_TEST_PACKETS=1000000 for the long one.
     """
-    wanted = int(os.environ.get("PMTUD_TEST_PACKETS", "100000"))
+    wanted = int(ENVIRONMENT.get("PMTUD_TEST_PACKETS", "100000"))
     arsenal = Arsenal(2026, rounds=wanted // 5000)
     with Range() as net, daemons([net.node], *HOSTILE_OPTIONS) as [process], Capture(net.outside) as outside:
         metrics(net.node)  # imports what a scrape needs
@@ -7070,7 +7441,7 @@ def test_coverage_guided_fuzzing(tmp_path: Path) -> None:
     """libFuzzer through atheris on the parsers and the netlink codec; PMTUD_FUZZ_SECONDS, by default 5."""
     if importlib.util.find_spec("atheris") is None:
         pytest.skip(f"there is no atheris for Python {sys.version_info[:2]} on {os.uname().machine}")
-    seconds, corpus = int(os.environ.get("PMTUD_FUZZ_SECONDS", "5")), tmp_path / "corpus"
+    seconds, corpus = int(ENVIRONMENT.get("PMTUD_FUZZ_SECONDS", "5")), tmp_path / "corpus"
     corpus.mkdir()
     for number, packet in enumerate(packet for net in (V4, V6) for packet, _, _ in hostile_templates(Random(1), net)):
         (corpus / f"packet{number}").write_bytes(packet)
@@ -7113,7 +7484,7 @@ def load(cluster: Cluster, random: Random) -> None:
 
 def test_soak(cluster: Cluster, tmp_path: Path) -> None:
     """Peers churn, load varies, scrapes come in: no growth, and the accounts balance. PMTUD_SOAK_SECONDS, here 15."""
-    path, random, seconds = tmp_path / "peers", Random(4), float(os.environ.get("PMTUD_SOAK_SECONDS", "15"))
+    path, random, seconds = tmp_path / "peers", Random(4), float(ENVIRONMENT.get("PMTUD_SOAK_SECONDS", "15"))
     path.write_text(ALL_PEERS)
     with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
         usages: list[list[dict[str, int]]] = [[], [], []]
@@ -8289,7 +8660,7 @@ def start_lab(*argv: str, **environ: str) -> subprocess.Popen[str]:
     """The default signals: where these tests run under nohup, the lab would ignore SIGHUP."""
     return subprocess.Popen(["env", "--default-signal", sys.executable, __file__, "lab", *argv], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**os.environ, **environ})  # fmt: skip
+                            env={**ENVIRONMENT, **environ})  # fmt: skip
 
 
 @pytest.mark.parametrize(("sig", "stop_at"), [(signal.SIGINT, "The MTU lab"), (signal.SIGINT, "2.4 "),
@@ -8309,7 +8680,7 @@ def test_an_interrupt_removes_the_lab(sig: int, stop_at: str) -> None:
 
 def test_a_reader_that_goes_away_ends_the_lab() -> None:
     process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "1"], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+                               stderr=subprocess.PIPE, env=ENVIRONMENT)  # fmt: skip
     assert process.stdout and process.stderr
     for _ in range(20):
         process.stdout.readline()
@@ -8359,7 +8730,8 @@ def test_usage_errors(argv: list[str], text: str) -> None:
 @pytest.mark.parametrize("argv", [[], ["--no-color"]])
 def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
     parent, child = pty.openpty()
-    process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "2.4", *argv], stdout=child, stderr=child)
+    process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "2.4", *argv], stdout=child, stderr=child,
+                               env=ENVIRONMENT)  # fmt: skip
     os.close(child)
     chunks: list[bytes] = []
 
@@ -8909,6 +9281,95 @@ def scrape_often(net: BenchNet, one: Contender, seconds: float) -> threading.Thr
     return thread
 
 
+@contextlib.contextmanager
+def kube_daemon(net: BenchNet, one: Contender, folder: Path, peers: Sequence[str]) -> Iterator[
+        tuple[FakeApi, Process]]:  # fmt: skip
+    """pmtud with these peers and no limits, and the API server stand-in that it watches."""
+    last = ("taskset", "-c", str((os.cpu_count() or 1) - 1))
+    with one.node.inside(lambda: FakeApi(folder)) as api:
+        for address in (net.address(one), *peers):
+            api.change("ADDED", address, address)
+        process = one.node.start(*last, sys.executable, "-c", KUBE_DAEMON, str(folder), "--iface", "eth0", "--peers",
+                                 "kube:nodes", *NO_LIMITS, env={**api.environ, "PYTHONPATH": str(HERE)})  # fmt: skip
+        try:
+            process.wait_for("peers changed")
+            assert poll(lambda: api.watches == 1, 5)
+            yield api, process
+        finally:
+            net.stop(one, process)
+            api.disconnect()
+            api.shutdown()
+
+
+@contextlib.contextmanager
+def timed_errors(net: BenchNet, one: Contender) -> Iterator[list[float]]:
+    """Some forty errors a second, and how long each takes to the first copy on the wire; 0.5: longer, or for ever."""
+    times: list[float] = []
+    enough = threading.Event()
+
+    def work() -> None:
+        clock = Clocked(net, one)
+        while not enough.wait(0.02):
+            times.append(clock.once())
+        clock.close()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield times
+    finally:
+        enough.set()
+        thread.join()
+
+
+def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
+    """Errors are copied in time, the peers are complete soon after the last has joined, and few lines tell of it."""
+    with BenchNet(["pmtud"]) as net:
+        one = net.contenders["pmtud"]
+        first, *others = net.peers(one, 1000)
+        with kube_daemon(net, one, tmp_path, [first]) as (api, process):
+            begun = time.monotonic()
+            with timed_errors(net, one) as times:
+                for peer in others:
+                    api.change("ADDED", peer, peer)
+                    time.sleep(0.005)
+            label = 'pmtud_peers{source="kube:nodes"}'
+            assert poll(lambda: metrics(one.node)[label] == 1000, 10)  # it was 24 s
+            took = time.monotonic() - begun
+        came = [int(count) for count in re.findall(r"peers changed: (\d+) came", process.output())]
+    assert sum(came) == 1000 and len(came) <= took / pmtud.Service.CHANGE_GAP + 3
+    assert len(times) > 20 and median(times) < 0.1
+    assert sum(seconds == 0.5 for seconds in times) <= len(times) / 50, sorted(times)[-20:]
+
+
+def change_peer(api: FakeApi, process: Process, kind: str, address: str) -> float:
+    """A node comes or goes, or nothing happens (""); the seconds of the daemon's processor time in the 1.2 s after it.
+
+    So long that each change comes alone, and is applied at once.
+    """
+    before = cpu_seconds(process.pid)
+    if kind:
+        api.change(kind, address, address)
+    time.sleep(1.2)
+    return cpu_seconds(process.pid) - before
+
+
+def bench_change(net: BenchNet, seconds: float) -> None:
+    """The nodes of a Kubernetes stand-in, of which one comes and goes, first in peace, then while errors flow."""
+    one, kinds = net.contenders["pmtud"], ("ADDED", "DELETED") * 2
+    for count in (10, 100, 1000):
+        moving, *others = net.peers(one, count)
+        with tempfile.TemporaryDirectory() as folder, kube_daemon(net, one, Path(folder), others) as (api, process):
+            change_peer(api, process, "", moving)
+            idle = change_peer(api, process, "", moving)
+            cost = median([change_peer(api, process, kind, moving) for kind in kinds]) - idle
+            with timed_errors(net, one) as times:
+                for kind in kinds:
+                    change_peer(api, process, kind, moving)
+        target = f" (at most 20: {mark(cost <= 0.02)})" if count == 1000 else ""
+        print(f"   {count:5} peers: {cost * 1e3:4.1f} ms of processor time for a change{target}\n"
+              f"      errors meanwhile: median {median(times) * 1e3:.1f} ms, slowest {max(times) * 1e3:.1f} ms")
+
+
 def bench_latency(net: BenchNet, seconds: float) -> None:
     """Single errors; `scraped` is pmtud while its metrics are read once a second."""
     running = {name: net.start(one, 2, "--log-level=info") for name, one in net.contenders.items()}
@@ -8996,6 +9457,7 @@ BENCHES: dict[str, tuple[str, Callable[[BenchNet, float], None]]] = {
     "suppression": ("a page of 200 hung flows through the test cluster", bench_suppression),
     "broadcast": ("100 nodes, an address each or one for all", bench_broadcast),
     "start": ("from exec to ready, and resident memory", bench_start),
+    "change": ("one peer comes or goes: what it costs, and how long errors wait meanwhile", bench_change),
     "growth": ("processor time per error, one peer, default flow interval", bench_growth),
 }
 
@@ -9068,10 +9530,9 @@ class Units:
 
 def main(argv: Sequence[str]) -> int:
     """Run the lab, the bench, or the tests."""
-    if argv[:1] == ["lab"]:
-        return lab(argv[1:])
-    if argv[:1] == ["bench"]:
-        return bench(argv[1:])
+    if argv[:1] in (["lab"], ["bench"]):
+        hide_settings()
+        return (lab if argv[0] == "lab" else bench)(argv[1:])
     unit, argv = argv[:1] == ["unit"], argv[argv[:1] == ["unit"] :]
     options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning",
                "-W", "ignore::pytest.PytestAssertRewriteWarning", str(Path(__file__)), *argv]
