@@ -1241,30 +1241,10 @@ def drop_privileges() -> None:
         raise OSError(number, os.strerror(number))
 
 
-# What `python3 -c` does to run the script named by its first argument, which finds its modules where it always does
-RUN_SCRIPT = (
-    "import os, sys; del sys.argv[0]; script = open(sys.argv[0], 'rb'); code = compile(script.read(), script.name, "
-    "'exec'); script.close(); folder = os.path.dirname(os.path.realpath(script.name)); "
-    "sys.path[:] = [entry or folder for entry in sys.path]; exec(code)"
-)
-
-
-def shed_syntax_tree() -> None:
-    """Take 17 MB instead of 27: CPython keeps the syntax tree of a script until it ends, that of a string it frees.
-
-    So `python3 FLAGS pmtud.py` becomes, as the same process, `python3 FLAGS -c RUN_SCRIPT pmtud.py`, 70 ms later. In
-    there, and when started in any other way, this only gives back what the C library holds in reserve.
-    """
-    loader = type(globals().get("__loader__")).__name__  # a zip archive has another, and so has RUN_SCRIPT
-    as_script = __name__ == "__main__" and __spec__ is None and loader == "SourceFileLoader"
-    with contextlib.suppress(OSError), open("/proc/self/cmdline", "rb") as stream:
-        words = os.fsdecode(stream.read()).split("\0")[:-1]
-        flags, script = words[: -len(sys.argv)], sys.argv[0]
-        simple = all(re.fullmatch("-[bBdEiIOPqRsuvx]+|-[WX].+", flag) for flag in flags[1:])
-        if as_script and simple and words[len(flags)] == script != "-" and os.path.isfile(script):
-            os.execv(sys.executable, [*flags, "-c", RUN_SCRIPT, *sys.argv])
-    with contextlib.suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
+def name_process() -> None:
+    """Be `pmtud` in ps, ss and nft, which would say python3; threads started later inherit it."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as stream:
+        stream.write("pmtud")
 
 
 class LocalAddress(NamedTuple):
@@ -1354,7 +1334,6 @@ def describe_process(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
             words = " ".join(stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").split())
-            words = words.replace(f"-c {RUN_SCRIPT} ", "")
     except OSError:
         return "a process not visible from here"
     return f"pid {pid} ({words[:80]})"
@@ -4005,7 +3984,7 @@ def check_metrics_library(config: Config) -> None:
 
 def run(config: Config) -> None:
     """The daemon: open, turn until a signal, close."""
-    shed_syntax_tree()
+    name_process()
     set_up_logging(config.log_level, config.log_format)
     check_metrics_library(config)
     service = Service(config)
