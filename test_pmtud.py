@@ -863,9 +863,7 @@ def test_copy_counts_stay_with_the_peers_that_stay() -> None:
 
 def scrape(counters: pmtud.Counters) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """The samples a Prometheus server would read, by name and labels."""
-    body = pmtud.render_metrics(counters)
-    assert body is not None
-    families = text_string_to_metric_families(body.decode())
+    families = text_string_to_metric_families(pmtud.render_metrics(counters).decode())
     samples = [sample for family in families for sample in family.samples]
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples}
 
@@ -927,7 +925,8 @@ def test_scrape_shows_what_was_counted() -> None:
 
 def test_without_prometheus_client_there_is_no_exposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    assert pmtud.render_metrics(pmtud.Counters()) is None
+    with pytest.raises(pmtud.PmtudError, match=r"^prometheus-client is not installed: pip install prometheus-client$"):
+        pmtud.render_metrics(pmtud.Counters())
 
 
 # -----------------------------------------------------------------------------
@@ -1924,24 +1923,21 @@ def test_rules_without_a_default_route(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize(("argv", "logged", "problem"), [
-    (["--metrics-port", "0"], [], None),
-    ([], ["prometheus-client is not installed: running without metrics (pip install prometheus-client)"], None),
-    (["--metrics-port", "9000"], [],
+@pytest.mark.parametrize(("argv", "problem"), [
+    (["--metrics-port", "0"], None),
+    ([], None),
+    (["--metrics-port", "9000"],
      "--metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, or --metrics-port 0"),
 ])  # fmt: skip
-def test_metrics_asked_for_and_prometheus_client_missing(argv: list[str], logged: list[str], problem: Optional[str],
-                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    lines: list[str] = []
+def test_metrics_asked_for_and_prometheus_client_missing(argv: list[str], problem: Optional[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(pmtud, "log", lambda level, text: lines.append(text))
     try:
         pmtud.check_metrics_library(parse_options(argv))
     except pmtud.UsageError as caught:
         assert str(caught) == problem
     else:
         assert problem is None
-    assert lines == logged
 
 
 # -----------------------------------------------------------------------------
@@ -3802,7 +3798,7 @@ def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
             for family, service in CASES:
                 assert len(cluster.download(service, family)) == 23, booted.log()
         assert get(node, "/readyz") == ("200", "ok\n")
-        assert "WARNING" not in booted.log().replace("WARNING prometheus-client is not installed", "")
+        assert "WARNING" not in booted.log().replace("WARNING running without metrics: prometheus-client", "")
         booted.systemctl("reload", "pmtud")
         assert poll(lambda: "SIGHUP: reading the peer sources again" in booted.log(), 5)
         assert booted.show("ActiveState") == "active"
@@ -4188,6 +4184,7 @@ def test_http(cluster: Cluster) -> None:
         assert get(node, "/healthz?verbose") == ("200", "ok\n")
         head = node.run("curl", "-sSi", "http://127.0.0.1:30040/metrics").splitlines()
         assert (head[0], head[1]) == ("HTTP/1.0 200 OK", "Content-Type: text/plain; version=0.0.4; charset=utf-8")
+        assert head[3] == f"Server: pmtud/{pmtud.__version__} ({socket.gethostname()}, NFLOG group 33)"
         for option in ("-XPOST", "-I"):
             url = "http://127.0.0.1:30040/healthz"
             assert "400 Bad Request" in node.run("curl", "-sSi", option, url, check=False)
@@ -4224,11 +4221,50 @@ def test_without_prometheus_client(cluster: Cluster) -> None:
     assert get(cluster.nodes[0], "/metrics") == ("503", advice)
     assert get(cluster.nodes[0], "/readyz") == ("200", "ok\n")
     assert [process.stop() for process in processes] == [0, 0, 0]
-    assert processes[0].output().count("prometheus-client is not installed: running without metrics") == 1
+    assert processes[0].output().count(f"WARNING running without metrics: {advice}") == 1
     code, output = run_to_end(cluster.nodes[0], "--metrics-port", "30040", python=python)
     assert code == 2
     assert output == ("pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, "
                       "or --metrics-port 0\n")  # fmt: skip
+
+
+DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
+    # file of the library, what happens to it, what Python says
+    ("registry.py", Path.unlink, "ModuleNotFoundError: No module named 'prometheus_client.registry'"),
+    ("exposition.py", lambda path: os.truncate(path, 0), "ImportError: cannot import name "),
+    ("exposition.py", lambda path: os.truncate(path, 2000), "SyntaxError: "),
+    ("exposition.py", lambda path: path.open("a").write("\ngenerate_latest = list\n"), "TypeError: "),
+]
+
+
+@pytest.mark.parametrize("name,damage,said", DAMAGES)
+def test_a_damaged_prometheus_client(node: Host, tmp_path: Path, name: str, damage: Callable[[Path], object],
+                                     said: str) -> None:  # fmt: skip
+    """What failed stands in the log, once, and in each answer of /metrics; everything else works."""
+    spec = importlib.util.find_spec("prometheus_client")
+    assert spec and spec.origin
+    shutil.copytree(Path(spec.origin).parent, tmp_path / "prometheus_client")
+    damage(tmp_path / "prometheus_client" / name)
+    process = node.start(sys.executable, str(PROGRAM), "--metrics-port", "30040", env={"PYTHONPATH": str(tmp_path)})
+    text = process.wait_for("WARNING running without metrics: ").partition("running without metrics: ")[2]
+    process.wait_for("limits:")
+    text = text.splitlines()[0] + "\n"
+    assert text.startswith(f"prometheus-client does not work, install it again: {said}")
+    assert [get(node, "/metrics") for _ in range(2)] == [("503", text)] * 2
+    assert get(node, "/readyz") == ("200", "ok\n")
+    assert process.stop() == 0
+    assert process.output().count("WARNING") == 1 and "Traceback" not in process.output()
+
+
+def test_a_loopback_address_in_a_pod_is_pointed_out(node: Host) -> None:
+    """No kubelet can ask there. Outside of a pod it is a good choice."""
+    for env, count in (({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, 1), ({}, 0)):
+        for address in ("127.0.0.1", "::1"):
+            process = node.start(sys.executable, str(PROGRAM), "--metrics-addr", address, env=env)
+            output = process.wait_for("limits:")
+            assert output.count("a kubelet's probes go to the node's address and fail, HTTP is served on "
+                                f"{address} only\n") == output.count("WARNING") == count  # fmt: skip
+            assert process.stop() == 0
 
 
 def test_json_log(cluster: Cluster) -> None:
@@ -4627,6 +4663,91 @@ def test_a_daemon_on_another_interface(node: Host) -> None:
     daemon.stop()
     run_fix(node, bad, "limits:")
     assert diagnose(node, "--iface", "eth0,eth1").of("rp_filter", "eth0:")["status"] == "OK"
+
+
+STRANGER = """
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    server_version, sys_version = "stranger/1", ""
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"ok\\n")
+http.server.HTTPServer(("", 8080), Handler).serve_forever()
+"""
+# What kube-proxy does for a Service with this node port: to each address of the node, wherever packets come from
+NODE_PORT = """
+table inet services {{
+    chain translate {{ fib daddr type local tcp dport {port} dnat ip to 10.0.0.1:{target}; }}
+    chain prerouting {{ type nat hook prerouting priority dstnat; jump translate; }}
+    chain output {{ type nat hook output priority -100; jump translate; }}
+    chain postrouting {{ type nat hook postrouting priority srcnat; ct status dnat masquerade; }}
+}}
+"""
+
+
+def test_who_answers_where_the_daemon_listens(node: Host) -> None:
+    """A Service that takes the port over answers the node's probes: FAIL; the fix is a port no Service can have."""
+    router, (options, env) = node.net.hosts[1], (["--nodename", "a"], {"PMTUD_METRICS_ADDR": "0.0.0.0"})
+    router.start(sys.executable, "-c", STRANGER)
+    node.sysctl("net.ipv4.ip_forward", 1)
+    daemon = node.start(sys.executable, SCRIPT, *options)
+    daemon.wait_for("limits:")
+    good = {"check": "http", "status": "OK", "found": "the daemon answers on 10.0.0.2, fd00::2 port 30040", "fix": ""}
+    assert diagnose(node).of("http") == good
+    node.run("nft", "-f", "-", input=NODE_PORT.format(port=30040, target=8080))
+    for host in (node, router):
+        assert poll(lambda host=host: "stranger/1" in  # type: ignore[misc]
+                    host.run("curl", "-si", "--max-time", "2", "http://10.0.0.2:30040/healthz", check=False), 5)
+    bad = diagnose(node)
+    assert bad.of("http") == {
+        "check": "http", "status": "FAIL", "found": "10.0.0.2 port 30040: somebody else answers, stranger/1 (a Service "
+        "with nodePort 30040?)", "fix": f"python3 {PROGRAM} --metrics-port 23040"}  # fmt: skip
+    assert bad.code == 2
+    assert daemon.stop() == 0
+    daemon = node.start(sys.executable, *shlex.split(bad.of("http")["fix"])[1:], env=env)
+    daemon.wait_for("limits:")
+    assert diagnose(node).of("http") == {**good, "found": "the daemon answers on 10.0.0.2 port 23040"}
+
+
+def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
+    """One of another node, behind a Service; one of another group on this node, which had the port first."""
+    router, version = node.net.hosts[1], pmtud.__version__
+    answer = f"10.0.0.2 port {{}}: somebody else answers, pmtud/{version} ({{}}, NFLOG group {{}}) ({{}}?)"
+    other = router.start(sys.executable, SCRIPT, "--iface", "to-node", "--nodename", "b")
+    mine = node.start(sys.executable, SCRIPT, env={"PMTUD_NODENAME": "a", "PMTUD_METRICS_PORT": "29040"})
+    for process in (other, mine):
+        process.wait_for("limits:")
+    assert diagnose(node).of("http")["status"] == "OK"
+    node.run("nft", "-f", "-", input=NODE_PORT.format(port=29040, target=30040))
+    found = diagnose(node).of("http")
+    assert found["found"] == answer.format(29040, "b", 33, "another program")
+    assert found["fix"] == "ss -Htlnp sport = :29040"
+    node.run("nft", "delete", "table", "inet", "services")
+    assert diagnose(node).of("http")["status"] == "OK"
+    assert mine.stop() == 0
+    first = node.start(sys.executable, SCRIPT, "--nflog-group", "40", "--nodename", "a")
+    first.wait_for("limits:")
+    second = node.start(sys.executable, SCRIPT, "--nodename", "a")
+    second.wait_for("limits:")
+    assert diagnose(node).of("http")["found"] == answer.format(30040, "a", 40, "a Service with nodePort 30040")
+    assert diagnose(node, "--nflog-group", "40").of("http")["status"] == "OK"
+
+
+def test_a_daemon_that_does_not_answer(node: Host) -> None:
+    """A Service without endpoints refuses what is sent to its node port; and a daemon may hang."""
+    daemon = node.start(sys.executable, SCRIPT)
+    daemon.wait_for("limits:")
+    node.run("nft", "table inet f { chain c { type filter hook output priority 0; "
+             "tcp dport 30040 reject with tcp reset; }; }")  # fmt: skip
+    found = diagnose(node).of("http")
+    assert (found["status"], found["found"]) == (
+        "FAIL", "10.0.0.2 port 30040: Connection refused: the daemon is not heard there")  # fmt: skip
+    node.run("nft", "delete", "table", "inet", "f")
+    os.kill(daemon.pid, signal.SIGSTOP)
+    assert diagnose(node).of("http")["found"] == "10.0.0.2 port 30040: timed out: the daemon is not heard there"
+    os.kill(daemon.pid, signal.SIGCONT)
+    assert diagnose(node).of("http")["status"] == "OK"
 
 
 def test_the_check_leaves_nothing_behind(node: Host) -> None:
@@ -5913,7 +6034,7 @@ def test_connections_that_cannot_be_ended_are_bounded_too() -> None:
         return b"done"
     config = pmtud.Config(metrics_addr="127.0.0.1", metrics_port=0)
     before = threading.active_count()
-    with pmtud.open_status_server(config, slow, lambda: True, lambda: True) as server, ExitStack() as stack:
+    with pmtud.open_status_server(config, slow, list, list) as server, ExitStack() as stack:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         stack.callback(server.shutdown)
         clients = []
@@ -5930,7 +6051,7 @@ def test_connections_that_cannot_be_ended_are_bounded_too() -> None:
 def test_a_connection_without_a_thread_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no thread can be started, twenty times, the server still has all its places."""
     config = pmtud.Config(metrics_addr="127.0.0.1", metrics_port=0)
-    server = pmtud.open_status_server(config, lambda: b"", lambda: True, lambda: True)
+    server = pmtud.open_status_server(config, lambda: b"", list, list)
     with server, monkeypatch.context() as m:
         def fail(thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
@@ -5944,6 +6065,43 @@ def test_a_connection_without_a_thread_gives_its_place_back(monkeypatch: pytest.
             client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
             server.handle_request()
             assert client.makefile("rb").read().endswith(b"ok\n")
+
+
+STALLING = QUICK.replace("sys.exit", """
+import os, time
+turn = pmtud.Service._tick
+def tick(self, now):
+    turn(self, now)
+    while os.path.exists(os.environ["STALL"]):
+        time.sleep(0.1)
+pmtud.Service._tick = tick
+create = pmtud.Firewall
+pmtud.Firewall = lambda *given, **named: create(*given, owned=False, **named)
+sys.exit""")
+
+
+def test_what_is_not_ready_is_said(node: Host, tmp_path: Path) -> None:
+    """A loop that hangs, rules that somebody else holds, a source that has not answered: each by name."""
+    stall, env = tmp_path / "stall", {"PYTHONPATH": str(HERE), "STALL": str(tmp_path / "stall")}
+    process = node.start(sys.executable, "-c", STALLING, "--peers", "nobody.invalid,10.0.0.9", env=env)
+    process.wait_for("limits:")
+    unnamed = "dns:nobody.invalid: Temporary failure in name resolution\n"
+    assert poll(lambda: get(node, "/readyz") == ("503", unnamed), 5), get(node, "/readyz")
+    assert get(node, "/healthz") == ("200", "ok\n")
+    take = "flush ruleset; add table inet pmtud_33 { flags owner; }"
+    thief = node.start("sh", "-c", f"(echo '{take}'; exec sleep 60) | exec nft -i")
+    process.wait_for("cannot replace our rules")
+    rules = "ipv4: our rules are not in force\nipv6: our rules are not in force\n"
+    assert poll(lambda: get(node, "/readyz") == ("503", rules + unnamed), 5), get(node, "/readyz")
+    os.killpg(thief.pid, signal.SIGKILL)
+    assert poll(lambda: get(node, "/readyz") == ("503", unnamed), 5), get(node, "/readyz")
+    stall.touch()
+    assert poll(lambda: get(node, "/healthz")[0] == "503", 20)
+    assert re.fullmatch(r"the packet loop has not turned for 1\d s\n", get(node, "/healthz")[1])
+    assert re.fullmatch(rf"the packet loop has not turned for 1\d s\n{unnamed}", get(node, "/readyz")[1])
+    stall.unlink()
+    assert poll(lambda: get(node, "/healthz") == ("200", "ok\n"), 5)
+    assert process.stop() == 0
 
 
 def usage(process: Process) -> dict[str, int]:
