@@ -3836,18 +3836,36 @@ def uncommented(document: str) -> str:
     return re.sub(r"^# ", "", document.partition("\n\n")[0], flags=re.MULTILINE)
 
 
-ACTIVE = {item["kind"]: item for item in yaml.safe_load_all(MANIFEST) if item}
-OPTIONAL = {item["kind"]: item for item in (yaml.safe_load(uncommented(text)) for text in MANIFEST.split("---\n")[1:]
-                                            if not yaml.safe_load(text))}  # fmt: skip
-POD: dict[str, Any] = ACTIVE["DaemonSet"]["spec"]["template"]["spec"]
+def without_wheel() -> str:
+    """The manifest after the command in it that has the library fetched with pip."""
+    (command,) = re.findall(r"^#   (sed 's/\^#pip .*) daemonset.yaml \|", MANIFEST, re.MULTILINE)
+    return execute("sh", "-c", command, input=MANIFEST)
+
+
+def by_kind(documents: str) -> dict[str, Any]:
+    """The documents that are not comments only."""
+    return {item["kind"]: item for item in yaml.safe_load_all(documents) if item}
+
+
+ACTIVE, PIP = by_kind(MANIFEST), by_kind(without_wheel())
+DOCUMENTS = re.sub("^#pip .*\n", "", MANIFEST, flags=re.MULTILINE).split("---\n")[1:]
+OPTIONAL = by_kind("---\n".join(uncommented(text) + "\n" for text in DOCUMENTS if not yaml.safe_load(text)))
+POD, PIP_POD = (kinds["DaemonSet"]["spec"]["template"]["spec"] for kinds in (ACTIVE, PIP))
+FIELDS = {"spec.nodeName": "worker-1", "status.hostIP": "10.0.0.11"}  # what a kubelet fills in
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    """What a container of the manifest is given."""
+    return {item["name"]: item["value"] if "value" in item else FIELDS[item["valueFrom"]["fieldRef"]["fieldPath"]]
+            for item in container["env"]}  # fmt: skip
 
 
 def test_manifests_are_valid() -> None:
-    """Against the Kubernetes schemas, strictly: no field that does not exist. PodMonitor is the operator's own."""
-    assert set(ACTIVE) == {"Service", "ServiceAccount", "ConfigMap", "DaemonSet"}
-    assert set(OPTIONAL) == {"PodMonitor", "ClusterRole", "ClusterRoleBinding"}
-    for kind, manifest in {**ACTIVE, **OPTIONAL}.items():
-        if kind != "PodMonitor":
+    """Against the Kubernetes schemas, strictly: no field that does not exist. Two kinds are not Kubernetes' own."""
+    assert set(ACTIVE) == {"Service", "ServiceAccount", "DaemonSet"} == set(PIP) - {"ConfigMap"}
+    assert set(OPTIONAL) == {"PodMonitor", "SecurityContextConstraints", "ClusterRole", "ClusterRoleBinding"}
+    for manifest in (*ACTIVE.values(), *PIP.values(), *OPTIONAL.values()):
+        if manifest["kind"] not in ("PodMonitor", "SecurityContextConstraints"):
             kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
     broken = json.loads(json.dumps(ACTIVE["DaemonSet"]).replace("terminationGracePeriodSeconds", "gracePeriod"))
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -3868,7 +3886,8 @@ def test_manifest_keeps_its_promises() -> None:
     assert (POD["priorityClassName"], POD["tolerations"]) == ("system-node-critical", [{"operator": "Exists"}])
     assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "10%"}
     assert POD["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
-    for container in POD["containers"] + POD["initContainers"]:
+    assert "initContainers" not in POD
+    for container in POD["containers"] + PIP_POD["containers"] + PIP_POD["initContainers"]:
         assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", container["image"])
         security = container["securityContext"]
         assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (True, False)
@@ -3881,122 +3900,218 @@ def test_manifest_keeps_its_promises() -> None:
     assert OPTIONAL["ClusterRole"]["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch"]}]
 
 
-def test_manifest_arguments_are_the_programs() -> None:
-    args = [text.replace("$(NODE_NAME)", "worker-1") for text in POD["containers"][0]["args"]]
-    config = parse_options(args)
-    assert (config.peer_sources, config.nodename) == (("dns:" + ACTIVE["Service"]["metadata"]["name"],), "worker-1")
-    assert config.metrics_port == POD["containers"][0]["ports"][0]["containerPort"]
-    assert not config.metrics_required  # or it could not do without the library
-    (other,) = re.findall(r"# - (--peers=.*)", MANIFEST)
-    assert parse_options([other]).peer_sources == ("kube:nodes",)
+def test_manifest_options_are_the_programs() -> None:
+    container, service = POD["containers"][0], ACTIVE["Service"]
+    config = parse_options([], **environment(container))
+    assert (config.peer_sources, config.nodename) == (("dns:" + service["metadata"]["name"],), "worker-1")
+    (other,) = re.findall(r"# - \{name: PMTUD_PEERS, value: \"(.*)\"\}", MANIFEST)
+    assert parse_options(["--peers", other]).peer_sources == ("kube:nodes",)
+    assert config.metrics_addr == FIELDS["status.hostIP"]  # where a kubelet's probes go if they name no host
+    commands = README.partition("### Kubernetes\n\n```\n")[2].partition("```")[0].splitlines()
+    assert len(commands) == 4 and all(f"#   {line}\n" in MANIFEST for line in commands)
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        asked = POD["containers"][0][probe]["httpGet"]
-        assert (asked["path"] in ("/healthz", "/readyz"), asked["port"]) == (True, "metrics")
+        asked = container[probe]["httpGet"]
+        assert asked["path"] in ("/healthz", "/readyz") and asked == {"path": asked["path"], "port": "metrics"}
 
 
-def config_map(folder: Path, files: dict[str, str]) -> Path:
+def test_the_port_of_the_manifest_is_nobody_elses() -> None:
+    """No node port, no ephemeral one, none of the exporters', Kubernetes' and the CNIs'; one number everywhere."""
+    container, number = POD["containers"][0], pmtud.OTHER_PORT
+    config = parse_options([], **environment(container))
+    assert (config.metrics_port, config.metrics_required) == (number, True)  # where it is taken the daemon ends
+    assert container["ports"] == [{"name": "metrics", "containerPort": number}]
+    assert ACTIVE["Service"]["spec"]["ports"] == [{"name": "metrics", "port": number}]
+    assert OPTIONAL["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
+    assert 11000 <= number < 30000 == pmtud.NODE_PORTS.start and pmtud.NODE_PORTS.stop == 32768
+    assert pmtud.Config().metrics_port in pmtud.NODE_PORTS
+    assert f"PMTUD_METRICS_PORT={number}" in README
+
+
+def test_the_security_context_constraints_admit_the_pod() -> None:
+    """All that the pod asks for, with pip or without, and no more."""
+    allowed = OPTIONAL["SecurityContextConstraints"]
+    account = ACTIVE["ServiceAccount"]["metadata"]
+    assert allowed["users"] == [f"system:serviceaccount:{account['namespace']}:{account['name']}"]
+    granted = {key for key, value in allowed.items() if key.startswith("allow") and value is True}
+    assert granted == {"allowHostNetwork", "allowHostPorts"}
+    assert allowed["allowedCapabilities"] == POD["containers"][0]["securityContext"]["capabilities"]["add"]
+    volumes = {next(key for key in volume if key != "name") for volume in POD["volumes"] + PIP_POD["volumes"]}
+    assert set(allowed["volumes"]) == volumes | {"projected"}
+    assert allowed["readOnlyRootFilesystem"] is True and allowed["seccompProfiles"] == ["runtime/default"]
+    assert "kubectl label namespace kube-system pod-security.kubernetes.io/enforce=privileged" in MANIFEST
+
+
+def test_kubectl_can_apply_the_script() -> None:
+    """It keeps a copy of what it applies in an annotation, which has at most 262,144 bytes. Go escapes these three."""
+    text = re.sub("[<>&]", "......", json.dumps(SOURCE))
+    assert len(SOURCE) < len(text) < 240_000
+
+
+def config_map(folder: Path, files: dict[str, bytes]) -> Path:
     """A ConfigMap as a kubelet lays it out: names that are links through ..data, so that all change at once."""
     version = folder / "..2026_11_22_04_05_06.1234567890"
     version.mkdir(parents=True)
     (folder / "..data").symlink_to(version.name)
-    for name, text in files.items():
-        (version / name).write_text(text)
+    for name, data in files.items():
+        (version / name).write_bytes(data)
         (folder / name).symlink_to(f"..data/{name}")
     return folder
 
 
-def in_container(container: dict[str, Any], root: Path, volumes: dict[str, Path], python: str) -> list[str]:
-    """The command line that runs a container of the manifest: a read-only root, its mounts, user and capabilities.
-
-    For an image it takes this machine's own directories; `python` is the interpreter the image's name stands for.
-    """
-    security = container["securityContext"]
-    places = [Path(place) for place in ("/usr", "/etc", "/lib", "/lib64", "/bin", "/sbin") if Path(place).exists()]
-    mounts = [(place, place, True) for place in (*places, Path(sys.base_prefix), VENV)]
-    mounts += [(volumes[item["name"]], Path(item["mountPath"]), item.get("readOnly", False))
-               for item in container["volumeMounts"]]  # fmt: skip
-    etc = next((mount for mount in mounts if str(mount[1]).startswith("/etc/")), None)
-    lines = [f"mount -t tmpfs tmpfs {root}", f"cd {root}", "mkdir -p proc dev image"]
-    if etc:  # its directory is not in this machine's /etc
-        lines += [f"mkdir -p etc && cp -r /etc/. etc && mkdir -p .{etc[1]}"]
-        mounts.remove((Path("/etc"), Path("/etc"), True))
-    for source, target, read_only in mounts:
-        lines += [f"mkdir -p .{target}", f"mount --rbind {source} .{target}"]
-        lines += [f"mount -o remount,bind,ro .{target}"] if read_only else []
-    lines += [f"ln -s {python} image/python", "mount --bind /proc proc", "touch dev/null dev/urandom",
-              "mount --bind /dev/null dev/null", "mount --bind /dev/urandom dev/urandom",
-              f"mount -o remount,ro {root}"]  # fmt: skip
-    added = "".join(f",+{name.lower()}" for name in security["capabilities"].get("add", ()))
-    user = [f"--reuid={security['runAsUser']}", f"--regid={security.get('runAsGroup', 0)}", "--clear-groups"]
-    env = {item["name"]: item.get("value", "worker-1") for item in container["env"]}
-    lines += [shlex.join(["exec", "env", "-i", "PATH=/image:/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8",
-                          *(f"{name}={value}" for name, value in env.items()), "chroot", str(root), *setpriv(added),
-                          *user]) + ' "$@"']  # fmt: skip
-    words = container["command"] + container["args"]
-    command = [text.replace("$(NODE_NAME)", env.get("NODE_NAME", "")) for text in words]
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-euc", "\n".join(lines), "sh", *command]
+@pytest.fixture(name="wheel", scope="module")
+def fixture_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, fetched and verified by the commands of the manifest."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (commands,) = re.findall(r"^#   (pip download .*?sha256sum --check)$", MANIFEST, re.MULTILINE | re.DOTALL)
+    script = re.sub(r"^# +", "", commands, flags=re.MULTILINE)
+    execute("sh", "-ec", f"cd {folder}; PATH={VENV}/bin:$PATH; {script}", timeout=120)
+    (wheel,) = folder.iterdir()
+    assert f"--from-file={wheel.name}\n" in MANIFEST
+    return wheel
 
 
-def test_containers_of_the_daemonset(cluster: Cluster, tmp_path: Path) -> None:
-    """The init container fetches the library by its hash; the daemon runs from the ConfigMap, finds peers, rescues."""
-    volumes = {"script": config_map(tmp_path / "script", {"pmtud.py": PROGRAM.read_text()}), "libs": tmp_path / "libs",
-               "requirements": config_map(tmp_path / "requirements", ACTIVE["ConfigMap"]["data"])}  # fmt: skip
-    tmp_path.chmod(0o755)
-    volumes["libs"].mkdir()
-    volumes["libs"].chmod(0o777)
-    (tmp_path / "root").mkdir()
-    fetch = in_container(POD["initContainers"][0], tmp_path / "root", volumes, str(VENV / "bin" / "python"))
-    execute(*fetch, timeout=120)
-    assert sorted(path.name for path in volumes["libs"].iterdir()) == [
-        "prometheus_client", "prometheus_client-0.26.0.dist-info"]  # fmt: skip
-    python = os.path.realpath(VENV / "bin" / "python")
-    run = in_container(POD["containers"][0], tmp_path / "root", volumes, python)
-    assert run[-1] == "--nodename=worker-1"
+class FakePod:
+    """The DaemonSet's pod on a host, as far as this machine can be its image: volumes, mounts, user, capabilities."""
+
+    def __init__(self, host: Host, spec: dict[str, Any], folder: Path, wheel: Path) -> None:
+        self.host, self.container, self._root = host, spec["containers"][0], folder / "root"
+        self.python = os.path.realpath(VENV / "bin" / "python")  # what the image's `python` stands for
+        maps = {"pmtud": {"pmtud.py": PROGRAM.read_bytes()}, "pmtud-wheel": {wheel.name: wheel.read_bytes()}}
+        maps["pmtud-requirements"] = {name: text.encode() for name, text in PIP["ConfigMap"]["data"].items()}
+        folder.chmod(0o755)
+        self._root.mkdir()
+        self.volumes = {volume["name"]: folder / volume["name"] for volume in spec["volumes"]}
+        for volume in spec["volumes"]:
+            if "configMap" in volume:
+                config_map(self.volumes[volume["name"]], maps[volume["configMap"]["name"]])
+            else:  # an emptyDir
+                self.volumes[volume["name"]].mkdir()
+                self.volumes[volume["name"]].chmod(0o777)
+        for container in spec.get("initContainers", ()):
+            execute(*self._command(container, str(VENV / "bin" / "python")), timeout=120)  # it has pip
+
+    def start(self, **environ: str) -> Process:
+        """Start its only container; more environment than the manifest's where a test wants to see what that does."""
+        return self.host.start(*self._command(self.container, self.python, environ))
+
+    def enter(self, process: Process, *command: str) -> str:
+        """What `kubectl exec` prints."""
+        place = [f"--target={process.pid}", "--net", "--mount", "--root", "--wd"]
+        return execute("nsenter", *place, *self._as_in_there(self.container, environment(self.container)), *command,
+                       check=False)  # fmt: skip
+
+    @staticmethod
+    def _as_in_there(container: dict[str, Any], environ: dict[str, str]) -> list[str]:
+        """The start of a command line: environment, capabilities and user of a container."""
+        security = container["securityContext"]
+        added = "".join(f",+{name.lower()}" for name in security["capabilities"].get("add", ()))
+        user = [f"--reuid={security['runAsUser']}", f"--regid={security.get('runAsGroup', 0)}", "--clear-groups"]
+        return ["env", "-i", "PATH=/image:/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8",
+                *(f"{name}={value}" for name, value in environ.items()), *setpriv(added), *user]  # fmt: skip
+
+    def _command(self, container: dict[str, Any], python: str, environ: Optional[dict[str, str]] = None) -> list[str]:
+        """The command line that runs a container: a read-only root and its mounts; no library but the manifest's."""
+        root, base = self._root, Path(sys.base_prefix)
+        places = [Path(place) for place in ("/usr", "/etc", "/lib", "/lib64", "/bin", "/sbin") if Path(place).exists()]
+        mounts = [(place, place, True) for place in (*places, base, VENV)]
+        mounts += [(self.volumes[item["name"]], Path(item["mountPath"]), item.get("readOnly", False))
+                   for item in container["volumeMounts"]]  # fmt: skip
+        etc = next((mount for mount in mounts if str(mount[1]).startswith("/etc/")), None)
+        lines = [f"mount -t tmpfs tmpfs {root}", f"cd {root}", "mkdir -p proc dev image"]
+        if etc:  # its directory is not in this machine's /etc
+            lines += [f"mkdir -p etc && cp -r /etc/. etc && mkdir -p .{etc[1]}"]
+            mounts.remove((Path("/etc"), Path("/etc"), True))
+        for source, target, read_only in mounts:
+            lines += [f"mkdir -p .{target}", f"mount --rbind {source} .{target}"]
+            lines += [f"mount -o remount,bind,ro .{target}"] if read_only else []
+        if container is self.container:  # the library may be installed here, it is not in the image
+            for prefix in {Path("/usr"), Path("/usr/local"), base}:
+                lines += [f"mount -t tmpfs tmpfs .{path}" for path in prefix.glob("lib/python3*/*-packages")]
+        lines += [f"ln -s {python} image/python", "mount --bind /proc proc", "touch dev/null dev/urandom",
+                  "mount --bind /dev/null dev/null", "mount --bind /dev/urandom dev/urandom",
+                  f"mount -o remount,ro {root}"]  # fmt: skip
+        there = self._as_in_there(container, {**environment(container), **(environ or {})})
+        lines += [f'exec chroot {root} {shlex.join(there)} "$@"']
+        command = container["command"] + container.get("args", [])
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-euc", "\n".join(lines), "sh", *command]
+
+
+@pytest.mark.parametrize("spec", [POD, PIP_POD], ids=["wheel", "pip"])
+def test_containers_of_the_daemonset(cluster: Cluster, tmp_path: Path, wheel: Path, spec: dict[str, Any]) -> None:
+    """The library from the wheel, or fetched by its hash; the daemon from the ConfigMap finds peers and rescues."""
+    node, port = cluster.nodes[0], pmtud.OTHER_PORT
+    pod = FakePod(node, spec, tmp_path, wheel)
+    assert sorted(path.name for path in pod.volumes["libs"].iterdir() if not path.name.startswith("..")) == (
+        [wheel.name] if spec is POD else ["prometheus_client", "prometheus_client-0.26.0.dist-info"])  # fmt: skip
+    ask = partial(get, node, port=port, address="10.0.0.11")
     with NameServer(cluster, "10.0.0.1") as names:
         names.serve(*(Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)))
-        process = cluster.nodes[0].start(*run)
+        process = pod.start()
         process.wait_for("on worker-1: errors come in on eth0")
         with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
-            assert poll(lambda: get(cluster.nodes[0], "/readyz")[0] == "200", 10), process.output()
-            assert metrics(cluster.nodes[0])['pmtud_peers{source="dns:pmtud"}'] == 4
+            assert poll(lambda: ask("/readyz")[0] == "200", 10), process.output()
+            assert 'pmtud_peers{source="dns:pmtud"} 4.0\n' in ask("/metrics")[1]
+            for address in ("10.96.0.1", "127.0.0.1"):
+                assert get(node, "/metrics", port, address)[0] == "000"
             for family in (4, 6):
                 assert len(cluster.download("pod", family)) == 23
         status = Path(f"/proc/{process.pid}/status").read_text()
         fields = dict(re.findall(r"(\w+):\s+(.+)", status))
         assert (fields["CapPrm"], fields["CapBnd"], fields["NoNewPrivs"]) == ("0000000000003000",) * 2 + ("1",)
+        checked = pod.enter(process, "python", "/opt/pmtud/pmtud.py", "check", "--json")
+        found = Diagnosis(0, json.loads(checked)["checks"])
+        assert json.loads(checked)["node"] == "worker-1"
+        assert found.of("daemon")["found"].startswith("running, pid ")
+        assert found.of("http")["found"] == f"the daemon answers on 10.0.0.11 port {port}"
+        assert found.of("peers")["found"] == ("4 on-link, 0 routed; 10.0.0.11 is this node; fd00::11 is this node")
         assert process.stop() == 0
     assert "WARNING" not in process.output()
 
 
-def test_the_daemonset_without_the_library(cluster: Cluster, tmp_path: Path) -> None:
-    """All of its arguments; no volume with the library: everything but /metrics works, as the manifest says."""
-    volumes = {"script": config_map(tmp_path / "script", {"pmtud.py": PROGRAM.read_text()}), "libs": tmp_path / "libs"}
-    tmp_path.chmod(0o755)
-    for name in ("libs", "root"):
-        (tmp_path / name).mkdir()
-    run = in_container(POD["containers"][0], tmp_path / "root", volumes, os.path.realpath(VENV / "bin" / "python"))
-    with NameServer(cluster, "10.0.0.1") as names:
-        names.serve("10.0.0.11", "10.0.0.12")
-        process = cluster.nodes[0].start(*run)
-        process.wait_for("limits:")
-        assert poll(lambda: get(cluster.nodes[0], "/readyz")[0] == "200", 10), process.output()
-        assert get(cluster.nodes[0], "/metrics")[0] == "503"
+def test_a_container_that_starts_again_finds_its_bytecode(cluster: Cluster, tmp_path: Path, wheel: Path) -> None:
+    """In the same pod: nothing is compiled but what Python never keeps, the script and what is in a wheel."""
+    pod, compiled = FakePod(cluster.nodes[0], POD, tmp_path, wheel), []
+    for _ in range(2):
+        process = pod.start(PYTHONVERBOSE="1")
+        process.wait_for("limits:", 20)
+        assert poll(lambda: get(pod.host, "/metrics", pmtud.OTHER_PORT, "10.0.0.11")[0] == "200", 10), process.output()
         assert process.stop() == 0
+        compiled.append(re.findall(r"^# code object from (/.+\.py)$", process.output(), re.MULTILINE))
+    assert len(compiled[0]) > 50 and compiled[1] == []
+    size = sum(path.stat().st_size for path in pod.volumes["bytecode"].rglob("*"))
+    (volume,) = (volume for volume in POD["volumes"] if volume["name"] == "bytecode")
+    assert size < 8 << 20 and volume["emptyDir"] == {"sizeLimit": "16Mi"}
 
 
-def test_a_wheel_in_a_config_map_is_enough(cluster: Cluster, tmp_path: Path) -> None:
-    """The air-gapped way of the manifest: PYTHONPATH names the wheel itself."""
-    execute(str(VENV / "bin" / "python"), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path),
-            ACTIVE["ConfigMap"]["data"]["requirements.txt"].split()[0], timeout=120)
-    (name,) = re.findall(r"PYTHONPATH=/libs/(\S+\.whl)", MANIFEST)
-    process = cluster.nodes[0].start(os.path.realpath(VENV / "bin" / "python"), "-I", "-c",
-                                     f"import sys; sys.path[:0] = [{str(tmp_path / name)!r}, {str(HERE)!r}]\n"
-                                     "import pmtud, prometheus_client; print(prometheus_client.__file__, flush=True)\n"
-                                     "sys.exit(pmtud.main(['--metrics-port', '30040']))")  # fmt: skip
-    process.wait_for("limits:")
-    assert str(tmp_path / name) in process.output()
-    assert get(cluster.nodes[0], "/metrics")[0] == "200"
-    assert process.stop() == 0
+def test_the_daemonset_where_its_port_is_taken(cluster: Cluster, tmp_path: Path, wheel: Path) -> None:
+    """It ends, and says why: it would never get ready, and the probes would ask whoever has the port."""
+    pod = FakePod(cluster.nodes[0], POD, tmp_path, wheel)
+    stranger = pod.host.inside(partial(socket.create_server, ("10.0.0.11", pmtud.OTHER_PORT)))
+    with contextlib.closing(stranger):
+        process = pod.start()
+        assert poll(lambda: process.returncode() is not None, 10)
+    assert (process.returncode(), process.output()) == (1, "pmtud: metrics cannot be served on 10.0.0.11 port "
+        f"{pmtud.OTHER_PORT} (Address already in use); choose others with --metrics-addr and --metrics-port, port 0 "
+        "for none\n")  # fmt: skip
+
+
+def test_the_daemonset_without_the_library(cluster: Cluster, tmp_path: Path, wheel: Path) -> None:
+    """It says what is missing; without HTTP, as the manifest says, all else works."""
+    pod = FakePod(cluster.nodes[0], POD, tmp_path, wheel)
+    pod.volumes["libs"] = tmp_path / "nothing"
+    pod.volumes["libs"].mkdir()
+    process = pod.start()
+    assert poll(lambda: process.returncode() is not None, 10)
+    assert process.returncode() == 2
+    assert process.output().startswith("pmtud: --metrics-port and --metrics-addr need prometheus-client: ")
+    with NameServer(cluster, "10.0.0.1") as names:
+        names.serve(*(Cluster.node_address(i) for i in (1, 2, 3)))
+        process = pod.start(PMTUD_METRICS_PORT="0")
+        process.wait_for("peers changed")
+        with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
+            assert len(cluster.download("pod")) == 23
+        assert process.stop() == 0
+    assert "WARNING" not in process.output()
 
 
 def setpriv(capabilities: str) -> tuple[str, ...]:
@@ -6285,6 +6400,29 @@ def test_wall_clock_stepped(cluster: Cluster) -> None:
         assert all(get(node, "/healthz")[0] == "200" for node in cluster.nodes)
 
 
+def test_a_saved_ruleset_is_restored(node: Host, tmp_path: Path) -> None:
+    """Our table in it makes the kernel refuse the whole; saved by the README's command it comes back, beside ours."""
+    (command,) = re.findall(r"`(nft list tables .*) >f`", README)
+    saved = [tmp_path / "all", tmp_path / "others"]
+    with daemons([node], "--metrics-port", "0"):
+        node.run("nft", "table ip nat { chain c { tcp dport 1 drop; }; }; table inet fw { chain c { accept; }; }")
+        before = node.run("nft", "list", "ruleset")
+        saved[0].write_text(before)
+        node.run("sh", "-c", f"{command} >{saved[1]}".replace("\\|", "|"))
+        with pytest.raises(CommandFailed, match="Operation not permitted"):
+            node.run("nft", "-f", str(saved[0]))
+        node.run("nft", "flush ruleset")
+        left = node.run("nft", "list", "ruleset")
+        assert left.count("table ") == left.count("table inet pmtud_33 ") == 1
+        with pytest.raises(CommandFailed, match="Operation not permitted"):
+            node.run("nft", "-f", str(saved[0]))
+        assert node.run("nft", "list", "ruleset") == left
+        node.run("nft", "-f", str(saved[1]))
+        after = node.run("nft", "list", "ruleset")
+    pattern = re.compile(r"^table [^}]+}\n}|^table inet pmtud_33 ", re.MULTILINE)
+    assert sorted(pattern.findall(after)) == sorted(pattern.findall(before)) and len(pattern.findall(after)) == 3
+
+
 # -- when things go wrong: the README's table, row by row
 
 FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -6304,6 +6442,7 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
         test_another_process_wants_the_group, test_second_daemon_names_the_holder),
     "`nft flush ruleset`, a firewall reload": (
         test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
+    "A saved ruleset is restored": (test_a_saved_ruleset_is_restored,),
     "Conntrack comes into use after us": (test_conntrack_that_comes_later_is_noticed,),
     "The conntrack table is full": (test_conntrack_table_full,),
     "A peer file is missing or bad": (test_file_source_failing_in_each_way, test_start_failures_are_one_line),
@@ -6311,6 +6450,8 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
         test_peers_follow_dns, test_an_hour_without_the_api_changes_nothing, test_kube_source_lists_again_after_410,
         test_kube_source_waits_as_long_as_the_server_wants, test_kube_source_gives_a_stalled_answer_up),
     "The metrics port is taken": (test_metrics_port_of_another_program, test_metrics_port_taken),
+    "A Service has the metrics port as its node port": (test_who_answers_where_the_daemon_listens,),
+    "prometheus-client is damaged": (test_a_damaged_prometheus_client,),
     "Slow, huge or many HTTP clients": (test_http_clients_that_mean_no_good, test_slowloris),
     "Standard error is closed, or nobody reads it": (
         test_standard_streams_closed, test_standard_error_is_a_full_pipe, test_standard_error_without_a_reader),
