@@ -1320,30 +1320,10 @@ def drop_privileges() -> None:
         raise OSError(number, os.strerror(number))
 
 
-# What `python3 -c` does to run the script named by its first argument, which finds its modules where it always does
-RUN_SCRIPT = (
-    "import os, sys; del sys.argv[0]; script = open(sys.argv[0], 'rb'); code = compile(script.read(), script.name, "
-    "'exec'); script.close(); folder = os.path.dirname(os.path.realpath(script.name)); "
-    "sys.path[:] = [entry or folder for entry in sys.path]; exec(code)"
-)
-
-
-def shed_syntax_tree() -> None:
-    """Take 17 MB instead of 27: CPython keeps the syntax tree of a script until it ends, that of a string it frees.
-
-    So `python3 FLAGS pmtud.py` becomes, as the same process, `python3 FLAGS -c RUN_SCRIPT pmtud.py`, 70 ms later. In
-    there, and when started in any other way, this only gives back what the C library holds in reserve.
-    """
-    loader = type(globals().get("__loader__")).__name__  # a zip archive has another, and so has RUN_SCRIPT
-    as_script = __name__ == "__main__" and __spec__ is None and loader == "SourceFileLoader"
-    with contextlib.suppress(OSError), open("/proc/self/cmdline", "rb") as stream:
-        words = os.fsdecode(stream.read()).split("\0")[:-1]
-        flags, script = words[: -len(sys.argv)], sys.argv[0]
-        simple = all(re.fullmatch("-[bBdEiIOPqRsuvx]+|-[WX].+", flag) for flag in flags[1:])
-        if as_script and simple and words[len(flags)] == script != "-" and os.path.isfile(script):
-            os.execv(sys.executable, [*flags, "-c", RUN_SCRIPT, *sys.argv])
-    with contextlib.suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
+def name_process() -> None:
+    """Be `pmtud` in ps, ss and nft, which would say python3; threads started later inherit it."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as stream:
+        stream.write("pmtud")
 
 
 class LocalAddress(NamedTuple):
@@ -1438,7 +1418,6 @@ def describe_process(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
             words = " ".join(stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").split())
-            words = words.replace(f"-c {RUN_SCRIPT} ", "")
     except OSError:
         return "a process not visible from here"
     return f"pid {pid} ({words[:80]})"
@@ -2504,9 +2483,10 @@ class Peers:
         """The last good answer of each source that has given one."""
         return {"static": self._static, **{s.name: s.answer for s in self._sources if s.answer is not None}}
 
-    def answered(self, listed: Collection[str]) -> bool:
-        """Whether every source is among these, which had answered."""
-        return all(source.name in listed for source in self._sources)
+    def unanswered(self, listed: Collection[str]) -> list[str]:
+        """What is known of each source that is not among these, which had answered."""
+        waiting = [source for source in self._sources if source.name not in listed]
+        return [source.complaint or f"{source.name}: no answer yet" for source in waiting]
 
     def reload(self) -> None:
         """Look at every source now; after a look that has begun there is another."""
@@ -2665,13 +2645,15 @@ class StatusServer(socketserver.ThreadingTCPServer):
     daemon_threads = allow_reuse_address = True
     request_queue_size = CONNECTIONS_MAX = 16
 
-    def __init__(self, address: str, port: int, render: Callable[[], Optional[bytes]],
-                 healthy: Callable[[], bool], ready: Callable[[], bool]) -> None:  # fmt: skip
-        self.render, self.healthy, self.ready = render, healthy, ready
+    def __init__(self, config: Config, address: str, render: Callable[[], bytes],
+                 unhealthy: Callable[[], list[str]], unready: Callable[[], list[str]]) -> None:  # fmt: skip
+        self.render, self.unhealthy, self.unready = render, unhealthy, unready
+        # only one process in the cluster says this: `check` knows by it who answers
+        self.name = f"pmtud/{__version__} ({config.nodename}, NFLOG group {config.nflog_group})"
         self._started: dict[Any, float] = {}  # open connections, by socket, the oldest first
         self._ended = threading.Condition()  # guards it
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        super().__init__((address, port), StatusHandler)
+        super().__init__((address, config.metrics_port), StatusHandler)
 
     def server_bind(self) -> None:
         """Bind; `::` takes IPv4 as well."""
@@ -2735,43 +2717,62 @@ class StatusHandler(socketserver.StreamRequestHandler):
         if method != b"GET" or not complete:
             self._answer("400 Bad Request", b"GET /metrics /healthz /readyz\n")
         elif path == b"/metrics":
-            body = self.server.render()
-            if body is None:
-                advice = b"prometheus-client is not installed: pip install prometheus-client\n"
-                self._answer("503 Service Unavailable", advice)
-            else:
-                self._answer("200 OK", body, "text/plain; version=0.0.4; charset=utf-8")
-        elif path in (b"/healthz", b"/readyz"):
-            good = self.server.healthy() if path == b"/healthz" else self.server.ready()
-            self._answer(*("200 OK", b"ok\n") if good else ("503 Service Unavailable", b"not ok\n"))
+            self._answer_metrics()
+        elif path == b"/healthz":
+            self._answer_verdict(self.server.unhealthy())
+        elif path == b"/readyz":
+            self._answer_verdict(self.server.unready())
         else:
             self._answer("404 Not Found", b"/metrics /healthz /readyz\n")
 
+    def _answer_metrics(self) -> None:
+        try:
+            body = self.server.render()
+        except PmtudError as problem:
+            self._answer_verdict([str(problem)])
+        else:
+            self._answer("200 OK", body, "text/plain; version=0.0.4; charset=utf-8")
+
+    def _answer_verdict(self, problems: list[str]) -> None:
+        """What is wrong, one thing a line, or that all is well."""
+        if problems:
+            body = "".join(f"{problem}\n" for problem in problems)
+            self._answer("503 Service Unavailable", body.encode("utf-8", "replace"))
+        else:
+            self._answer("200 OK", b"ok\n")
+
     def _answer(self, status: str, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
-        head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        self.wfile.write(head.encode() + body)
+        head = [
+            f"HTTP/1.0 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}",
+            f"Server: {self.server.name}", "Connection: close",
+        ]  # fmt: skip
+        self.wfile.write("\r\n".join([*head, "", ""]).encode("ascii", "replace") + body)
 
 
-def render_metrics(counters: Counters) -> Optional[bytes]:
-    """The text exposition, None without prometheus-client, which is imported at the first call."""
+def render_metrics(counters: Counters) -> bytes:
+    """The text exposition; raises PmtudError where prometheus-client, imported at the first call, does not work."""
     try:
         from prometheus_client import exposition
-    except ImportError:
-        return None
-    registry: Any = Collector(counters)  # all that a registry would do is call it
-    return exposition.generate_latest(registry)
+
+        registry: Any = Collector(counters)  # all that a registry would do is call it
+        return exposition.generate_latest(registry)
+    except Exception as problem:  # a file of it may be missing, cut off, or of another version
+        if isinstance(problem, ModuleNotFoundError) and problem.name == "prometheus_client":
+            raise PmtudError("prometheus-client is not installed: pip install prometheus-client") from None
+        raise PmtudError("prometheus-client does not work, install it again: "
+                         f"{type(problem).__name__}: {problem}") from problem  # fmt: skip
 
 
 def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServer:
     """The HTTP server on --metrics-addr, by default on all addresses of both families; raises OSError."""
     if config.metrics_addr:
-        return StatusServer(config.metrics_addr, config.metrics_port, *serve)
+        return StatusServer(config, config.metrics_addr, *serve)
     try:
-        return StatusServer("::", config.metrics_port, *serve)
+        return StatusServer(config, "::", *serve)
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             raise
-        return StatusServer("0.0.0.0", config.metrics_port, *serve)  # IPv6 is switched off here
+        return StatusServer(config, "0.0.0.0", *serve)  # IPv6 is switched off here
 
 
 class Outlet:
@@ -2930,7 +2931,7 @@ class Service:
             return
         try:
             render = partial(render_metrics, self.counters)
-            self._server = open_status_server(config, render, self.healthy, self.ready)
+            self._server = open_status_server(config, render, self.unhealthy, self.unready)
             stack.callback(self._server.server_close)
         except OSError as problem:
             place = f"{config.metrics_addr or '*'} port {config.metrics_port}"
@@ -2939,6 +2940,9 @@ class Service:
             if config.metrics_required:
                 raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
             log("warning", f"{text}; running without, {advice}")
+        address, in_pod = config.metrics_addr, "KUBERNETES_SERVICE_HOST" in os.environ
+        if in_pod and address and ipaddress.ip_address(address).is_loopback:
+            log("warning", f"a kubelet's probes go to the node's address and fail, HTTP is served on {address} only")
 
     def _drop_privileges(self) -> None:
         if os.geteuid() == 0:
@@ -2952,8 +2956,14 @@ class Service:
         if self._server:
             stack.callback(self._server.shutdown)
             threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
-            # importing the library takes 100 ms that no scrape should wait for
-            threading.Thread(target=self._server.render, name="import", daemon=True).start()
+            threading.Thread(target=self._load_library, name="import", daemon=True).start()
+
+    def _load_library(self) -> None:
+        """Import prometheus-client, 100 ms that no scrape should wait for, and say so if that fails."""
+        try:
+            render_metrics(self.counters)
+        except PmtudError as problem:
+            log("warning", f"running without metrics: {problem}")
 
     def _announce(self) -> None:
         config, arrangement = self.config, self._arrangement
@@ -2984,7 +2994,7 @@ class Service:
 
     def _all_answered(self) -> bool:
         """Whether an answer of every peer source is in force, not only on its way."""
-        return self.peers.answered(self._arrangement.per_source)
+        return not self.peers.unanswered(self._arrangement.per_source)
 
     def _status(self) -> str:
         totals, peers = self.counters.summary(), len(self._arrangement.everyone)
@@ -3122,14 +3132,17 @@ class Service:
         self._manager.tell(self._status())
         self._summarized, self._summary_at, self._news_left = totals, now + self.SUMMARY, self.NEWS_PER_MINUTE
 
-    def healthy(self) -> bool:
-        """Whether the loop turned within the last ten seconds."""
-        return time.monotonic() - self._turned < 10.0
+    def unhealthy(self) -> list[str]:
+        """That the loop has not turned for ten seconds; nothing while it turns."""
+        idle = time.monotonic() - self._turned
+        return [f"the packet loop has not turned for {idle:.0f} s"] if idle >= 10.0 else []
 
-    def ready(self) -> bool:
-        """Whether errors can come in and go out: group bound, rules in place, every peer source answered."""
-        guarded = all(self.guarded.values()) or self.config.rules == "off"
-        return self.healthy() and guarded and self._all_answered()
+    def unready(self) -> list[str]:
+        """What keeps errors from coming in and going out: the loop, rules, peer sources; nothing if all is well."""
+        missing = self.unhealthy()
+        if self.config.rules == "auto":
+            missing += [f"{name}: our rules are not in force" for name, holds in self.guarded.items() if not holds]
+        return missing + self.peers.unanswered(self._arrangement.per_source)
 
     # -- the loop
 
@@ -3367,6 +3380,7 @@ class Service:
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 REPORT_COLUMNS = 79
+NODE_PORTS, OTHER_PORT = range(30000, 32768), 23040  # of Kubernetes' Services; what daemonset.yaml takes instead
 STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
 
 # linux/rtnetlink.h, linux/if_link.h, linux/if.h
@@ -3422,6 +3436,7 @@ class Node(NamedTuple):
     links: dict[str, Link]
     rules: list[tuple[str, str]]  # of firewall_rules()
     daemon: str  # the process that is pmtud, empty if none is
+    options: bytes  # its command line and environment, empty where they cannot be read
     delivers: bool  # it does: neither --dry-run nor --no-rescue
     cni_dir: str
 
@@ -3531,20 +3546,20 @@ def program(config: Config, *words: str) -> str:
     return shlex.join(command) + (" | sed -n '1,/^}/p' | nft -f -" if words == ("rules",) else "")
 
 
-def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bool]:
-    """The process that is pmtud, empty if none has the group; and whether it delivers: no --dry-run, no --no-rescue."""
+def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bytes, bool]:
+    """The process that is pmtud, empty if none has the group; what it was started with; and whether it delivers."""
     port, said = group_holder(group), b"\0"
     if port is None:
-        return "", False
+        return "", b"", False
     pid = netlink_holder(port)
     table = any(re.match(rf"inet pmtud_{group}(_guard)? ", place) for place, _ in rules)
     if not table and not is_pmtud(pid):
-        return "", False
+        return "", b"", False
     for name in ("cmdline", "environ"):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
             said += stream.read()
     idle = re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
-    return describe_process(pid), not idle
+    return describe_process(pid), said, not idle
 
 
 def check_kernel(node: Node) -> Iterator[Finding]:
@@ -3576,6 +3591,61 @@ def check_kernel(node: Node) -> Iterator[Finding]:
     yield judge_rules(node)
     yield judge_guard(node)
     yield judge_delivery()
+
+
+def option_of(options: bytes, name: str) -> str:
+    """What a process was given for an option, the command line before the environment; empty: nothing, or unknown."""
+    variable = "PMTUD_" + name.upper().replace("-", "_")
+    for start in (f"--{name}[=\0]", f"{variable}="):
+        if given := re.findall(f"\0{start}([!-~]+)".encode(), options):
+            return str(given[-1], "ascii")
+    return ""
+
+
+def check_http(node: Node) -> Iterator[Finding]:
+    """Whether it is the daemon who answers where it listens: a kubelet asks there whether it is alive."""
+    name, address, text = (option_of(node.options, key) for key in ("nodename", "metrics-addr", "metrics-port"))
+    port = int(text) if text.isdecimal() else node.config.metrics_port
+    if not node.daemon or not port:
+        return
+    says = rf"pmtud/\S+ \({re.escape(name) or '.*'}, NFLOG group {node.config.nflog_group}\)"
+    addresses = served_addresses(node, address or node.config.metrics_addr)
+    for address in addresses:
+        if problem := judge_answer(address, port, says):
+            fix = f"ss -Htlnp sport = :{port}"
+            if port in NODE_PORTS:
+                fix = f"{program(node.config)} --metrics-port {OTHER_PORT}"
+            yield Finding("http", FAIL, f"{address} port {port}: {problem}", fix)
+            return
+    yield Finding("http", OK, f"the daemon answers on {', '.join(addresses)} port {port}")
+
+
+def served_addresses(node: Node, address: str) -> list[str]:
+    """Where HTTP on --metrics-addr is asked; where that is all addresses: those of our interfaces."""
+    if address not in ("", "::", "0.0.0.0"):
+        return [address]
+    indexes = {index for index, name in socket.if_nameindex() if name in node.ifaces}
+    own = [a.packed for a in local_addresses() if a.ifindex in indexes and not is_link_local(a.packed)]
+    ipv4_only = address == "0.0.0.0"
+    own = [packed for packed in own if len(packed) == IPV4.address_len or not ipv4_only]
+    return [str(ipaddress.ip_address(packed)) for packed in own[:16]] or ["127.0.0.1"]
+
+
+def judge_answer(address: str, port: int, says: str) -> str:
+    """What is wrong with the answer of /healthz, empty if all is well; `says`: what the daemon calls itself there."""
+    try:
+        with socket.create_connection((address, port), timeout=2.0) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            answer = connection.recv(4096).decode("utf-8", "replace")  # the daemon's comes in one piece
+    except OSError as problem:
+        return f"{problem.strerror or problem}: the daemon is not heard there"
+    server = re.search(r"(?im)^server: *(.*?)\s*$", answer)
+    if not server or not re.fullmatch(says, server[1]):
+        name = server[1][:60] if server else "without a name"
+        guess = f"a Service with nodePort {port}?" if port in NODE_PORTS else "another program?"
+        return f"somebody else answers, {name} ({guess})"
+    body = answer.partition("\r\n\r\n")[2].strip()
+    return "" if body == "ok" else body
 
 
 def judge_rules(node: Node) -> Finding:
@@ -4062,7 +4132,7 @@ def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
                           "" if isinstance(problem, UsageError) else lookup)  # fmt: skip
 
 
-CHECKS = (check_kernel, check_interfaces, check_settings, check_peers, check_mtu)
+CHECKS = (check_kernel, check_http, check_interfaces, check_settings, check_peers, check_mtu)
 
 
 def show(text: str) -> None:
@@ -4440,22 +4510,17 @@ def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
 
 
 def check_metrics_library(config: Config) -> None:
-    """Without prometheus-client: exit 2 if metrics were asked for, a warning if not."""
-    if not config.metrics_port:
-        return
+    """Exit 2 if metrics were asked for and prometheus-client is not there."""
     import importlib.util
 
-    if importlib.util.find_spec("prometheus_client"):
-        return
-    if config.metrics_required:
+    if config.metrics_port and config.metrics_required and not importlib.util.find_spec("prometheus_client"):
         raise UsageError("--metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, or "
                          "--metrics-port 0")  # fmt: skip
-    log("warning", "prometheus-client is not installed: running without metrics (pip install prometheus-client)")
 
 
 def run(config: Config) -> None:
     """The daemon: open, turn until a signal, close."""
-    shed_syntax_tree()
+    name_process()
     check_metrics_library(config)
     service = Service(config)
     service.handle_signals()
