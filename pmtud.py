@@ -198,6 +198,9 @@ RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
 RT_TABLE_MAIN = 254
 RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA = 4, 5, 6, 9, 18
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
+RTM_NEWLINK, RTM_GETLINK = 16, 18
+IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 10, 18, 1
+IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
 IFADDRMSG = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
 RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
@@ -1413,6 +1416,35 @@ def uplinks(ifaces: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*ifaces, *default_route_interfaces())))
 
 
+def vrfs_of(ifaces: Iterable[str]) -> tuple[str, ...]:
+    """The VRF devices that these interfaces belong to, mostly none."""
+    masters: dict[str, int] = {}  # index of the master, by interface
+    devices: dict[int, str] = {}
+    for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
+        ifindex = IFINFOMSG.unpack_from(payload)[2]
+        attrs = attributes(payload, IFINFOMSG.size)
+        name = os.fsdecode(attrs[IFLA_IFNAME].rstrip(b"\0"))
+        masters[name] = int.from_bytes(attrs.get(IFLA_MASTER, b""), sys.byteorder)
+        if attributes(attrs.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"").rstrip(b"\0") == b"vrf":
+            devices[ifindex] = name
+    found = (devices.get(masters.get(iface, 0), "") for iface in ifaces)
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def foreign_vrf(ifaces: Iterable[str]) -> str:
+    """The VRF of these interfaces where this process runs in another one, or in none; empty if all is well.
+
+    `ip vrf exec` binds each new socket of a process to the VRF's device.
+    """
+    vrfs = vrfs_of(ifaces)
+    if not vrfs:
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        bound = probe.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, IFNAMSIZ)
+    own = os.fsdecode(bound.rstrip(b"\0"))
+    return next((vrf for vrf in vrfs if vrf != own), "")
+
+
 def describe_process(pid: int) -> str:
     """`pid 4711 (python3 pmtud.py)`, or what is known of it."""
     try:
@@ -1775,7 +1807,7 @@ def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts:
     return rules
 
 
-def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
+def guard_rules(ifaces: Sequence[str], conntrack: bool, vrfs: Sequence[str] = ()) -> list[Rule]:
     """The rules that keep our copies out of conntrack, and our deliveries inside a node that does not own the flow.
 
     A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it routes elsewhere
@@ -1793,6 +1825,9 @@ def guard_rules(ifaces: Sequence[str], conntrack: bool) -> list[Rule]:
         rules.append(Rule(hook, f"meta mark {mark:#x} goto {chain}", ours))
         rules += [Rule(chain, f"{ERROR_WORDS[family]} {action}", match_error(family) + then) for family in FAMILIES]
     accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
+    for vrf in vrfs:  # a packet passes OUTPUT twice: with this device, untracked, and then with its member
+        device = match("meta", NFT_META_OIFNAME, value=interface_name(vrf))
+        rules.append(Rule("owned", f'oifname "{vrf}" accept', device + accept))
     if conntrack:
         translated = match_ct(NFT_CT_STATUS, IPS_SRC_NAT | IPS_DST_NAT)
         rules.append(Rule("owned", "ct state related ct status snat,dnat accept", related + translated + accept))
@@ -1868,7 +1903,7 @@ class Firewall(Descriptor):
         """The (type, payload) of every message: make, so that deleting never fails, delete, make anew with contents."""
         config, name = self._config, string(NFTA_TABLE_NAME, self.table)
         rules = nflog_rules(config, ifaces, self.senders, self._bursts) if config.rules == "auto" else []
-        rules += guard_rules(uplinks(ifaces), self.conntrack)
+        rules += guard_rules(uplinks(ifaces), self.conntrack, vrfs_of(ifaces))
         used = {rule.chain for rule in rules}
         flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
         return [
@@ -2923,6 +2958,10 @@ class Service:
                 raise UsageError(f"--iface: there is no interface {name}; there are {', '.join(existing)}")
             if any(os.path.exists(f"/sys/class/net/{name}/{role}") for role in ("brport", "bonding_slave")):
                 log("warning", f"{name} belongs to a bridge or bond: errors come in on that one; name it with --iface")
+        vrf = foreign_vrf(self.config.ifaces)
+        if vrf:
+            raise UsageError(f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
+                             f"`ip vrf exec {vrf}`")  # fmt: skip
         return self.config.ifaces
 
     def _open_status(self, stack: contextlib.ExitStack) -> None:
@@ -3384,9 +3423,9 @@ NODE_PORTS, OTHER_PORT = range(30000, 32768), 23040  # of Kubernetes' Services; 
 STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
 
 # linux/rtnetlink.h, linux/if_link.h, linux/if.h
-RTM_NEWLINK, RTM_GETLINK, RTA_DST, RTM_F_FIB_MATCH, RTNH_F_ONLINK = 16, 18, 1, 0x2000, 4
-IFINFOMSG, IFF_UP, IFF_LOOPBACK = struct.Struct("=BxHiII"), 1, 8  # struct ifinfomsg: family, type, index, flags, change
-IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO, IFLA_LINK_NETNSID, IFLA_INFO_KIND, IFLA_INFO_DATA = 3, 4, 18, 37, 1, 2
+RTA_DST, RTM_F_FIB_MATCH, RTNH_F_ONLINK = 1, 0x2000, 4
+IFF_UP, IFF_LOOPBACK = 1, 8
+IFLA_MTU, IFLA_LINK_NETNSID, IFLA_INFO_DATA = 4, 37, 2
 
 
 class Finding(NamedTuple):
@@ -3808,6 +3847,11 @@ def check_peers(node: Node) -> Iterator[Finding]:
     targets = [peer for peers in arrangement.targets.values() for peer in peers]
     shared = {address.packed for address in local if address.ifindex == socket.if_nametoindex("lo")}
     bad = {peer: "a service address on lo, not a node" for peer in arrangement.removed if peer.packed in shared}
+    vrf = foreign_vrf(node.ifaces)
+    if vrf:
+        fix = f"ip vrf exec {shlex.quote(vrf)} {program(config, 'check')}"
+        yield Finding("peers", FAIL, f"the VRF {vrf} has the interface, and this process is not in it", fix)
+        return
     bad.update({peer: "no route" for peer in targets if not kernel_source(peer)})
     for where, peers in listed.items():
         if wrong := [f"{peer}: {bad[peer]}" for peer in peers if peer in bad]:
@@ -4452,7 +4496,7 @@ def print_rules(config: Config) -> None:
         raise PmtudError("there is no default route; name the interface errors come in on with --iface")
     listed = {source.name: source.load() or () for source in map(open_source, config.peer_sources)}
     senders = arrange({"static": config.peers, **listed}, local_addresses(), config.ignore_networks).senders
-    rules = [*nflog_rules(config, ifaces, senders), *guard_rules(uplinks(ifaces), conntrack=True)]
+    rules = [*nflog_rules(config, ifaces, senders), *guard_rules(uplinks(ifaces), True, vrfs_of(ifaces))]
     table = f"table inet pmtud_{config.nflog_group}"
     lines = ["# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, then start pmtud.py with --rules off"]
     lines += [table, f"delete {table}", f"{table} {{"]  # in place of what is there, in one transaction
@@ -4488,6 +4532,7 @@ def iptables_rules(config: Config, ifaces: Sequence[str], senders: Senders) -> l
             lines += [f"{rule} {sender} {target}" for sender in iptables_senders(family, senders)]
         lines.append(f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack")
         guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
+        lines += [f"{guard} -o {shlex.quote(vrf)} -j ACCEPT" for vrf in vrfs_of(ifaces)]
         lines.append(f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT")
         lines.append(f"{guard} -o lo -m addrtype --dst-type LOCAL -j ACCEPT")
         lines += [f"{guard} -o {shlex.quote(iface)} -j DROP" for iface in ("lo", *uplinks(ifaces))]
