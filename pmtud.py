@@ -217,7 +217,7 @@ ICMP6_FILTER = 1
 ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED = 3, 4
 ICMPV6_PKT_TOOBIG = 2
 IPV4_HEADER = struct.Struct("!BxHxxHxBxx4s4s")  # version+IHL, total length, flags+fragment offset, protocol, src, dst
-IPV4_HEADER_LEN = 20
+IPV4_HEADER_LEN, IPV4_HEADER_MAX = 20, 60
 IPV4_OFFSET_MASK, IPV4_MORE_FRAGMENTS = 0x1FFF, 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
@@ -543,6 +543,8 @@ class Family(NamedTuple):
     probe_address: str  # a documentation address: no flow of this node has it
     address_len: int
     src_offset: int  # of the source address in the header; the destination follows
+    uncounted: int  # bytes of the header that its length field leaves out
+    unstated_mtu: int  # what Linux takes an MTU of 0 for; 0: such errors are wrong
     nft: str  # its name in nft
     nft_type: int  # of its addresses in nft sets, for nft's listing
 
@@ -550,12 +552,12 @@ class Family(NamedTuple):
 IPV4 = Family(
     "ipv4", 4, socket.AF_INET, ipv4_header, socket.IPPROTO_ICMP, ICMPV4_FRAG_NEEDED,
     (ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP}, False,
-    NFPROTO_IPV4, ipv4_head, "127.0.0.1", "192.0.2.1", 4, 12, "ip", 7,
+    NFPROTO_IPV4, ipv4_head, "127.0.0.1", "192.0.2.1", 4, 12, 0, IPV4_MIN_PMTU, "ip", 7,
 )  # fmt: skip
 IPV6 = Family(
     "ipv6", 6, socket.AF_INET6, ipv6_header, socket.IPPROTO_ICMPV6, ICMPV6_TOO_BIG,
     (ICMPV6_PKT_TOOBIG, 0), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6}, True,
-    NFPROTO_IPV6, ipv6_head, "::1", "2001:db8::1", 16, 8, "ip6", 8,
+    NFPROTO_IPV6, ipv6_head, "::1", "2001:db8::1", 16, 8, IPV6_HEADER_LEN, 0, "ip6", 8,
 )  # fmt: skip
 FAMILIES = (IPV4, IPV6)
 
@@ -580,6 +582,25 @@ class MtuError(NamedTuple):
     mtu: int
     icmp: bytes
     flow_id: int = 0  # of flow_id()
+
+    @property
+    def believed_mtu(self) -> int:
+        """The MTU that the owner's kernel takes it for: routers from before RFC 1191 leave the field 0."""
+        return self.mtu or self.family.unstated_mtu
+
+    @property
+    def quoted_length_max(self) -> float:
+        """The most bytes that the dropped packet may have had, going by the length that it is quoted with.
+
+        A length of 0 tells nothing: Linux quotes so what it has aggregated to more than 64 kB (BIG TCP). Some stacks
+        have taken a header off before they quote, some write the field in their own byte order. Linux looks at none of
+        it, so the check refuses only what cannot be meant.
+        """
+        field = self.quoted_length - self.family.uncounted
+        if not field:
+            return math.inf
+        swapped = (field & 0xFF) << 8 | field >> 8
+        return max(self.quoted_length + IPV4_HEADER_MAX, swapped + self.family.uncounted)
 
     def __str__(self) -> str:
         addresses = [str(ipaddress.ip_address(a)) for a in (self.src, self.dst, self.quoted_src, self.quoted_dst)]
@@ -912,9 +933,10 @@ class Policy:
         """The first reason not to believe this error, or not to act on it; None if there is none."""
         if error.quoted_protocol not in error.family.protocols:
             return Reason.QUOTED_PROTO
-        if error.mtu < self._min_mtu[error.family.version]:
+        mtu = error.believed_mtu
+        if mtu < self._min_mtu[error.family.version]:
             return Reason.MTU_TOO_SMALL
-        if error.mtu >= error.quoted_length:
+        if mtu >= error.quoted_length and mtu >= error.quoted_length_max:
             return Reason.MTU_NOT_SMALLER
         if self._ports and error.source_port not in self._ports:
             return Reason.PORT_NOT_LISTED
@@ -1128,7 +1150,7 @@ METRICS = (
            lambda c: c.refresh_failures),
     Metric("pmtud_last_error_received_timestamp_seconds", "gauge", "When the last error came in; 0: none yet.", (),
            lambda c: {(): c.last_error_received}),
-    Metric("pmtud_reported_mtu_bytes", "histogram", "Next-hop MTU of the errors acted on.", (),
+    Metric("pmtud_reported_mtu_bytes", "histogram", "Next-hop MTU of the errors acted on, 0 as 552.", (),
            lambda c: {(): c.reported_mtu}),
     Metric("pmtud_batch_duration_seconds", "histogram", "Time to handle one batch of errors.", (),
            lambda c: {(): c.batch_duration}),
@@ -3316,7 +3338,7 @@ class Service:
                 log("info", f"dry run: would {what}", origin=origin, error=error)
                 continue
             self.counters.acted[what] += 1
-            self.counters.reported_mtu.observe(error.mtu)
+            self.counters.reported_mtu.observe(error.believed_mtu)
             if told:
                 log("debug", "error", origin=origin, what=what, error=error)
 
@@ -4011,7 +4033,7 @@ class Prober(Descriptor):
         # Linux hosts answer six at once and then one a second (net.ipv4.icmp_ratelimit).
         time.sleep(max(0.0, self.replies - 5 - (time.monotonic() - self.started)))
         sent = time.monotonic()
-        answer = self._explain(self._ask(size), size)
+        answer = self._explain(self._ask(size))
         if answer.kind != "silence":
             self.replies += answer.kind == "reply"
             self.timeout = min(self.timeout, max(0.08, 4 * (time.monotonic() - sent)))
@@ -4035,22 +4057,25 @@ class Prober(Descriptor):
         number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
         sender = data[20:24] if self.family is IPV4 else data[24:40]  # in struct sockaddr_in, sockaddr_in6
         if number == errno.EMSGSIZE:
-            return Answer("report", str(ipaddress.ip_address(sender)), mtu)
+            return Answer("report", str(ipaddress.ip_address(sender)), mtu or self.family.unstated_mtu)
         refusal = Answer("error", f"{ipaddress.ip_address(sender)}: {os.strerror(number)}")
         return Answer("reply") if sender == self.packed else refusal
 
-    def _explain(self, answer: Answer, size: int) -> Answer:
-        """The answer in the light of what came in: a report that was dropped, the router behind pmtud's delivery."""
+    def _explain(self, answer: Answer) -> Answer:
+        """The answer in the light of what came in: a report that was dropped, the router behind pmtud's delivery.
+
+        Reports are known by the probes' port: some routers quote another length than was sent.
+        """
         while True:
             try:
                 packet, (iface, *_) = self.socket.recvfrom(4096)
             except BlockingIOError:
                 return answer
             error = parse(packet)
-            if isinstance(error, MtuError) and (error.quoted_dst, error.quoted_length) == (self.packed, size):
+            if isinstance(error, MtuError) and (error.quoted_dst, error.destination_port) == (self.packed, PROBE_PORT):
                 router = str(ipaddress.ip_address(error.src))
                 if answer.kind in ("silence", "dropped"):  # the last one: a bond or VLAN shows up after its port
-                    answer = Answer("dropped", router, error.mtu, iface)
+                    answer = Answer("dropped", router, error.believed_mtu, iface)
                 elif answer.kind == "report" and error.src not in self.own and answer.router != router:
                     answer = answer._replace(router=f"{router}, through pmtud,")
 

@@ -425,6 +425,7 @@ def quote(net: Plan, size: Optional[int] = None, protocol: int = TCP_PROTOCOL, *
 
 
 HEADER = {"ipv4": 20, "ipv6": 40}
+UNCOUNTED = {"ipv4": 0, "ipv6": 40}  # bytes of the header that the length field leaves out
 EIGHT = (DESTINATION_OPTIONS, PADDED_OPTIONS)
 PACKET_CASES = (
     Broken(Reason.TRUNCATED, "empty", lambda n: b""),
@@ -753,16 +754,32 @@ INVALID_CASES = (
     InvalidCase(Reason.QUOTED_PROTO, {"protocol": AUTHENTICATION}, {}, (V4,)),
     InvalidCase(None, {"mtu": 552}, {}, (V4,)),
     InvalidCase(Reason.MTU_TOO_SMALL, {"mtu": 551}, {}, (V4,)),
-    InvalidCase(Reason.MTU_TOO_SMALL, {"mtu": 0}),
+    InvalidCase(Reason.MTU_TOO_SMALL, {"mtu": 0}, {}, (V6,)),
+    InvalidCase(None, {"mtu": 0}, {}, (V4,)),  # a router from before RFC 1191
+    InvalidCase(None, {"mtu": 0}, {"min_mtu": (68, 1280)}, (V4,)),
+    InvalidCase(None, {"mtu": 0}, {"min_mtu": (552, 1280)}, (V4,)),
+    InvalidCase(Reason.MTU_TOO_SMALL, {"mtu": 0}, {"min_mtu": (553, 1280)}, (V4,)),
+    InvalidCase(Reason.MTU_NOT_SMALLER, {"mtu": 0, "quoted_length": 0x0101}, {}, (V4,)),
     InvalidCase(None, {"mtu": 1280}, {}, (V6,)),
     InvalidCase(Reason.MTU_TOO_SMALL, {"mtu": 1279}, {}, (V6,)),
     InvalidCase(None, {"mtu": 1300}, {"min_mtu": (1300, 1300)}),
     InvalidCase(Reason.MTU_TOO_SMALL, {"mtu": 1299}, {"min_mtu": (1300, 1300)}),
     InvalidCase(None, {"mtu": 1499}),
-    InvalidCase(Reason.MTU_NOT_SMALLER, {"mtu": 1500}),
     InvalidCase(Reason.MTU_NOT_SMALLER, {"mtu": 65535}),
     InvalidCase(Reason.MTU_NOT_SMALLER, {"mtu": 0xFFFFFFFF}, {}, (V6,)),
-    InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 40}),
+    # 0 is no length, whatever the MTU
+    *(InvalidCase(None, {"quoted_length": 0, "mtu": mtu}, {}, (V4,)) for mtu in (1400, 65535)),
+    *(InvalidCase(None, {"quoted_length": 40, "mtu": mtu}, {}, (V6,)) for mtu in (1400, 65535)),
+    # up to 60 bytes of header left out; 0x0505 is the same in both byte orders
+    InvalidCase(None, {"quoted_length": 0x0505, "mtu": 0x0505 + 59}, {}, (V4,)),
+    InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 0x0505, "mtu": 0x0505 + 60}, {}, (V4,)),
+    InvalidCase(None, {"quoted_length": 40 + 0x0505, "mtu": 40 + 0x0505 + 59}, {}, (V6,)),
+    InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 40 + 0x0505, "mtu": 40 + 0x0505 + 60}, {}, (V6,)),
+    # the other byte order, of the field: IPv6 counts what follows its header
+    InvalidCase(None, {"quoted_length": 0x0006, "mtu": 0x0600 - 1}, {}, (V4,)),
+    InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 0x0006, "mtu": 0x0600}, {}, (V4,)),
+    InvalidCase(None, {"quoted_length": 40 + 0x0006, "mtu": 40 + 0x0600 - 1}, {}, (V6,)),
+    InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 40 + 0x0006, "mtu": 40 + 0x0600}, {}, (V6,)),
     InvalidCase(None, {}, {"ports": frozenset({443})}),
     InvalidCase(Reason.PORT_NOT_LISTED, {}, {"ports": frozenset({40000})}),
     InvalidCase(Reason.PORT_NOT_LISTED, {"protocol": 50}, {"ports": frozenset({443})}),
@@ -834,7 +851,7 @@ LIMIT_CASES = {
     "what was limited does not start an interval": LimitCase({"rate": 1.0, "flow_interval": 5.0}, (
         (10.0, OTHER_FLOW, None), (10.0, {}, Reason.LIMITED_TOTAL), (11.0, {}, None), (11.0, {}, Reason.LIMITED_FLOW))),
     "an invalid error costs nothing": LimitCase({"rate": 1.0, "source_rate": 1.0, "flow_interval": 5.0}, (
-        (10.0, {"mtu": 9000}, Reason.MTU_NOT_SMALLER), (10.0, {}, None))),
+        (10.0, {"mtu": 65535}, Reason.MTU_NOT_SMALLER), (10.0, {}, None))),
 }  # fmt: skip
 
 
@@ -3206,6 +3223,141 @@ def test_a_corrupt_error_teaches_nobody(cluster: Cluster, family: int) -> None:
         time.sleep(0.2)  # the flow's interval
         report()
         assert poll(lambda: known_mtu(sender) == 1400, 2)
+
+
+DEAF_RULES = """
+table inet deaf {
+  chain prerouting {
+    type filter hook prerouting priority mangle
+    iifname eth0 icmp type destination-unreachable drop
+    iifname eth0 icmpv6 type packet-too-big drop
+  }
+}
+"""
+
+
+@contextlib.contextmanager
+def deaf_to_the_wire(node: Host) -> Iterator[None]:
+    """A node whose stack hears no error that comes in: what it learns, it learns from a delivery."""
+    node.run("nft", "-f", "-", input=DEAF_RULES)
+    try:
+        yield
+    finally:
+        node.run("nft", "delete", "table", "inet", "deaf")
+
+
+# Changes to an error about 1500 bytes that says 1400, and what a socket learns
+ODD_ERRORS: dict[str, tuple[Callable[[Plan], dict[str, int]], int, tuple[Plan, ...]]] = {
+    "no length": (lambda net: {"quoted_length": UNCOUNTED[net.family.name]}, 1400, (V4, V6)),
+    "a header left out": (lambda net: {"quoted_length": 1380}, 1400, (V4, V6)),
+    "other byte order": (lambda net: {"quoted_length": UNCOUNTED[net.family.name] + 0x0006}, 1400, (V4, V6)),
+    "no MTU": (lambda net: {"mtu": 0}, 552, (V4,)),
+}
+
+
+@pytest.mark.parametrize(("name", "net"), [pytest.param(name, net, id=f"{name}-{net.family.name}")
+                                           for name, row in ODD_ERRORS.items() for net in row[2]])  # fmt: skip
+def test_a_socket_learns_from_odd_errors(cluster: Cluster, name: str, net: Plan) -> None:
+    """What the kernel believes we pass on; the same with a length that cannot be meant teaches nobody."""
+    changes, learned, _ = ODD_ERRORS[name]
+    family, node = net.family.version, cluster.nodes[0]
+    vip, client = Cluster.vip("host", family), Cluster.client_address(5, family)
+    with deaf_to_the_wire(node), node.inside(partial(open_sender, family)) as sender:
+        def report(**fields: Any) -> None:
+            transport = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
+            packet = mtu_error(net, dst=vip, quoted_src=vip, quoted_dst=client, protocol=UDP_PROTOCOL,
+                               transport=transport, **fields)  # fmt: skip
+            blast(cluster.fabric, f"to-{node.name}", node, "eth0", [packet])
+
+        report()
+        with daemons([node], "--peers", PEER_LISTS[family]):
+            report(quoted_length=UNCOUNTED[net.family.name] + 0x0505)
+            assert drops(received(node, 1)) == {"mtu_not_smaller": 1}
+            assert known_mtu(sender) == 1500
+            report(**changes(net))
+            assert poll(lambda: known_mtu(sender) == learned, 2), known_mtu(sender)
+            samples = received(node, 2)
+            assert drops(samples) == {"mtu_not_smaller": 1}
+            assert samples["pmtud_reported_mtu_bytes_sum"] == learned
+
+
+IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, IFLA_GSO_IPV4_MAX_SIZE, IFLA_GRO_IPV4_MAX_SIZE = 41, 58, 63, 64  # linux/if_link.h
+BIG_TCP_BYTES = 200_000
+
+
+def allow_big_tcp(host: Host, interface: str) -> None:
+    """Let packets of more than 64 kB through; raises KeyError where the kernel knows none (before 6.3)."""
+    kinds = (IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, IFLA_GSO_IPV4_MAX_SIZE, IFLA_GRO_IPV4_MAX_SIZE)
+    wanted = struct.pack("=I", BIG_TCP_BYTES)
+
+    def set_sizes() -> None:
+        link = pmtud.IFINFOMSG.pack(0, 0, socket.if_nametoindex(interface), 0, 0)
+        sizes = b"".join(pmtud.attribute(kind, wanted) for kind in kinds)
+        with pmtud.Netlink(pmtud.NETLINK_ROUTE) as netlink:
+            netlink.request("set sizes", pmtud.RTM_NEWLINK, 0, link + sizes)
+            answer = netlink.request("read sizes", pmtud.RTM_GETLINK, 0, link)[0][1]
+        found = pmtud.attributes(answer, pmtud.IFINFOMSG.size)
+        assert [found[kind] for kind in kinds] == [wanted] * 4
+    host.inside(set_sizes)
+
+
+def test_big_tcp_quotes_no_length() -> None:
+    """A router that aggregates over 64 kB quotes the length 0: its report is acted on like any other."""
+    size = 300_000_000
+    with TwoNodes(10) as net:
+        client, node = net.host("client"), net.nodes[0]
+        net.link(net.router, client, names=("to-client", "eth0"))
+        net.router.ip("addr add 10.9.0.1/24 dev to-client")
+        client.ip(f"addr add {net.client_address}/24 dev eth0", "route add default via 10.9.0.1")
+        links = ((client, "eth0"), (net.router, "to-client"), (net.router, "to-node1"), (node, "eth0"))
+        for host, interface in links:
+            host.ip(f"link set {interface} gso_max_segs 65535")
+            allow_big_tcp(host, interface)
+        allow_big_tcp(net.router, "nodes")
+        node.start(sys.executable, "-ISc", SERVER, str(PORT), str(size)).wait_for("listening")
+        with daemons([node], "--peers", net.addresses[1]), Capture(net.router, "nodes") as wire:
+            with client.inside(lambda: socket.create_connection((net.vip, PORT), 5)) as transfer:
+                left = size
+                while left > 0:
+                    left -= len(transfer.recv(1 << 20))
+                    if left < size - 50_000_000:  # by then the window is wide
+                        net.router.ip("link set to-client mtu 1400")
+                        break
+                while left > 0 and (data := transfer.recv(1 << 20)):
+                    left -= len(data)
+            quoted = [struct.unpack_from("!H", s.packet, 30)[0] for s in wire.settle()
+                      if s.packet[16:20] == packed(net.vip)]  # fmt: skip
+            samples = received(node, len(quoted))
+        assert left == 0
+        assert 0 in quoted, quoted
+        assert set(drops(samples)) <= {"limited_flow"}
+
+
+@pytest.mark.parametrize("service", Cluster.SERVICES)
+def test_routers_that_report_no_mtu(cluster: Cluster, service: str) -> None:
+    """Next-hop MTU 0: sockets and pods learn 552, the copies say 0 like the router, and so does the log."""
+    cluster.strict_rpf()
+    cluster.error_from_management()
+    cluster.router.run("nft", "-f", "-", input="table ip old {\nchain output { type filter hook output priority 0\n"
+                                              "icmp type destination-unreachable icmp mtu set 0\n}\n}\n")
+    try:
+        assert cluster.download(service) == []
+        cluster.flush()
+        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes, Capture(cluster.fabric) as wire:
+            assert len(cluster.download(service)) == 23
+            copies = [s.packet for s in node_packets(wire.settle(), 4)]
+            assert [drops(metrics(node)).get("mtu_too_small", 0) for node in cluster.nodes] == [0, 0, 0]
+            assert any("a router reports an MTU router=172.20.20.2" in p.output() for p in processes)
+            assert all(f" mtu={mtu}\n" not in p.output() for mtu in (552, 1400) for p in processes)
+    finally:
+        cluster.router.run("nft", "delete", "table", "ip", "old")
+    assert {struct.unpack_from("!H", copy, 26)[0] for copy in copies} == {0}
+    clients = [Cluster.client_address(k) for k in range(1, 24)]
+    if service == "cross":
+        clients = [Cluster.node_address(i) for i in (1, 2, 3)]
+    owners = learners(cluster, service, 4)
+    learned = [client for client in clients if any(cluster.learned(host, client) == 552 for host in owners)]
+    assert len(learned) >= (1 if service == "cross" else 23), learned
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -6309,6 +6461,63 @@ def test_path_report_dropped_by_reverse_path(path: PathNet, far: str, gateway: s
     assert (good["status"], good["found"]) == ("OK", f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400")
 
 
+def test_path_reported_without_an_mtu(path: PathNet) -> None:
+    """A router from before RFC 1191: the kernel takes 552, and so do we."""
+    path.thin(1400)
+    path.router.run("nft", "table inet old { chain out { type filter hook output priority 0; "
+                    "icmp type destination-unreachable icmp mtu set 0; }; }")  # fmt: skip
+    found = measure(path, "10.9.0.2")
+    assert (found["status"], found["found"]) == ("OK", "10.9.0.2: path MTU 552, 10.0.0.1 reports 552")
+
+
+@contextlib.contextmanager
+def answering(net: PathNet, router: str, swap: bool) -> Iterator[None]:
+    """The router's own errors are dropped, and a program on it sends them, with the quoted length's bytes swapped."""
+    net.drop_errors()
+    version, stop = ip_address(router).version, threading.Event()
+    plan, field = (V4, 2) if version == 4 else (V6, 4)
+
+    def listen() -> socket.socket:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+        sock.bind(("to-node", {4: 0x0800, 6: 0x86DD}[version]))
+        sock.settimeout(0.05)
+        return sock
+
+    def answer() -> None:
+        while not stop.is_set():
+            with suppress(socket.timeout):
+                packet, (_, _, kind, *_) = sniffer.recvfrom(9000)
+                if kind == socket.PACKET_HOST and len(packet) > 1400:
+                    quoted = bytearray(packet[:100])
+                    if swap:
+                        quoted[field : field + 2] = packet[field + 1], packet[field]
+                    node = {4: "10.0.0.2", 6: "fd00::2"}[version]
+                    error = mtu_error(plan, src=router, dst=node, quoted=bytes(quoted), mtu=1400)
+                    frames.send([error])
+
+    with Frames(net.router, "to-node", net.node, "eth0") as frames, net.router.inside(listen) as sniffer, \
+            ThreadPoolExecutor(1) as pool:  # fmt: skip
+        running = pool.submit(answer)
+        try:
+            yield
+        finally:
+            stop.set()
+        running.result()
+
+
+@FAMILIES
+@pytest.mark.parametrize("swap", [False, True])
+def test_path_report_with_another_length(path: PathNet, far: str, gateway: str, mgmt: str, swap: bool) -> None:
+    """A report that quotes the length in the other byte order is one all the same."""
+    path.thin(1400)
+    path.error_from_management()
+    with answering(path, mgmt, swap):
+        found = measure(path, far)
+    culprit = "rp_filter" if "." in far else "a rule in inet rpf pre"
+    assert found["found"] == (f"{far}: path MTU 1400, {mgmt} reports 1400; "
+                              f"the report arrived here and was dropped by {culprit}")
+
+
 @FAMILIES
 def test_path_to_a_host_that_speaks_tcp_only(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
     """UDP is dropped without a word: the handshake tells what it can."""
@@ -7517,8 +7726,11 @@ def hostile_kinds(random: Random, net: Plan) -> list[tuple[str, dict[str, Any]]]
     inner = net.wrap(net.vip, net.client, 6, transport, length=1500)
     bad_protocol = random.choice([n for n in range(61, 256) if n not in net.family.protocols])
     copy = {"src": net.peer, "dst": net.node}
+    unknown = UNCOUNTED[net.family.name]
+    same_swapped = unknown + 0x0505
     return [
-        ("replicate", {}), ("replicate", {"quoted_length": 60_000}),
+        ("replicate", {}), ("replicate", {"quoted_length": 60_000}), ("replicate", {"quoted_length": unknown}),
+        ("replicate", {"quoted_length": unknown + 0x0006}),
         ("replicate", {"transport": tcp_start(443) + junk}),
         ("replicate", {"quoted_dst": any_address(random, net)}), ("replicate", {"protocol": 17}),
         ("deliver", copy), ("deliver", {**copy, "transport": tcp_start(8443) + junk}),
@@ -7529,8 +7741,8 @@ def hostile_kinds(random: Random, net: Plan) -> list[tuple[str, dict[str, Any]]]
         ("quoted_fragment", {"inner": {"fragment": random.randrange(1, 0x2000)}} if net is V4 else
          {"inner": {"extensions": [fragment_header(random.randrange(1, 0x2000), False)]}}),
         ("quoted_proto", {"protocol": bad_protocol}),
-        ("mtu_too_small", {"mtu": random.randrange(552 if net is V4 else 1280)}),
-        ("mtu_not_smaller", {"mtu": random.randrange(1500, 0xFFFF)}),
+        ("mtu_too_small", {"mtu": random.randrange(1, 552 if net is V4 else 1280)}),
+        ("mtu_not_smaller", {"quoted_length": same_swapped, "mtu": random.randrange(same_swapped + 60, 0xFFFF)}),
         ("port_not_listed", {"transport": tcp_start(random.randrange(1, 443), 7, 8)}),
         ("port_not_listed", {"protocol": 50}), ("port_not_listed", {"protocol": net.family.icmp_protocol}),
         ("not_service", {"dst": any_address(random, net), "quoted_src": "", "same": True}),
