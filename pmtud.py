@@ -76,7 +76,8 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
 
@@ -135,22 +136,10 @@ class iovec(ctypes.Structure):
     _fields_ = [("iov_base", ctypes.c_char_p), ("iov_len", ctypes.c_size_t)]
 
 
-class msghdr(ctypes.Structure):
-    """struct msghdr as user space sees it, sys/socket.h."""
-
-    _fields_ = [
-        ("msg_name", ctypes.c_void_p), ("msg_namelen", ctypes.c_uint32),
-        ("msg_iov", ctypes.c_void_p), ("msg_iovlen", ctypes.c_size_t),
-        ("msg_control", ctypes.c_void_p), ("msg_controllen", ctypes.c_size_t), ("msg_flags", ctypes.c_int),
-    ]  # fmt: skip
-
-
-class mmsghdr(ctypes.Structure):
-    """struct mmsghdr of sys/socket.h."""
-
-    _fields_ = [("msg_hdr", msghdr), ("msg_len", ctypes.c_uint)]
-
-
+# struct mmsghdr of sys/socket.h, which begins with a struct msghdr: msg_name, msg_namelen, msg_iov, msg_iovlen,
+# msg_control, msg_controllen, msg_flags, all up to a multiple of a pointer's size; then msg_len, again so.
+# A packed one takes 1 us to make where a ctypes.Structure takes 5.
+MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 UIO_MAXIOV = 1024  # linux/uio.h: the most messages one sendmmsg() takes
 
 # linux/netfilter/nfnetlink.h
@@ -324,7 +313,7 @@ class PeerAddress(NamedTuple):
         return len(self.packed) == 16 and self.packed[0] == 0xFF
 
     def __str__(self) -> str:
-        text = str(ipaddress.ip_address(self.packed))
+        text = socket.inet_ntop(socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6, self.packed)
         return f"{text}%{self.zone}" if self.zone else text
 
 
@@ -1839,8 +1828,9 @@ class Firewall(Descriptor):
                     table, string(NFTA_SET_NAME, name), be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, 0),
                     be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
                 ))  # fmt: skip
-            keys = [nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, attribute(NFTA_DATA_VALUE, address)))
-                    for address in addresses]  # fmt: skip
+            value = attribute(NFTA_DATA_VALUE, bytes(family.address_len))
+            head = nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, value))[: -family.address_len]
+            keys = [head + address for address in addresses]  # all are of one length, so have the same headers
             for start in range(0, len(keys), self.ELEMENTS_MAX):
                 elements = nested(NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX])
                 names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(NFTA_SET_ELEM_LIST_SET, name)
@@ -1965,11 +1955,11 @@ class Fanout:
         self._bodies = (iovec * self._slots)()
         raw = [sockaddr(peer) for peer in peers]
         self._addresses = ctypes.create_string_buffer(b"".join(raw))  # in one piece: objects cost 0.1 us a copy more
-        self._messages = (mmsghdr * (self._slots * len(self.peers)))()
-        name, iov, size = ctypes.addressof(self._addresses), ctypes.addressof(self._bodies), ctypes.sizeof(iovec)
-        for number, entry in enumerate(self._messages):
-            slot, peer = divmod(number, len(raw))
-            entry.msg_hdr = msghdr(name + peer * len(raw[0]), len(raw[0]), iov + slot * size, 1, None, 0, 0)
+        name, size = ctypes.addressof(self._addresses), len(raw[0])
+        names = [name + number * size for number in range(len(raw))]
+        bodies = [ctypes.addressof(body) for body in self._bodies]
+        headers = [MMSGHDR.pack(name, size, body, 1, 0, 0, 0, 0) for body in bodies for name in names]
+        self._messages = ctypes.create_string_buffer(b"".join(headers))
         self._sendmmsg = ctypes.CDLL(None, use_errno=True).sendmmsg
         self._sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
         self._sendmmsg.restype = ctypes.c_int
@@ -2005,7 +1995,7 @@ class Fanout:
             slot.iov_base, slot.iov_len = body, len(body)
         done, count = 0, len(bodies) * len(self.peers)
         while done < count:
-            at = ctypes.addressof(self._messages) + done * ctypes.sizeof(mmsghdr)
+            at = ctypes.addressof(self._messages) + done * MMSGHDR.size
             sent = self._sendmmsg(self._socket.fileno(), at, min(count - done, UIO_MAXIOV), 0)
             if sent <= 0 and ctypes.get_errno() != errno.EINTR:  # the first of these failed: go on with the next
                 refused.append((done % len(self.peers), ctypes.get_errno()))
@@ -2040,6 +2030,7 @@ class PeerSource:
         self.answer: Optional[tuple[PeerAddress, ...]] = None  # the last good one
         self.doubt = ""  # what failed in the last load() although it answered
         self.complaint = ""  # the failure that was logged last
+        self._parsed: dict[str, PeerAddress] = {}  # the texts of the last answer: with many, few are new
         self._left_out: set[str] = set()
 
     def prepare(self) -> None:
@@ -2051,16 +2042,17 @@ class PeerSource:
 
     def _usable(self, *answers: Iterable[str]) -> tuple[PeerAddress, ...]:
         """The peers among all addresses there are now; one that no node can have is left out, and logged once."""
-        peers, left_out = set(), set()
+        parsed: dict[str, PeerAddress] = {}
+        left_out = set()
         for text in set().union(*answers):
             try:
-                peers.add(parse_peer(text))
+                parsed[text] = self._parsed.get(text) or parse_peer(text)
             except ValueError as problem:
                 left_out.add(str(problem))
         for why in sorted(left_out - self._left_out):
             log("warning", "an address is left out", source=self.name, problem=why)
-        self._left_out = left_out
-        return tuple(sorted(peers))
+        self._parsed, self._left_out = parsed, left_out
+        return tuple(sorted(set(parsed.values())))
 
 
 class DnsSource(PeerSource):
@@ -2353,9 +2345,9 @@ class Peers:
         """The last good answer of each source that has given one."""
         return {"static": self._static, **{s.name: s.answer for s in self._sources if s.answer is not None}}
 
-    def answered(self) -> bool:
-        """Whether every source has answered once."""
-        return all(source.answer is not None for source in self._sources)
+    def answered(self, listed: Collection[str]) -> bool:
+        """Whether every source is among these, which had answered."""
+        return all(source.name in listed for source in self._sources)
 
     def reload(self) -> None:
         """Look at every source now; after a look that has begun there is another."""
@@ -2384,14 +2376,29 @@ class Peers:
             answer, trouble = None, str(problem)
         self._failures[source.name] += bool(trouble)
         if trouble and trouble != source.complaint:
-            text = "peer source failed, its last good peers stay" if answer is None else "peer source failed in part"
-            log("warning", text, problem=trouble, kept=len(answer or source.answer or ()))
+            self._complain(trouble, answer, source.answer)
         elif source.complaint and not trouble:
             log("info", "peer source answers again", source=source.name)
         source.complaint = trouble
         if answer is not None and answer != source.answer:
             source.answer = answer
             self._changed()
+
+    @staticmethod
+    def _complain(trouble: str, answer: Optional[Sequence[PeerAddress]], last: Optional[Sequence[PeerAddress]]) -> None:
+        """One line about a look that failed, and what it leaves in force."""
+        if answer is not None:
+            log("warning", "peer source failed in part", problem=trouble, kept=len(answer))
+        elif last is not None:
+            log("warning", "peer source failed, its last good peers stay", problem=trouble, kept=len(last))
+        else:
+            log("warning", "peer source failed, it has not answered so far", problem=trouble)
+
+
+def some(peers: Collection[PeerAddress], most: int = 8) -> str:
+    """The addresses of a few of them, and how many more there are."""
+    shown = ", ".join(map(str, list(peers)[:most]))
+    return f"{shown} and {len(peers) - most} more" if len(peers) > most else shown
 
 
 class Arrangement(NamedTuple):
@@ -2402,6 +2409,11 @@ class Arrangement(NamedTuple):
     sources: dict[str, bytes]  # by family name: source address of what we send; missing: the kernel chooses
     per_source: dict[str, int]  # peers in force by source
     view: View
+
+    @property
+    def everyone(self) -> list[PeerAddress]:
+        """The peers of both families."""
+        return [peer for peers in self.targets.values() for peer in peers]
 
     @property
     def senders(self) -> Senders:
@@ -2640,6 +2652,7 @@ class Service:
     BUSY = 100  # errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core takes 3 %
     BATCH, BATCH_COPIES = 40, 6400  # errors and copies per turn then: signals and timers are never starved by a flood
     TICK = 1.0  # seconds between housekeeping
+    CHANGE_GAP = 1.0  # seconds from one change of peers and addresses to the next: each costs 10 ms with 1,000 peers
     SLOW_TICKS = 10  # every tenth: default route, guard
     SUMMARY = 60.0  # seconds between summaries in the log
     NEWS_PER_MINUTE = 20  # lines about routers and destinations not seen before
@@ -2662,6 +2675,9 @@ class Service:
         self._firewall: Optional[Firewall] = None
         self._server: Optional[StatusServer] = None
         self._stopping = self._hangup = self._stale = False
+        self._change_at = 0.0  # when the next change may be put in force
+        self._refusals: Counter[tuple[PeerAddress, int]] = Counter()  # copies by peer and errno, since the last warning
+        self._refusals_at = 0.0  # when the next one may come
         self._complaints: dict[str, str] = {}  # what is not in force now and why; tried again each second
         self._ticks = 0
         self._turned = time.monotonic()
@@ -2758,15 +2774,12 @@ class Service:
 
     def _announce(self) -> None:
         config, arrangement = self.config, self._arrangement
-        peers = [str(peer) for peers in arrangement.targets.values() for peer in peers]
-        shown = ", ".join(peers[:8]) + (f" and {len(peers) - 8} more" if len(peers) > 8 else "")
         table = "" if config.rules == "auto" else "your own NFLOG rule, "
         table += f"table inet {self._firewall.table}" if self._firewall else "no guard"
         table += " (not owned: old kernel)" if self._firewall and not self._firewall.owned else ""
         log("info", f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
             f"NFLOG group {config.nflog_group}, rules: {table}")  # fmt: skip
-        nobody = "none, standalone: local rescue only" if self.peers.answered() else "none yet, asking for them"
-        log("info", f"peers: {len(peers)} ({shown})" if peers else f"peers: {nobody}")
+        self._tell_peers()
         if arrangement.removed:
             log("info", f"own address removed from peers: {', '.join(map(str, arrangement.removed))}")
         passed = arrangement.senders.rate(config.rate)
@@ -2776,8 +2789,22 @@ class Service:
             f"{rate} in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
             + ("; dry run: nothing is sent" if config.dry_run else ""))  # fmt: skip
 
+    def _tell_peers(self) -> None:
+        """One line about the peers in force."""
+        peers = self._arrangement.everyone
+        if peers:
+            log("info", f"peers: {len(peers)} ({some(peers)})")
+        elif self._all_answered():
+            log("info", "peers: none, standalone: local rescue only")
+        else:
+            log("info", "peers: none yet, asking for them")
+
+    def _all_answered(self) -> bool:
+        """Whether an answer of every peer source is in force, not only on its way."""
+        return self.peers.answered(self._arrangement.per_source)
+
     def _status(self) -> str:
-        totals, peers = self.counters.summary(), sum(map(len, self._arrangement.targets.values()))
+        totals, peers = self.counters.summary(), len(self._arrangement.everyone)
         return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
 
     def close(self) -> None:
@@ -2802,7 +2829,7 @@ class Service:
         before, self._arrangement = self._arrangement, arrangement
         self.policy.look(arrangement.view)
         self.counters.peers = arrangement.per_source
-        zones = any(peer.zone for peers in arrangement.targets.values() for peer in peers)  # may have a new index
+        zones = any(peer.zone for peer in arrangement.everyone)  # may have a new index
         if zones or (before.targets, before.sources) != (arrangement.targets, arrangement.sources):
             self._close_outlets()
             self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
@@ -2877,6 +2904,7 @@ class Service:
         if self._ticks % self.SLOW_TICKS == 0:
             self._follow_default_route()
             self._probe_guard()
+        self._tell_refusals(now)
         if now >= self._summary_at:
             self._summarize(now)
 
@@ -2903,7 +2931,7 @@ class Service:
     def ready(self) -> bool:
         """Whether errors can come in and go out: group bound, rules in place, every peer source answered."""
         guarded = all(self.guarded.values()) or self.config.rules == "off"
-        return self.healthy() and guarded and self.peers.answered()
+        return self.healthy() and guarded and self._all_answered()
 
     # -- the loop
 
@@ -2913,7 +2941,7 @@ class Service:
             self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            wake_at = min(tick_at, self._manager.watchdog_at)
+            wake_at = min(tick_at, self._manager.watchdog_at, self._change_at if self._stale else math.inf)
             ready = dict(self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1)))
             self._turned = now = time.monotonic()
             if self._nflog.fileno() in ready:
@@ -2926,16 +2954,23 @@ class Service:
                 self._drain_monitor()
             if self._hangup:
                 self._hangup = False
-                log("info", "SIGHUP: reading the peer sources again")
+                self._tell_reload()
                 self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
                 self.peers.reload()
                 self._manager.tell("READY=1", self._status())
             if now >= tick_at:
                 tick_at = now + self.TICK
                 self._tick(now)
-            if self._stale:
+            if self._stale and now >= self._change_at:
                 self._stale = False
                 self._peers_changed()
+                self._change_at = time.monotonic() + self.CHANGE_GAP
+
+    def _tell_reload(self) -> None:
+        if self.config.peer_sources:
+            log("info", "SIGHUP: reading the peer sources again")
+        else:
+            log("info", "SIGHUP: nothing to read again, no peer source is in use; options are read at the start")
 
     def stop(self, *_: object) -> None:
         """Signal handler: end the loop."""
@@ -2953,7 +2988,7 @@ class Service:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
     def _drain_monitor(self) -> None:
-        """An address came or went: rearrange at the end of this turn, once for a burst of changes."""
+        """An address came or went: rearrange, once for a burst of changes."""
         with contextlib.suppress(OSError):  # nothing left, or events were lost: either way look again
             while True:
                 self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
@@ -2967,9 +3002,19 @@ class Service:
             self._complain("peers", "cannot put the new peers in force, the old ones stay", problem)
             return
         self._complaints.pop("peers", None)
-        if self._arrangement.targets != before.targets:
-            log("info", "peers changed", **{f"peers_{name}": len(p) for name, p in self._arrangement.targets.items()})
+        self._tell_change(before)
+
+    def _tell_change(self, before: Arrangement) -> None:
+        """One line about who came and went; also where all sources have answered now, and there is nobody."""
+        old, new = set(before.everyone), set(self._arrangement.everyone)
+        changes = ((new - old, "came"), (old - new, "went"))
+        told = ", ".join(f"{len(peers)} {what} ({some(sorted(peers))})" for peers, what in changes if peers)
+        if told:
+            counts = {f"peers_{name}": len(peers) for name, peers in self._arrangement.targets.items()}
+            log("info", f"peers changed: {told}", **counts)
             self._manager.tell(self._status())
+        elif not new and self._arrangement.per_source.keys() != before.per_source.keys():
+            self._tell_peers()
 
     # -- the packet's way
 
@@ -3052,8 +3097,23 @@ class Service:
 
     def _replicate(self, family_name: str, bodies: Sequence[bytes]) -> None:
         fanout = self._outlets[family_name].fanout
-        for peer, code in fanout.send(bodies) if fanout and bodies else ():
+        refused = fanout.send(bodies) if fanout and bodies else []
+        if refused:
+            self._refusals.update(refused)
+        for peer, code in refused:
             log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
+
+    def _tell_refusals(self, now: float) -> None:
+        """A warning about the copies that the kernel refused, at most once a minute."""
+        if not self._refusals or now < self._refusals_at:
+            return
+        shown = []
+        for (peer, code), count in self._refusals.most_common(8):
+            shown.append(f"{peer}: {os.strerror(code)} ({errno.errorcode.get(code, code)}), {count} times")
+        more = f"; and {len(self._refusals) - 8} more" if len(self._refusals) > 8 else ""
+        log("warning", f"the kernel refused copies to {'; '.join(shown)}{more}")
+        self._refusals.clear()
+        self._refusals_at = now + self.SUMMARY
 
     def _deliver(self, error: MtuError, rpf: bool) -> None:
         """Give the error to this node's own stack; the guard decides whether it is the owner."""

@@ -1002,6 +1002,11 @@ def test_file_source_explains(name: str, tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def all_answered(peers: pmtud.Peers) -> bool:
+    """Whether every source has answered."""
+    return peers.answered(peers.listed())
+
+
 def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     """Poll until the condition holds."""
     deadline = time.monotonic() + seconds
@@ -1016,12 +1021,12 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     name = f"file:{path}"
     config = pmtud.Config(peers=addresses("fd00::12"), peer_sources=(name,))
     peers = pmtud.Peers(config, counters, lambda: changes.append(1))
-    assert not peers.answered()
+    assert not all_answered(peers)
     peers.prepare()
     peers.follow()
     try:
         good = {"static": addresses("fd00::12"), name: addresses("10.0.0.12")}
-        assert (peers.answered(), peers.listed(), counters.refresh_failures) == (True, good, {name: 0})
+        assert (all_answered(peers), peers.listed(), counters.refresh_failures) == (True, good, {name: 0})
         path.write_text("nonsense")
         peers.reload()
         until(lambda: counters.refresh_failures[name] >= 1)
@@ -1157,7 +1162,7 @@ def test_hundreds_of_names_need_few_threads(dns: Answers) -> None:
     try:
         peers.follow()
         assert threading.active_count() - before <= 8
-        until(peers.answered)
+        until(partial(all_answered, peers))
         assert set(peers.listed()) == {"static", *names}
         dns[socket.AF_INET] = dns[socket.AF_INET6] = socket.EAI_AGAIN
         peers.reload()
@@ -1205,9 +1210,9 @@ def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPat
     peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
     try:
         peers.follow()
-        assert not peers.answered()
+        assert not all_answered(peers)
         free.set()
-        until(peers.answered)
+        until(partial(all_answered, peers))
         assert peers.listed()["dns:nodes"] == addresses("10.0.0.12")
         dns[socket.AF_INET] = socket.EAI_AGAIN
         dns[socket.AF_INET6] = socket.EAI_AGAIN
@@ -1726,7 +1731,7 @@ def test_an_hour_without_the_api_changes_nothing(api: FakeApi) -> None:
     peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
     try:
         peers.follow()
-        until(peers.answered)
+        until(partial(all_answered, peers))
         until(lambda: api.watches == 1)
         api.bearer = "unknown to the pod"
         api.disconnect()
@@ -4045,7 +4050,7 @@ def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
         assert get(node, "/readyz") == ("200", "ok\n")
         assert "WARNING" not in booted.log().replace("WARNING prometheus-client is not installed", "")
         booted.systemctl("reload", "pmtud")
-        assert poll(lambda: "SIGHUP: reading the peer sources again" in booted.log(), 5)
+        assert poll(lambda: "SIGHUP: nothing to read again, no peer source is in use" in booted.log(), 5)
         assert booted.show("ActiveState") == "active"
         first = booted.daemon()
         os.kill(first, signal.SIGSTOP)
@@ -4550,6 +4555,7 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
         assert count() == 2
         path.write_text("10.0.0.12\n")
         assert poll(lambda: count() == 1, 5)
+        process.wait_for("peers changed: 1 went (10.0.0.13) peers_ipv4=1 peers_ipv6=0\n")
         assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' not in metrics(node)
         path.write_text("10.0.0.12\n10.0.0.999\n")
         process.wait_for("line 2: '10.0.0.999' is not an IP address", 5)
@@ -4560,9 +4566,110 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
         assert count() == 1
         path.write_text("10.0.0.12\n10.0.0.13\n")
         assert poll(lambda: count() == 2, 5)
+        process.wait_for("peers changed: 1 came (10.0.0.13) peers_ipv4=2 peers_ipv6=0\n")
         os.kill(process.pid, signal.SIGHUP)
         process.wait_for("SIGHUP: reading the peer sources again")
         assert count() == 2
+
+
+KUBE_DAEMON = """
+import sys, pmtud
+pmtud.KubeSource.ACCOUNT = sys.argv.pop(1)
+sys.exit(pmtud.main())
+"""
+
+
+def test_sighup_without_peer_sources_says_that_it_reads_nothing(cluster: Cluster) -> None:
+    for options in ((), ("--peers", PEER_LISTS[4])):
+        with daemons(cluster.nodes[:1], *options) as [process]:
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for("SIGHUP: nothing to read again, no peer source is in use; options are read at the start")
+        assert "SIGHUP: reading" not in process.output()
+
+
+def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
+    """With peer and errno, those that were refused most first; here a minute is 1.5 seconds."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    kinds = {f"203.0.113.{n}": "unreachable" for n in range(100, 109)} | {"203.0.113.7": "prohibit"}
+    script = QUICK.replace("0.2, 2", "0.2, 2\npmtud.Service.SUMMARY = 1.5")
+    peers = ",".join((*kinds, "10.0.0.77"))
+    with contextlib.ExitStack() as stack:
+        for address, kind in kinds.items():
+            node.ip(f"route add {kind} {address}")
+            stack.callback(node.ip, f"route del {kind} {address}")
+        with quick_daemons([node], "--peers", peers, "--flow-interval", "0", script=script) as [process]:
+            begun = time.monotonic()
+            inject(cluster.router, 4, flow_errors(4))
+            first = process.wait_for("the kernel refused copies to ")
+            assert re.search(r"WARNING the kernel refused copies to (203\.0\.113\.\d+: [^;]+, \d+ times; ){7}"
+                             r"203\.0\.113\.\d+: [^;]+, \d+ times; and 2 more\n", first), first  # fmt: skip
+            node.ip("route del prohibit 203.0.113.7", "route add blackhole 203.0.113.7")
+            inject(cluster.router, 4, flow_errors(4) * 2)
+            assert poll(lambda: process.output().count("the kernel refused") == 2, 5)
+            node.ip("route del blackhole 203.0.113.7", "route add prohibit 203.0.113.7")
+            took = time.monotonic() - begun
+            received(node, 3 * ERRORS)
+            time.sleep(2)  # a minute in which nothing is refused
+    told = re.findall("WARNING the kernel refused copies to (.*)", process.output())
+    assert 2 <= len(told) <= 2 + took / 1.5
+    assert "203.0.113.100: No route to host (EHOSTUNREACH), " in "".join(told)
+    assert "77" not in "".join(told)
+
+
+def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
+    """Never called standalone before the answer is in force; afterwards, where there is nobody but this node, it is."""
+    node = cluster.nodes[0]
+    script = """if True:
+        import pmtud, sys, time
+        start = pmtud.Service._start_threads
+        def wait(self, stack):
+            start(self, stack)
+            while len(self.peers.listed()) < 2:
+                time.sleep(0.01)
+        pmtud.Service._start_threads = wait
+        sys.exit(pmtud.main())
+    """
+    cases = {("10.0.0.11", "10.0.0.12", "10.0.0.13"): "peers changed: 2 came (10.0.0.12, 10.0.0.13)",
+             ("10.0.0.11",): "peers: none, standalone: local rescue only"}  # fmt: skip
+    with NameServer(cluster, "10.0.0.1") as names:
+        for addresses, line in cases.items():
+            names.serve(*addresses)
+            process = node.start(sys.executable, "-c", script, "--peers", "pmtud", env={"PYTHONPATH": str(HERE)})
+            process.wait_for(line)
+            told = re.findall(r"INFO (peers.*?)(?: peers_ipv4.*)?\n", process.output())
+            assert told == ["peers: none yet, asking for them", line]
+            assert get(node, "/readyz")[0] == "200"
+            assert process.stop() == 0
+
+
+def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
+    """One that comes alone is in force at once; 90 that follow it are one. Here that second lasts three."""
+    script = KUBE_DAEMON.replace("sys.exit", "pmtud.Service.CHANGE_GAP = 3.0\nsys.exit")
+    with Net() as net, ExitStack() as stack:
+        node = net.host("node")
+        api = stack.enter_context(node.inside(lambda: FakeApi(tmp_path)))
+        stack.callback(api.shutdown)
+        stack.callback(api.disconnect)
+        for number in (12, 13, 14):
+            api.change("ADDED", f"node-{number}", f"10.0.0.{number}")
+        process = node.start(sys.executable, "-c", script, str(tmp_path), "--iface", "lo", "--peers", "kube:nodes",
+                             env={**api.environ, "PYTHONPATH": str(HERE)})  # fmt: skip
+        process.wait_for("peers changed: 3 came (10.0.0.12, 10.0.0.13, 10.0.0.14) peers_ipv4=3 peers_ipv6=0\n")
+        assert poll(lambda: api.watches == 1, 5)
+        time.sleep(3.2)
+        begun = time.monotonic()
+        api.change("ADDED", "node-15", "fd00::15")
+        process.wait_for("peers changed: 1 came (fd00::15) peers_ipv4=3 peers_ipv6=1\n")
+        assert time.monotonic() - begun < 2.5
+        for number in range(87):
+            api.change("ADDED", f"new-{number}", f"10.1.0.{number}")
+        for number in (12, 13, 14):
+            api.change("DELETED", f"node-{number}")
+        few = ", ".join(f"10.1.0.{number}" for number in range(8))
+        process.wait_for(f"peers changed: 87 came ({few} and 79 more), 3 went (10.0.0.12, 10.0.0.13, 10.0.0.14) "
+                         "peers_ipv4=87 peers_ipv6=1\n")  # fmt: skip
+        assert process.output().count("peers changed") == 3
+        assert process.stop() == 0
 
 
 class NameServer:
@@ -4679,6 +4786,9 @@ def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
     with NameServer(cluster, "10.0.0.1") as names, daemons(cluster.nodes, "--peers", "pmtud") as processes:
         assert "peers: none yet, asking for them" in processes[0].output()
         assert get(cluster.nodes[0], "/readyz")[0] == "503"
+        for process in processes:
+            process.wait_for("peer source failed, it has not answered so far problem=")
+            assert "kept=" not in process.output()
         nodes = [Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)]
         names.serve(*nodes)
         for process in processes:
@@ -4736,11 +4846,10 @@ def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_p
     api = cluster.fabric.inside(lambda: FakeApi(tmp_path, "10.0.0.1"))
     for i in (1, 2, 3):
         api.change("ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge")
-    program = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import pmtud; "
-               f"pmtud.KubeSource.ACCOUNT = {str(tmp_path)!r}; sys.exit(pmtud.main())")  # fmt: skip
-    command = (sys.executable, "-c", program, "--peers", "kube:nodes?role=edge")
+    command = (sys.executable, "-c", KUBE_DAEMON, str(tmp_path), "--peers", "kube:nodes?role=edge")
     with api:
-        processes = [node.start(*command, env=api.environ) for node in cluster.nodes]
+        env = {**api.environ, "PYTHONPATH": str(HERE)}
+        processes = [node.start(*command, env=env) for node in cluster.nodes]
         label, gone = 'pmtud_peers{source="kube:nodes?role=edge"}', 'pmtud_copies_sent_total{peer="10.0.0.13"}'
         for process in processes:
             process.wait_for("limits:")
@@ -5921,15 +6030,15 @@ class Frames:
         """Put every packet on the link, in order."""
         for start in range(0, len(packets), pmtud.UIO_MAXIOV):
             bodies = packets[start : start + pmtud.UIO_MAXIOV]
-            vectors, entries = (pmtud.iovec * len(bodies))(), (pmtud.mmsghdr * len(bodies))()
-            for vector, entry, body in zip(vectors, entries, bodies):
+            vectors, heads = (pmtud.iovec * len(bodies))(), []
+            for vector, body in zip(vectors, bodies):
                 kind = b"\x86\xdd" if body[:1] and body[0] >> 4 == 6 else b"\x08\x00"
                 frame = self._destination + kind + body
                 vector.iov_base, vector.iov_len = frame, len(frame)
-                entry.msg_hdr.msg_iov, entry.msg_hdr.msg_iovlen = ctypes.addressof(vector), 1
-            done = 0
+                heads.append(pmtud.MMSGHDR.pack(0, 0, ctypes.addressof(vector), 1, 0, 0, 0, 0))
+            entries, done = ctypes.create_string_buffer(b"".join(heads)), 0
             while done < len(bodies):
-                address = ctypes.addressof(entries) + done * ctypes.sizeof(pmtud.mmsghdr)
+                address = ctypes.addressof(entries) + done * pmtud.MMSGHDR.size
                 sent = self._send(self._socket.fileno(), address, len(bodies) - done, 0)
                 if sent <= 0:
                     raise OSError(ctypes.get_errno(), "sendmmsg")
@@ -8698,6 +8807,46 @@ def scrape_often(net: BenchNet, one: Contender, seconds: float) -> threading.Thr
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
+    """Errors are copied in time, the peers are complete soon after the last has joined, and few lines tell of it."""
+    with BenchNet(["pmtud"]) as net, ExitStack() as stack:
+        one = net.contenders["pmtud"]
+        api = stack.enter_context(one.node.inside(lambda: FakeApi(tmp_path)))
+        stack.callback(api.shutdown)
+        stack.callback(api.disconnect)
+        first, *others = net.peers(one, 1000)
+        api.change("ADDED", "this", net.address(one))
+        api.change("ADDED", "first", first)
+        process = one.node.start(sys.executable, "-c", KUBE_DAEMON, str(tmp_path), "--iface", "eth0", "--peers",
+                                 "kube:nodes", *NO_LIMITS, env={**api.environ, "PYTHONPATH": str(HERE)})  # fmt: skip
+        process.wait_for("peers changed")
+        assert poll(lambda: api.watches == 1, 5)
+        times: list[float] = []
+        joined = threading.Event()
+
+        def report() -> None:
+            clock = Clocked(net, one)
+            while not joined.wait(0.02):
+                times.append(clock.once())
+            clock.close()
+        reporter = threading.Thread(target=report)
+        reporter.start()
+        begun = time.monotonic()
+        for number, peer in enumerate(others):
+            api.change("ADDED", f"node-{number}", peer)
+            time.sleep(0.005)
+        joined.set()
+        reporter.join()
+        label = 'pmtud_peers{source="kube:nodes"}'
+        assert poll(lambda: metrics(one.node)[label] == 1000, 10)  # it was 24 s
+        took = time.monotonic() - begun
+        came = [int(count) for count in re.findall(r"peers changed: (\d+) came", process.output())]
+        assert process.stop() == 0
+    assert sum(came) == 1000 and len(came) <= took / pmtud.Service.CHANGE_GAP + 3
+    assert sum(seconds == 0.5 for seconds in times) <= len(times) / 50, sorted(times)[-20:]
+    assert median(times) < 0.1
 
 
 def bench_latency(net: BenchNet, seconds: float) -> None:
