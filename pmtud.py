@@ -49,8 +49,9 @@ import signal
 import sys
 
 if __name__ == "__main__" and not {"check", "rules"}.intersection(sys.argv):
-    # Before the other imports, which take a second where there is no bytecode: the kernel drops a signal to process 1
-    # of a container while there is no handler. So far nothing is open; run() sets the handlers that close everything.
+    # Before the other imports, which take a second where there is no bytecode: the kernel drops a
+    # signal to process 1 of a container while there is no handler. So far nothing is open; run()
+    # sets the handlers that close everything.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the peers have not been read so far
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -136,9 +137,10 @@ class iovec(ctypes.Structure):
     _fields_ = [("iov_base", ctypes.c_char_p), ("iov_len", ctypes.c_size_t)]
 
 
-# struct mmsghdr of sys/socket.h: msg_name, msg_namelen, msg_iov, msg_iovlen, msg_control, msg_controllen, msg_flags;
-# msg_len. A packed one takes 1 us to make where a ctypes.Structure takes 5.
-MMSGHDR = struct.Struct("@PIPNPNiI0P")
+# struct mmsghdr of sys/socket.h, which begins with a struct msghdr: msg_name, msg_namelen, msg_iov,
+# msg_iovlen, msg_control, msg_controllen, msg_flags, filled up to a multiple of a pointer's size;
+# then msg_len, again so. A packed one takes 1 us to make where a ctypes.Structure takes 5.
+MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 UIO_MAXIOV = 1024  # linux/uio.h: the most messages one sendmmsg() takes
 
 # linux/netfilter/nfnetlink.h
@@ -329,7 +331,8 @@ class PeerAddress(NamedTuple):
         return len(self.packed) == 16 and self.packed[0] == 0xFF
 
     def __str__(self) -> str:
-        text = socket.inet_ntop(socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6, self.packed)
+        family = socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6
+        text = socket.inet_ntop(family, self.packed)  # str() of ipaddress takes ten times as long
         return f"{text}%{self.zone}" if self.zone else text
 
 
@@ -436,8 +439,8 @@ def explain_no_address(text: str) -> str:
     if given.version == 6:
         group = "a multicast group of their link like ff02::114%eth0"
         return f"{text} is a network, no peer; name its nodes, or {group}"
-    broadcast = given.network.broadcast_address
-    return f"{text} is a network, no peer; to reach all of it name its broadcast address, {broadcast}"
+    advice = f"to reach all of it name its broadcast address, {given.network.broadcast_address}"
+    return f"{text} is a network, no peer; {advice}"
 
 
 def parse_peer(text: str) -> PeerAddress:
@@ -1487,7 +1490,7 @@ def is_pmtud(pid: int) -> bool:
 
 
 def netlink_holder(port: int) -> int:
-    """The process behind a netlink port id of NETLINK_NETFILTER, found through its socket's inode; 0: not visible."""
+    """The process behind a port id of NETLINK_NETFILTER, by its socket's inode; 0: not visible."""
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/net/netlink") as stream:
             rows = [line.split() for line in stream.readlines()[1:]]
@@ -1510,12 +1513,13 @@ def group_holder(group: int) -> Optional[int]:
 
 
 def table_owner_lives(group: int) -> bool:
-    """Whether there is a table of ours for this group that the kernel removes with its process: so pmtud runs."""
+    """Whether pmtud runs for this group: the kernel removes such a table with its process."""
     for name in (f"pmtud_{group}", f"pmtud_{group}_guard"):
         query = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, name)
         with contextlib.suppress(PmtudError), Netlink(NETLINK_NETFILTER) as netlink:
             kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
-            table = attributes(netlink.request("look for our table", kind, 0, query)[0][1], NFGENMSG_LEN)
+            answer = netlink.request("look for our table", kind, 0, query)[0][1]
+            table = attributes(answer, NFGENMSG_LEN)
             if int.from_bytes(table[NFTA_TABLE_FLAGS], "big") & NFT_TABLE_F_OWNER:
                 return True
     return False
@@ -1558,11 +1562,13 @@ class Nflog(Descriptor):
         port = group_holder(group)
         if port is not None:  # the kernel says EPERM to whoever is not the holder
             pid = netlink_holder(port)
-            if pid != os.getpid() and (is_pmtud(pid) or table_owner_lives(group)):  # in another group it would do harm
+            if pid != os.getpid() and (is_pmtud(pid) or table_owner_lives(group)):
+                # no word of --nflog-group: two daemons would copy every error twice
                 place = f"pid {pid}" if pid else "in a process not visible from here"
                 return PmtudError(f"pmtud already runs here ({place})")
-            return PmtudError(f"NFLOG group {group} is taken by port id {port}, {describe_process(pid)} "
-                              f"(see {NFLOG_INSTANCES}); choose another with --nflog-group")  # fmt: skip
+            holder = f"port id {port}, {describe_process(pid)} (see {NFLOG_INSTANCES})"
+            advice = "choose another with --nflog-group"
+            return PmtudError(f"NFLOG group {group} is taken by {holder}; {advice}")
         if number == errno.EPERM:
             return PmtudError(f"NFLOG group {group} cannot be bound; {PRIVILEGES}")
         return PmtudError(f"NFLOG group {group} cannot be bound: {os.strerror(number)}; "
@@ -1966,7 +1972,8 @@ class Firewall(Descriptor):
                 ))  # fmt: skip
             value = attribute(NFTA_DATA_VALUE, bytes(family.address_len))
             head = nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, value))[: -family.address_len]
-            keys = [head + address for address in addresses]  # all are of one length, so have the same headers
+            # All are of one length, so have the same headers
+            keys = [head + address for address in addresses]
             for start in range(0, len(keys), self.ELEMENTS_MAX):
                 elements = nested(NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX])
                 names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(NFTA_SET_ELEM_LIST_SET, name)
@@ -2153,7 +2160,9 @@ class Fanout:
         name, size = ctypes.addressof(self._addresses), len(raw[0])
         names = [name + number * size for number in range(len(raw))]
         bodies = [ctypes.addressof(body) for body in self._bodies]
-        headers = [MMSGHDR.pack(name, size, body, 1, 0, 0, 0, 0) for body in bodies for name in names]
+        headers = []
+        for body in bodies:
+            headers += [MMSGHDR.pack(name, size, body, 1, 0, 0, 0, 0) for name in names]
         self._messages = ctypes.create_string_buffer(b"".join(headers))
         self._sendmmsg = ctypes.CDLL(None, use_errno=True).sendmmsg
         self._sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
@@ -2225,11 +2234,11 @@ class PeerSource:
         self.answer: Optional[tuple[PeerAddress, ...]] = None  # the last good one
         self.doubt = ""  # what failed in the last load() although it answered
         self.complaint = ""  # the failure that was logged last
-        self._parsed: dict[str, PeerAddress] = {}  # the texts of the last answer: with many, few are new
+        self._parsed: dict[str, PeerAddress] = {}  # of the last answer: few of the next are new
         self._left_out: set[str] = set()
 
     def prepare(self) -> None:
-        """What can be known before the daemon starts; raises PeerSourceError where no waiting will help."""
+        """What can be known before the start; raises PeerSourceError where no waiting will help."""
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses now, None if unchanged; raises PeerSourceError."""
@@ -2407,7 +2416,8 @@ class KubeSource(PeerSource):
         """Host and port of the API server; raises OSError outside a pod."""
         host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
         if not host:
-            raise OSError("KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster")
+            problem = "KUBERNETES_SERVICE_HOST is not set"
+            raise OSError(f"{problem}: kube:nodes works in a pod of the cluster")
         return host, int(os.environ.get("KUBERNETES_SERVICE_PORT") or 443)
 
     def _connect(self, host: str, port: int) -> http.client.HTTPSConnection:
@@ -2519,7 +2529,7 @@ class Peers:
         self._closed = False
 
     def prepare(self) -> None:
-        """Read the files once; raises UsageError for a bad one, and for kube:nodes outside a pod."""
+        """Read the files; raises UsageError for a bad one, and for kube:nodes outside a pod."""
         for source in self._sources:
             try:
                 source.prepare()
@@ -2581,12 +2591,14 @@ class Peers:
             self._changed()
 
     @staticmethod
-    def _complain(trouble: str, answer: Optional[Sequence[PeerAddress]], last: Optional[Sequence[PeerAddress]]) -> None:
+    def _complain(trouble: str, answer: Optional[tuple[PeerAddress, ...]],
+                  last: Optional[tuple[PeerAddress, ...]]) -> None:  # fmt: skip
         """One line about a look that failed, and what it leaves in force."""
         if answer is not None:
             log("warning", "peer source failed in part", problem=trouble, kept=len(answer))
         elif last is not None:
-            log("warning", "peer source failed, its last good peers stay", problem=trouble, kept=len(last))
+            text = "peer source failed, its last good peers stay"
+            log("warning", text, problem=trouble, kept=len(last))
         else:
             log("warning", "peer source failed, it has not answered so far", problem=trouble)
 
@@ -2594,7 +2606,9 @@ class Peers:
 def some(peers: Collection[PeerAddress], most: int = 8) -> str:
     """The addresses of a few of them, and how many more there are."""
     shown = ", ".join(map(str, list(peers)[:most]))
-    return f"{shown} and {len(peers) - most} more" if len(peers) > most else shown
+    if len(peers) > most:
+        shown += f" and {len(peers) - most} more"
+    return shown
 
 
 class Arrangement(NamedTuple):
@@ -2892,7 +2906,7 @@ class Service:
     BUSY = 100  # errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core takes 3 %
     BATCH, BATCH_COPIES = 40, 6400  # errors and copies per turn then: signals and timers are never starved by a flood
     TICK = 1.0  # seconds between housekeeping
-    CHANGE_GAP = 1.0  # seconds from one change of peers and addresses to the next: each costs 10 ms with 1,000 peers
+    CHANGE_GAP = 1.0  # seconds between changes of peers and addresses: 16 ms each with 1,000 peers
     SLOW_TICKS = 10  # every tenth: default route, guard
     SUMMARY = 60.0  # seconds between summaries in the log
     NEWS_PER_MINUTE = 20  # lines about routers and destinations not seen before
@@ -2917,8 +2931,8 @@ class Service:
         self._server: Optional[StatusServer] = None
         self._stopping = self._hangup = self._stale = False
         self._change_at = 0.0  # when the next change may be put in force
-        self._refusals: Counter[tuple[PeerAddress, int]] = Counter()  # copies by peer and errno, since the last warning
-        self._refusals_at = 0.0  # when the next one may come
+        self._refusals: Counter[tuple[PeerAddress, int]] = Counter()  # copies, by errno, untold
+        self._refusals_at = 0.0  # when the next warning about them may come
         self._complaints: dict[str, str] = {}  # what is not in force now and why; tried again each second
         self._ticks = 0
         self._turned = time.monotonic()
@@ -3213,7 +3227,9 @@ class Service:
             self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            wake_at = min(tick_at, self._manager.watchdog_at, self._change_at if self._stale else math.inf)
+            wake_at = min(tick_at, self._manager.watchdog_at)
+            if self._stale:
+                wake_at = min(wake_at, self._change_at)
             ready = dict(self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1)))
             self._turned = now = time.monotonic()
             if self._nflog.fileno() in ready:
@@ -3242,7 +3258,8 @@ class Service:
         if self.config.peer_sources:
             log("info", "SIGHUP: reading the peer sources again")
         else:
-            log("info", "SIGHUP: nothing to read again, no peer source is in use; options are read at the start")
+            log("info", "SIGHUP: nothing to read again, no peer source is in use; "
+                "options are read at the start")  # fmt: skip
 
     def stop(self, *_: object) -> None:
         """Signal handler: end the loop."""
@@ -3277,13 +3294,16 @@ class Service:
         self._tell_change(before)
 
     def _tell_change(self, before: Arrangement) -> None:
-        """One line about who came and went; also where all sources have answered now, and there is nobody."""
+        """One line about who came and went; also where a source's first answer brings nobody."""
         old, new = set(before.everyone), set(self._arrangement.everyone)
-        changes = ((new - old, "came"), (old - new, "went"))
-        told = ", ".join(f"{len(peers)} {what} ({some(sorted(peers))})" for peers, what in changes if peers)
+        told = []
+        for peers, what in ((new - old, "came"), (old - new, "went")):
+            if peers:
+                told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
         if told:
-            counts = {f"peers_{name}": len(peers) for name, peers in self._arrangement.targets.items()}
-            log("info", f"peers changed: {told}", **counts)
+            targets = self._arrangement.targets
+            counts = {f"peers_{name}": len(peers) for name, peers in targets.items()}
+            log("info", f"peers changed: {', '.join(told)}", **counts)
             self._manager.tell(self._status())
         elif not new and self._arrangement.per_source.keys() != before.per_source.keys():
             self._tell_peers()
@@ -3369,7 +3389,9 @@ class Service:
 
     def _replicate(self, family_name: str, bodies: Sequence[bytes]) -> None:
         fanout = self._outlets[family_name].fanout
-        refused = fanout.send(bodies) if fanout and bodies else []
+        if not fanout or not bodies:
+            return
+        refused = fanout.send(bodies)
         if refused:
             self._refusals.update(refused)
         for peer, code in refused:
@@ -3381,9 +3403,11 @@ class Service:
             return
         shown = []
         for (peer, code), count in self._refusals.most_common(8):
-            shown.append(f"{peer}: {os.strerror(code)} ({errno.errorcode.get(code, code)}), {count} times")
-        more = f"; and {len(self._refusals) - 8} more" if len(self._refusals) > 8 else ""
-        log("warning", f"the kernel refused copies to {'; '.join(shown)}{more}")
+            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+            shown.append(f"{peer}: {problem}, {count} times")
+        if len(self._refusals) > len(shown):
+            shown.append(f"and {len(self._refusals) - len(shown)} more")
+        log("warning", f"the kernel refused copies to {'; '.join(shown)}")
         self._refusals.clear()
         self._refusals_at = now + self.SUMMARY
 
@@ -4381,10 +4405,12 @@ def build_parser() -> Parser:
     return parser
 
 
-# What Kubernetes tells every container of Services called pmtud or pmtud-something: https://kubernetes.io/docs/
-# concepts/services-networking/service/#environment-variables, "makeLinkVariables" in its source
+# What Kubernetes tells containers of Services called pmtud or pmtud-something (makeEnvVariables and
+# makeLinkVariables in its pkg/kubelet/envvars)
 SERVICE_VARIABLE = re.compile(
-    r"PMTUD(_\w+)?(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_[A-Z]+(_PROTO|_PORT|_ADDR)?)=|PMTUD(_\w+)?_PORT=[a-z]+://"
+    r"PMTUD(_\w+)?_SERVICE_(HOST|PORT(_\w+)?)=|"
+    r"PMTUD(_\w+)?_PORT_\d+_[A-Z]+(_PROTO|_PORT|_ADDR)?=|"
+    r"PMTUD(_\w+)?_PORT=[a-z]+://"
 )
 
 
@@ -4458,12 +4484,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a message about a word that is not known: the one that may have been meant."""
     import difflib
 
-    alike = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {alike[0]}?" if alike else "see pmtud.py --help"
+    for alike in difflib.get_close_matches(word, list(known), n=1):
+        return f"did you mean {alike}?"
+    return "see pmtud.py --help"
 
 
 def refuse_unknown_options(parser: Parser, argv: Sequence[str]) -> None:
-    """Name the first option that does not exist: argparse would take its value for a command, and blame that."""
+    """Name the first option that does not exist: argparse would take its value for the command."""
     options = parser._option_string_actions
     for word in argv:
         if word == "--":
@@ -4474,7 +4501,7 @@ def refuse_unknown_options(parser: Parser, argv: Sequence[str]) -> None:
 
 
 def refuse_split_lists(parser: Parser, argv: Sequence[str], stray: str = "") -> None:
-    """Say so where a list was split, like --peers A, B: at a comma, or before the word that has no other place."""
+    """Say so where a list was split, like --peers A, B: at a comma, or before a stray word."""
     for before, value, word in zip(["", *argv], argv, argv[1:]):
         if word.startswith("-") or word in COMMANDS:
             continue

@@ -244,7 +244,8 @@ def parsed(net: Plan, **fields: Any) -> pmtud.MtuError:
 
 def run_program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The program as a user starts it."""
-    return subprocess.run([sys.executable, str(PROGRAM), *argv], env={**os.environ, **environ}, text=True,
+    command = [sys.executable, str(PROGRAM), *argv]
+    return subprocess.run(command, env={**os.environ, **environ}, text=True,
                           capture_output=True, check=False, timeout=20)  # fmt: skip
 
 
@@ -268,6 +269,7 @@ NETWORK_HINT = "; networks are written like 10.0.0.0/8 or fd00::/64"
 PORT_HINT = " is not a port or a range of ports; write them like 443,8000-8100"
 PEER_HINT = " cannot be a peer; list node addresses or a subnet broadcast address"
 BROADCAST = " is a network, no peer; to reach all of it name its broadcast address, "
+ONE_NODE = " is a network, no peer; name the node: "
 KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
 LABEL = "a" * 63
 LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the most that DNS carries
@@ -330,12 +332,13 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
     (pmtud.parse_peer, "node-1", "'node-1' is not an IP address"),
     (pmtud.parse_peer, "10.0.0.0/24", "10.0.0.0/24" + BROADCAST + "10.0.0.255"),
     (pmtud.parse_peer, "10.0.0.11/23", "10.0.0.11/23" + BROADCAST + "10.0.1.255"),
-    (pmtud.parse_peer, "10.0.0.11/255.255.255.0", "10.0.0.11/255.255.255.0" + BROADCAST + "10.0.0.255"),
-    (pmtud.parse_peer, "10.0.0.12/32", "10.0.0.12/32 is a network, no peer; name the node: 10.0.0.12"),
-    (pmtud.parse_peer, "10.0.0.12/31", "10.0.0.12/31 is a network, no peer; name the node: 10.0.0.12"),
-    (pmtud.parse_peer, "fd00::12/128", "fd00::12/128 is a network, no peer; name the node: fd00::12"),
-    (pmtud.parse_peer, "fd00::/64", "fd00::/64 is a network, no peer; name its nodes, or a multicast group of "
-     "their link like ff02::114%eth0"),
+    (pmtud.parse_peer, "10.0.0.11/255.255.255.0",
+     "10.0.0.11/255.255.255.0" + BROADCAST + "10.0.0.255"),
+    (pmtud.parse_peer, "10.0.0.12/32", "10.0.0.12/32" + ONE_NODE + "10.0.0.12"),
+    (pmtud.parse_peer, "10.0.0.12/31", "10.0.0.12/31" + ONE_NODE + "10.0.0.12"),
+    (pmtud.parse_peer, "fd00::12/128", "fd00::12/128" + ONE_NODE + "fd00::12"),
+    (pmtud.parse_peer, "fd00::/64", "fd00::/64 is a network, no peer; name its nodes, "
+     "or a multicast group of their link like ff02::114%eth0"),
     (pmtud.parse_peer, "10.0.0.0/33", "'10.0.0.0/33' is not an IP address"),
     (pmtud.parse_peer, "fe80::1", "fe80::1 needs its interface, like fe80::1%eth0"),
     (pmtud.parse_peer, "ff02::1", "ff02::1 needs its interface, like ff02::1%eth0"),
@@ -1089,7 +1092,8 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     peers.follow()
     try:
         good = {"static": addresses("fd00::12"), name: addresses("10.0.0.12")}
-        assert (all_answered(peers), peers.listed(), counters.refresh_failures) == (True, good, {name: 0})
+        assert all_answered(peers)
+        assert (peers.listed(), counters.refresh_failures) == (good, {name: 0})
         path.write_text("nonsense")
         peers.reload()
         until(lambda: counters.refresh_failures[name] >= 1)
@@ -1759,17 +1763,21 @@ def test_kube_source_outside_a_pod(api: FakeApi, monkeypatch: pytest.MonkeyPatch
     assert look(pmtud.KubeSource()) == f"kube:nodes: {advice}"
 
 
-def test_kube_source_outside_a_pod_is_a_usage_error(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no waiting will change is said at the start; an API server that does not answer is waited for."""
-    peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), pmtud.Counters(), lambda: None)
+def test_kube_source_outside_a_pod_is_a_usage_error(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no waiting will change is said at the start; an API server may come late."""
+    config = pmtud.Config(peer_sources=("kube:nodes",))
+    peers = pmtud.Peers(config, pmtud.Counters(), lambda: None)
     api.bearer = "unknown to the pod"
     peers.prepare()
     for name in ("token", "ca.crt"):
         (api.account / name).rename(api.account / "away")
         with pytest.raises(pmtud.UsageError) as caught:
             peers.prepare()
-        assert str(caught.value) == (f"peers: kube:nodes: there is no {api.account}/{name}; the pod needs "
-                                     "automountServiceAccountToken: true")  # fmt: skip
+        problem = f"there is no {api.account}/{name}"
+        advice = "the pod needs automountServiceAccountToken: true"
+        assert str(caught.value) == f"peers: kube:nodes: {problem}; {advice}"
         (api.account / "away").rename(api.account / name)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
     with pytest.raises(pmtud.UsageError):
@@ -1979,12 +1987,15 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--ttl", "5", "6"], {}, "unknown command 6; see pmtud.py --help"),
     (["--peers", "10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
     (["--peers=10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
-    (["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"], {}, "10.0.0.13: separate peers with commas"),
+    (["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"], {},
+     "10.0.0.13: separate peers with commas"),
     (["rules", "--iface", "eth0", "eth1"], {}, "eth1: separate ifaces with commas"),
     (["--ports", "80", "443", "--ttl", "3"], {}, "443: separate ports with commas"),
-    (["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"], {}, "fd00::/8: separate networks with commas"),
+    (["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"], {},
+     "fd00::/8: separate networks with commas"),
     (["check", "--peers", "10.0.0.12", ",10.0.0.13"], {}, ",10.0.0.13: separate peers with commas"),
-    (["--peers", "10.0.0.0/24"], {}, "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS),
+    (["--peers", "10.0.0.0/24"], {},
+     "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS),
     (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
     ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
     ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
@@ -2010,14 +2021,22 @@ def test_bad_command_lines(argv: list[str], environ: dict[str, str], message: st
     assert start + choices == f"pmtud: {message}" + ("" if choices else "\n")
 
 
-OF_KUBERNETES = {  # the Services pmtud and pmtud-metrics, as a kubelet describes them to every container
-    "PMTUD_SERVICE_HOST": "10.96.0.7", "PMTUD_SERVICE_PORT": "30040", "PMTUD_SERVICE_PORT_METRICS": "30040",
-    "PMTUD_PORT": "tcp://10.96.0.7:30040", "PMTUD_PORT_30040_TCP": "tcp://10.96.0.7:30040",
-    "PMTUD_PORT_30040_TCP_PROTO": "tcp", "PMTUD_PORT_30040_TCP_PORT": "30040",
-    "PMTUD_PORT_30040_TCP_ADDR": "10.96.0.7", "PMTUD_METRICS_SERVICE_HOST": "10.96.0.8",
-    "PMTUD_METRICS_SERVICE_PORT": "53", "PMTUD_METRICS_PORT": "udp://10.96.0.8:53",
-    "PMTUD_METRICS_PORT_53_UDP": "udp://10.96.0.8:53", "PMTUD_METRICS_PORT_53_UDP_ADDR": "10.96.0.8",
-}  # fmt: skip
+# The Services pmtud and pmtud-metrics, as a kubelet describes them to every container
+OF_KUBERNETES = {
+    "PMTUD_SERVICE_HOST": "10.96.0.7",
+    "PMTUD_SERVICE_PORT": "30040",
+    "PMTUD_SERVICE_PORT_METRICS": "30040",
+    "PMTUD_PORT": "tcp://10.96.0.7:30040",
+    "PMTUD_PORT_30040_TCP": "tcp://10.96.0.7:30040",
+    "PMTUD_PORT_30040_TCP_PROTO": "tcp",
+    "PMTUD_PORT_30040_TCP_PORT": "30040",
+    "PMTUD_PORT_30040_TCP_ADDR": "10.96.0.7",
+    "PMTUD_METRICS_SERVICE_HOST": "10.96.0.8",
+    "PMTUD_METRICS_SERVICE_PORT": "53",
+    "PMTUD_METRICS_PORT": "udp://10.96.0.8:53",
+    "PMTUD_METRICS_PORT_53_UDP": "udp://10.96.0.8:53",
+    "PMTUD_METRICS_PORT_53_UDP_ADDR": "10.96.0.8",
+}
 
 
 @pytest.mark.parametrize(("name", "advice"), [
@@ -2037,25 +2056,33 @@ def test_variables_that_are_no_options(name: str, advice: str, value: str) -> No
 
 
 def test_variables_of_options_and_of_kubernetes_are_in_order() -> None:
-    names = {"PMTUD_" + option[2:].replace("-", "_").upper(): examples[0] for option, examples in EXAMPLES.items()}
-    flags = dict.fromkeys(("PMTUD_DRY_RUN", "PMTUD_NO_RESCUE", "PMTUD_JSON", "PMTUD_NO_COLOR"), "yes")
-    assert pmtud.parse_args(["check"], {**names, **flags}).warnings == ()
+    given = {option: examples[0] for option, examples in EXAMPLES.items()}
+    given.update(dict.fromkeys((*FLAGS, "--json", "--no-color"), "yes"))
+    environ = {"PMTUD_" + option[2:].replace("-", "_").upper(): text for option, text in given.items()}
+    assert pmtud.parse_args(["check"], environ).warnings == ()
     assert pmtud.parse_args([], OF_KUBERNETES) == pmtud.parse_args([], {})
 
 
 def test_a_warning_about_a_variable_is_one_line_of_the_log() -> None:
-    """In the form that the log has; what the command prints stays as it is, for whoever reads it."""
+    """In the form that the log has; what the command prints stays as it is."""
     line = r"\S+Z WARNING PMTUD_PEER is no option; did you mean PMTUD_PEERS\?\n"
     done = run_program("rules", "--iface", "eth0", PMTUD_PEER="10.0.0.12")
-    assert re.fullmatch(line, done.stderr) and (done.returncode, done.stdout[:10]) == (0, "# nftables")
+    assert re.fullmatch(line, done.stderr)
+    assert (done.returncode, done.stdout[:10]) == (0, "# nftables")
     done = run_program("check", "--json", PMTUD_PEER="10.0.0.12", PMTUD_LOG_FORMAT="json")
-    assert json.loads(done.stderr)["level"] == "warning" and json.loads(done.stdout)["schema"] == 1
+    assert json.loads(done.stderr)["level"] == "warning"
+    assert json.loads(done.stdout)["schema"] == 1
 
 
 @pytest.mark.parametrize("argv", [
-    ["check", "10.9.0.2", "fd09::2"], ["check", "--peers", "10.0.0.12", "10.9.0.2"], ["--iface", "eth0", "check"],
-    ["check", "--ttl", "5", "10.9.0.2"], ["--peers", "10.0.0.12", "rules"], ["run", "--peers", "10.0.0.12"],
-    ["--peers", "10.0.0.12,", "check"], ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
+    ["check", "10.9.0.2", "fd09::2"],
+    ["check", "--peers", "10.0.0.12", "10.9.0.2"],
+    ["--iface", "eth0", "check"],
+    ["check", "--ttl", "5", "10.9.0.2"],
+    ["--peers", "10.0.0.12", "rules"],
+    ["run", "--peers", "10.0.0.12"],
+    ["--peers", "10.0.0.12,", "check"],
+    ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
 ])  # fmt: skip
 def test_words_that_are_in_their_place(argv: list[str]) -> None:
     """A command may come after options, and so may the hosts of `check`."""
@@ -2066,9 +2093,10 @@ def test_words_that_are_in_their_place(argv: list[str]) -> None:
 
 def test_no_rescue_and_no_peers_is_nothing_to_do_for_the_daemon_only() -> None:
     """The doctor and `rules` have something to say all the same, whoever gave the option."""
+    wanted = parse_options([])._replace(rescue=False)
     for command in ("check", "rules"):
-        assert pmtud.parse_args([command, "--no-rescue"], {}).config == pmtud.parse_args(
-            [command], {"PMTUD_NO_RESCUE": "yes"}).config == parse_options([])._replace(rescue=False)  # fmt: skip
+        assert pmtud.parse_args([command, "--no-rescue"], {}).config == wanted
+        assert pmtud.parse_args([command], {"PMTUD_NO_RESCUE": "yes"}).config == wanted
     for argv in (["check"], ["rules", "--iface", "eth0"]):
         done = run_program(*argv, "--no-rescue")
         assert (done.stderr, bool(done.stdout)) == ("", True)
@@ -4235,15 +4263,16 @@ time.sleep(60)
 
 def as_init(host: Host, *options: str, env: dict[str, str] | None = None) -> tuple[Process, int]:
     """The daemon as process 1 of a PID namespace, as in a container, and its pid out here."""
+    container = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
     command = (sys.executable, "--", str(PROGRAM), "--iface", "lo", "--metrics-port", "0", *options)
-    process = host.start("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *command, env=env)
+    process = host.start(*container, *command, env=env)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     assert poll(lambda: children.read_text().split(), 10), process.output()
     return process, int(children.read_text())
 
 
 def handles_sigterm(pid: int) -> bool:
-    """Whether a process has a handler for it: the kernel drops signals without one that are sent to process 1."""
+    """Whether a process has a handler for it: without one the kernel drops what process 1 is sent."""
     (mask,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(mask, 16) >> signal.SIGTERM - 1 & 1)
 
@@ -4254,7 +4283,7 @@ def ended(process: Process) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Path) -> None:
-    """While modules are imported, and at a dozen moments up to the last line that tells of the start; at once."""
+    """At once: while modules are imported, and at a dozen moments up to the last line of the start."""
     loading = tmp_path / "loading"
     (tmp_path / "argparse.py").write_text(SLOW_IMPORT.format(str(loading)))
     with Net() as net:
@@ -4264,7 +4293,8 @@ def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Pa
         begun = time.monotonic()
         os.kill(pid, number)
         assert poll(partial(ended, process), 5), "the signal was lost"
-        assert (process.returncode(), process.output(), time.monotonic() - begun < 1) == (0, "", True)
+        assert time.monotonic() - begun < 1
+        assert (process.returncode(), process.output()) == (0, "")
         process, pid = as_init(node)
         assert poll(partial(handles_sigterm, pid), 10)
         begun = time.monotonic()
@@ -4273,7 +4303,8 @@ def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Pa
         os.kill(pid, number)
         for part in range(12):
             assert poll(partial(ended, process), 5), "the signal was lost"
-            assert process.returncode() == 0 and "Traceback" not in process.output(), process.output()
+            assert process.returncode() == 0, process.output()
+            assert "Traceback" not in process.output()
             assert "pmtud" not in node.run("nft", "list", "ruleset")
             process, pid = as_init(node)
             assert poll(partial(handles_sigterm, pid), 10)
@@ -4281,9 +4312,10 @@ def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Pa
             os.kill(pid, number)
 
 
-@pytest.mark.parametrize("command,code", [("run", 0), ("check", -signal.SIGTERM), ("rules", -signal.SIGTERM)])
+@pytest.mark.parametrize("command,code", [
+    ("run", 0), ("check", -signal.SIGTERM), ("rules", -signal.SIGTERM)])  # fmt: skip
 def test_signals_before_the_command_is_known(command: str, code: int, tmp_path: Path) -> None:
-    """SIGHUP, and then SIGTERM, while modules are imported; no doctor that was interrupted says that all is well."""
+    """SIGHUP, then SIGTERM, while modules are imported; an interrupted doctor never says "all well"."""
     loading = tmp_path / "loading"
     (tmp_path / "argparse.py").write_text(SLOW_IMPORT.format(str(loading)))
     with Net() as net:
@@ -4318,21 +4350,23 @@ def run_to_end(host: Host, *options: str, python: Sequence[str] = (sys.executabl
 
 
 def test_second_daemon_names_the_first(cluster: Cluster) -> None:
-    """Exit 1 and one line; no advice to take another group, where every error would be copied twice."""
-    node = cluster.nodes[0]
+    """Exit 1 and one line; no advice to take another group: every error would be copied twice."""
+    node, line = cluster.nodes[0], "pmtud: pmtud already runs here (pid {})\n"
     with daemons([node]) as [first]:
-        assert run_to_end(node) == (1, f"pmtud: pmtud already runs here (pid {first.pid})\n")
+        assert run_to_end(node) == (1, line.format(first.pid))
         with daemon_of_group(node, 34, "--metrics-port", "0") as other:  # whoever insists
-            assert run_to_end(node, "--nflog-group", "34") == (1, f"pmtud: pmtud already runs here (pid {other.pid})\n")
+            assert run_to_end(node, "--nflog-group", "34") == (1, line.format(other.pid))
 
 
 @pytest.mark.parametrize("start", [
-    ("sh", "-c", f"exec {sys.executable} -c 'import pmtud, sys; sys.exit(pmtud.main())' --rules off"),
+    (sys.executable, "-c", "import pmtud, sys; sys.exit(pmtud.main())", "--rules", "off"),
     (sys.executable, "-m", "pmtud", "--rules", "off"),
     (sys.executable, "-m", "pmtud"),
 ])  # fmt: skip
-def test_second_daemon_knows_the_first_however_that_was_started(cluster: Cluster, start: tuple[str, ...]) -> None:
-    """By its table, its name or its script; also where its process cannot be seen, as from a container."""
+def test_second_daemon_knows_the_first_however_that_was_started(
+    cluster: Cluster, start: tuple[str, ...]
+) -> None:
+    """By its table, its name or its script; also from a container, which cannot see its process."""
     node = cluster.nodes[0]
     first = node.start(*start, env={"PYTHONPATH": str(HERE)})
     first.wait_for("limits:")
@@ -5100,11 +5134,11 @@ def test_summary_of_the_last_minute(cluster: Cluster) -> None:
 
 
 def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> None:
-    """Minutes and the last line count every copy there was; the series of who has left are gone all the same."""
+    """Minutes and the last line count every copy; the series of who has left are gone all the same."""
     node, path = cluster.nodes[ingress(cluster, 4)], tmp_path / "peers"
     path.write_text("10.0.0.77\n10.0.0.78\n10.0.0.79\n")
-    options = ("--peers", f"file:{path}", "--flow-interval", "0")
-    process = node.start(sys.executable, "-c", SHORT_MINUTE, *options, env={"PYTHONPATH": str(HERE)})
+    command = (sys.executable, "-c", SHORT_MINUTE, "--peers", f"file:{path}", "--flow-interval", "0")
+    process = node.start(*command, env={"PYTHONPATH": str(HERE)})
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4))
     received(node, ERRORS)
@@ -5118,8 +5152,9 @@ def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> No
         samples = received(node, 3 * ERRORS)
     finally:
         node.ip("route del unreachable 10.0.0.80")
-    assert {name for name in samples if "{peer=" in name} == {
-        f'pmtud_cop{end}{{peer="10.0.0.80"}}' for end in ("ies_sent_total", "y_errors_total")}  # fmt: skip
+    series = ("pmtud_copies_sent_total", "pmtud_copy_errors_total")
+    wanted = {name + '{peer="10.0.0.80"}' for name in series}
+    assert {name for name in samples if "{peer=" in name} == wanted
     path.write_text("10.0.0.81\n")
     assert poll(lambda: process.output().count("peers changed") == 2, 5)
     time.sleep(1.2)  # a minute more
@@ -5128,7 +5163,8 @@ def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> No
     (stopped,) = [line for line in process.output().splitlines() if " stopped " in line]
     for name, count in (("copies", 4 * ERRORS), ("copy_errors", ERRORS)):
         assert f" {name}={count} " in f"{stopped} "
-        assert sum(int(n) for line in minutes for n in re.findall(rf" {name}=(-?\d+)", line)) == count
+        counts = re.findall(rf" {name}=(-?\d+)", "\n".join(minutes))
+        assert sum(map(int, counts)) == count
     assert "=-" not in process.output()
 
 
@@ -5327,10 +5363,11 @@ sys.exit(pmtud.main())
 
 
 def test_sighup_without_peer_sources_says_that_it_reads_nothing(cluster: Cluster) -> None:
+    line = "SIGHUP: nothing to read again, no peer source is in use; options are read at the start"
     for options in ((), ("--peers", PEER_LISTS[4])):
         with daemons(cluster.nodes[:1], *options) as [process]:
             os.kill(process.pid, signal.SIGHUP)
-            process.wait_for("SIGHUP: nothing to read again, no peer source is in use; options are read at the start")
+            process.wait_for(line)
         assert "SIGHUP: reading" not in process.output()
 
 
@@ -5339,17 +5376,17 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
     node = cluster.nodes[ingress(cluster, 4)]
     kinds = {f"203.0.113.{n}": "unreachable" for n in range(100, 109)} | {"203.0.113.7": "prohibit"}
     script = QUICK.replace("0.2, 2", "0.2, 2\npmtud.Service.SUMMARY = 1.5")
-    peers = ",".join((*kinds, "10.0.0.77"))
+    options = ("--peers", ",".join((*kinds, "10.0.0.77")), "--flow-interval", "0")
+    one = r"203\.0\.113\.\d+: [^;]+ \(E[A-Z]+\), \d+ times; "
     with contextlib.ExitStack() as stack:
         for address, kind in kinds.items():
             node.ip(f"route add {kind} {address}")
             stack.callback(node.ip, f"route del {kind} {address}")
-        with quick_daemons([node], "--peers", peers, "--flow-interval", "0", script=script) as [process]:
+        with quick_daemons([node], *options, script=script) as [process]:
             begun = time.monotonic()
             inject(cluster.router, 4, flow_errors(4))
             first = process.wait_for("the kernel refused copies to ")
-            assert re.search(r"WARNING the kernel refused copies to (203\.0\.113\.\d+: [^;]+, \d+ times; ){7}"
-                             r"203\.0\.113\.\d+: [^;]+, \d+ times; and 2 more\n", first), first  # fmt: skip
+            assert re.search(rf"WARNING the kernel refused copies to ({one}){{8}}and 2 more\n", first)
             node.ip("route del prohibit 203.0.113.7", "route add blackhole 203.0.113.7")
             inject(cluster.router, 4, flow_errors(4) * 2)
             assert poll(lambda: process.output().count("the kernel refused") == 2, 5)
@@ -5364,7 +5401,7 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
 
 
 def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
-    """Never called standalone before the answer is in force; afterwards, where there is nobody but this node, it is."""
+    """No daemon is called standalone before the answer is in force; one without peers is afterwards."""
     node = cluster.nodes[0]
     script = """if True:
         import pmtud, sys, time
@@ -5376,12 +5413,15 @@ def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
         pmtud.Service._start_threads = wait
         sys.exit(pmtud.main())
     """
-    cases = {("10.0.0.11", "10.0.0.12", "10.0.0.13"): "peers changed: 2 came (10.0.0.12, 10.0.0.13)",
-             ("10.0.0.11",): "peers: none, standalone: local rescue only"}  # fmt: skip
+    cases = {
+        ("10.0.0.11", "10.0.0.12", "10.0.0.13"): "peers changed: 2 came (10.0.0.12, 10.0.0.13)",
+        ("10.0.0.11",): "peers: none, standalone: local rescue only",
+    }
     with NameServer(cluster, "10.0.0.1") as names:
         for addresses, line in cases.items():
             names.serve(*addresses)
-            process = node.start(sys.executable, "-c", script, "--peers", "pmtud", env={"PYTHONPATH": str(HERE)})
+            command = (sys.executable, "-c", script, "--peers", "pmtud")
+            process = node.start(*command, env={"PYTHONPATH": str(HERE)})
             process.wait_for(line)
             told = re.findall(r"INFO (peers.*?)(?: peers_ipv4.*)?\n", process.output())
             assert told == ["peers: none yet, asking for them", line]
@@ -5390,7 +5430,7 @@ def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
 
 
 def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
-    """One that comes alone is in force at once; 90 that follow it are one. Here that second lasts three."""
+    """One alone is in force at once; 90 that follow it are one. Here that second lasts three."""
     script = KUBE_DAEMON.replace("sys.exit", "pmtud.Service.CHANGE_GAP = 3.0\nsys.exit")
     with Net() as net, ExitStack() as stack:
         node = net.host("node")
@@ -5399,9 +5439,11 @@ def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
         stack.callback(api.disconnect)
         for number in (12, 13, 14):
             api.change("ADDED", f"node-{number}", f"10.0.0.{number}")
-        process = node.start(sys.executable, "-c", script, str(tmp_path), "--iface", "lo", "--peers", "kube:nodes",
-                             env={**api.environ, "PYTHONPATH": str(HERE)})  # fmt: skip
-        process.wait_for("peers changed: 3 came (10.0.0.12, 10.0.0.13, 10.0.0.14) peers_ipv4=3 peers_ipv6=0\n")
+        command = (sys.executable, "-c", script, str(tmp_path), "--iface", "lo")
+        env = {**api.environ, "PYTHONPATH": str(HERE)}
+        process = node.start(*command, "--peers", "kube:nodes", env=env)
+        three = "(10.0.0.12, 10.0.0.13, 10.0.0.14)"
+        process.wait_for(f"peers changed: 3 came {three} peers_ipv4=3 peers_ipv6=0\n")
         assert poll(lambda: api.watches == 1, 5)
         time.sleep(3.2)
         begun = time.monotonic()
@@ -5413,7 +5455,7 @@ def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
         for number in (12, 13, 14):
             api.change("DELETED", f"node-{number}")
         few = ", ".join(f"10.1.0.{number}" for number in range(8))
-        process.wait_for(f"peers changed: 87 came ({few} and 79 more), 3 went (10.0.0.12, 10.0.0.13, 10.0.0.14) "
+        process.wait_for(f"peers changed: 87 came ({few} and 79 more), 3 went {three} "
                          "peers_ipv4=87 peers_ipv6=1\n")  # fmt: skip
         assert process.output().count("peers changed") == 3
         assert process.stop() == 0
@@ -7467,8 +7509,9 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "A node's address changes": (test_address_changed, test_an_address_that_moves_here_is_removed_from_the_peers),
     "No default route at the start": (test_start_failures_are_one_line,),
     "The default route goes, or moves": (test_default_route_gone_and_moved,),
-    "A peer cannot be reached": (test_peers_that_cannot_be_reached, test_one_bad_peer_does_not_starve_the_others,
-                                 test_refused_copies_are_named_once_a_minute),
+    "A peer cannot be reached": (
+        test_peers_that_cannot_be_reached, test_one_bad_peer_does_not_starve_the_others,
+        test_refused_copies_are_named_once_a_minute),
     "A firewall refuses our copies": (test_a_firewall_that_refuses_copies,),
     "A copy is larger than the path to a peer": (test_copies_larger_than_the_path_to_a_peer,),
     "The send buffer is full": (test_queues_full_of_copies_nobody_takes,),
@@ -7478,7 +7521,8 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "Another process wants our NFLOG group": (
         test_another_process_wants_the_group, test_group_held_by_another_program),
     "pmtud is started a second time": (
-        test_second_daemon_names_the_first, test_second_daemon_knows_the_first_however_that_was_started),
+        test_second_daemon_names_the_first,
+        test_second_daemon_knows_the_first_however_that_was_started),
     "`nft flush ruleset`, a firewall reload": (
         test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
     "A firewall loaded later filters or marks at `raw` or `mangle`": (
@@ -9784,8 +9828,9 @@ def kube_daemon(net: BenchNet, one: Contender, folder: Path, peers: Sequence[str
     with one.node.inside(lambda: FakeApi(folder)) as api:
         for address in (net.address(one), *peers):
             api.change("ADDED", address, address)
-        process = one.node.start(*last, sys.executable, "-c", KUBE_DAEMON, str(folder), "--iface", "eth0", "--peers",
-                                 "kube:nodes", *NO_LIMITS, env={**api.environ, "PYTHONPATH": str(HERE)})  # fmt: skip
+        command = (sys.executable, "-c", KUBE_DAEMON, str(folder), "--iface", "eth0", *NO_LIMITS)
+        env = {**api.environ, "PYTHONPATH": str(HERE)}
+        process = one.node.start(*last, *command, "--peers", "kube:nodes", env=env)
         try:
             process.wait_for("peers changed")
             assert poll(lambda: api.watches == 1, 5)
@@ -9798,7 +9843,7 @@ def kube_daemon(net: BenchNet, one: Contender, folder: Path, peers: Sequence[str
 
 @contextlib.contextmanager
 def timed_errors(net: BenchNet, one: Contender) -> Iterator[list[float]]:
-    """Some forty errors a second, and how long each takes to the first copy on the wire; 0.5: longer, or for ever."""
+    """Some forty errors a second; how long each takes to its first copy on the wire, 0.5: or longer."""
     times: list[float] = []
     enough = threading.Event()
 
@@ -9817,7 +9862,7 @@ def timed_errors(net: BenchNet, one: Contender) -> Iterator[list[float]]:
 
 
 def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
-    """Errors are copied in time, the peers are complete soon after the last has joined, and few lines tell of it."""
+    """Errors are copied in time, the peers are complete soon after the last, and few lines tell of it."""
     with BenchNet(["pmtud"]) as net:
         one = net.contenders["pmtud"]
         first, *others = net.peers(one, 1000)
@@ -9827,19 +9872,22 @@ def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
                 for peer in others:
                     api.change("ADDED", peer, peer)
                     time.sleep(0.005)
-            label = 'pmtud_peers{source="kube:nodes"}'
-            assert poll(lambda: metrics(one.node)[label] == 1000, 10)  # it was 24 s
+
+            def came() -> list[int]:
+                counts = re.findall(r"peers changed: (\d+) came", process.output())
+                return [int(count) for count in counts]
+            assert poll(lambda: sum(came()) == 1000, 10), came()  # it was 24 s
             took = time.monotonic() - begun
-        came = [int(count) for count in re.findall(r"peers changed: (\d+) came", process.output())]
-    assert sum(came) == 1000 and len(came) <= took / pmtud.Service.CHANGE_GAP + 3
+            assert metrics(one.node)['pmtud_peers{source="kube:nodes"}'] == 1000
+        assert len(came()) <= took / pmtud.Service.CHANGE_GAP + 3
     assert len(times) > 20 and median(times) < 0.1
     assert sum(seconds == 0.5 for seconds in times) <= len(times) / 50, sorted(times)[-20:]
 
 
 def change_peer(api: FakeApi, process: Process, kind: str, address: str) -> float:
-    """A node comes or goes, or nothing happens (""); the seconds of the daemon's processor time in the 1.2 s after it.
+    """A node comes or goes, or nothing happens (""); seconds of the daemon's processor time in 1.2 s.
 
-    So long that each change comes alone, and is applied at once.
+    That is long enough for each change to come alone, and to be applied at once.
     """
     before = cpu_seconds(process.pid)
     if kind:
@@ -9849,11 +9897,13 @@ def change_peer(api: FakeApi, process: Process, kind: str, address: str) -> floa
 
 
 def bench_change(net: BenchNet, seconds: float) -> None:
-    """The nodes of a Kubernetes stand-in, of which one comes and goes, first in peace, then while errors flow."""
+    """One node of a Kubernetes stand-in comes and goes, first in peace, then while errors flow."""
     one, kinds = net.contenders["pmtud"], ("ADDED", "DELETED") * 2
     for count in (10, 100, 1000):
         moving, *others = net.peers(one, count)
-        with tempfile.TemporaryDirectory() as folder, kube_daemon(net, one, Path(folder), others) as (api, process):
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            api, process = stack.enter_context(kube_daemon(net, one, folder, others))
             change_peer(api, process, "", moving)
             idle = change_peer(api, process, "", moving)
             cost = median([change_peer(api, process, kind, moving) for kind in kinds]) - idle
@@ -9861,8 +9911,9 @@ def bench_change(net: BenchNet, seconds: float) -> None:
                 for kind in kinds:
                     change_peer(api, process, kind, moving)
         target = f" (at most 20: {mark(cost <= 0.02)})" if count == 1000 else ""
+        usual, slowest = median(times) * 1e3, max(times) * 1e3
         print(f"   {count:5} peers: {cost * 1e3:4.1f} ms of processor time for a change{target}\n"
-              f"      errors meanwhile: median {median(times) * 1e3:.1f} ms, slowest {max(times) * 1e3:.1f} ms")
+              f"      errors meanwhile: median {usual:.1f} ms, slowest {slowest:.1f} ms")  # fmt: skip
 
 
 def bench_latency(net: BenchNet, seconds: float) -> None:
