@@ -2967,6 +2967,7 @@ class Service:
             self._open_firewall(stack)
             self._probe_guard()
             self._open_status(stack)
+            self._load_library()
             self._drop_privileges()  # of this thread, so before any other starts
             self._start_threads(stack)
             self._stack = stack.pop_all()
@@ -3019,6 +3020,15 @@ class Service:
         if in_pod and address and ipaddress.ip_address(address).is_loopback:
             log("warning", f"a kubelet's probes go to the node's address and fail, HTTP is served on {address} only")
 
+    def _load_library(self) -> None:
+        """Import prometheus-client, which may lie where only all of root's privileges reach; say so if that fails."""
+        if not self._server:
+            return
+        try:
+            render_metrics(self.counters)
+        except PmtudError as problem:
+            log("warning", f"running without metrics: {problem}")
+
     def _drop_privileges(self) -> None:
         if os.geteuid() == 0:
             try:
@@ -3031,14 +3041,6 @@ class Service:
         if self._server:
             stack.callback(self._server.shutdown)
             threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
-            threading.Thread(target=self._load_library, name="import", daemon=True).start()
-
-    def _load_library(self) -> None:
-        """Import prometheus-client, 100 ms that no scrape should wait for, and say so if that fails."""
-        try:
-            render_metrics(self.counters)
-        except PmtudError as problem:
-            log("warning", f"running without metrics: {problem}")
 
     def _announce(self) -> None:
         config, arrangement = self.config, self._arrangement
