@@ -198,7 +198,7 @@ IFNAMSIZ = 16
 RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
 RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
 RT_TABLE_MAIN = 254
-RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA = 4, 5, 6, 9, 18
+RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA, RTA_NH_ID = 4, 5, 6, 9, 18, 30
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
 RTM_NEWLINK, RTM_GETLINK = 16, 18
 IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 10, 18, 1
@@ -206,6 +206,13 @@ IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, f
 IFADDRMSG = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
 RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
+RTNH_F_ONLINK = 4
+RTM_GETNEXTHOP = 106
+
+# linux/nexthop.h
+NHA_ID, NHA_GROUP, NHA_OIF, NHA_GATEWAY = 1, 2, 5, 6
+NHMSG = struct.Struct("=BBBBI")  # struct nhmsg: family, scope, protocol, reserved, flags
+NEXTHOP_GRP = struct.Struct("=I4x")  # struct nexthop_grp: id, then its weight
 
 # asm-generic/socket.h, linux/in.h, linux/icmp.h, linux/in6.h, linux/icmpv6.h
 SO_MARK, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 36, 32, 33
@@ -1394,13 +1401,34 @@ class Hop(NamedTuple):
 
     ifindex: int
     gateway: bytes
+    onlink: bool = False  # of a nexthop object; other routes say so in their flags
+
+
+def nexthop_hops(number: int) -> list[Hop]:
+    """The hops of a nexthop object, those of all members for a group; none if it is gone or a blackhole."""
+    query = NHMSG.pack(*bytes(5)) + attribute(NHA_ID, struct.pack("=I", number))
+    answer = bytes(NHMSG.size)
+    with contextlib.suppress(NetlinkError), Netlink(NETLINK_ROUTE) as netlink:
+        answer = netlink.request("find a nexthop", RTM_GETNEXTHOP, 0, query)[0][1]
+    attrs, flags = attributes(answer, NHMSG.size), NHMSG.unpack_from(answer)[4]
+    if NHA_GROUP in attrs:  # of nexthops, never of groups
+        return [hop for (member,) in NEXTHOP_GRP.iter_unpack(attrs[NHA_GROUP]) for hop in nexthop_hops(member)]
+    if NHA_OIF not in attrs:
+        return []
+    ifindex = int.from_bytes(attrs[NHA_OIF], sys.byteorder)
+    return [Hop(ifindex, attrs.get(NHA_GATEWAY, b""), bool(flags & RTNH_F_ONLINK))]
 
 
 def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
-    """The next hops of a route, several for a multipath route."""
+    """The next hops of a route, several for a multipath route.
+
+    With net.ipv4.nexthop_compat_mode 0 the kernel names a nexthop object only by its number.
+    """
     gateway = attrs.get(RTA_GATEWAY, attrs.get(RTA_VIA, bytes(2))[2:])
     if RTA_OIF in attrs:
         return [Hop(int.from_bytes(attrs[RTA_OIF], sys.byteorder), gateway)]
+    if RTA_NH_ID in attrs and RTA_MULTIPATH not in attrs:
+        return nexthop_hops(int.from_bytes(attrs[RTA_NH_ID], sys.byteorder))
     data, at, found = attrs.get(RTA_MULTIPATH, b""), 0, []
     while len(data) - at >= RTNEXTHOP.size:
         length, _, _, ifindex = RTNEXTHOP.unpack_from(data, at)
@@ -3471,7 +3499,7 @@ NODE_PORTS, OTHER_PORT = range(30000, 32768), 23040  # of Kubernetes' Services; 
 STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
 
 # linux/rtnetlink.h, linux/if_link.h, linux/if.h
-RTA_DST, RTM_F_FIB_MATCH, RTNH_F_ONLINK = 1, 0x2000, 4
+RTA_DST, RTM_F_FIB_MATCH = 1, 0x2000
 IFF_UP, IFF_LOOPBACK = 1, 8
 IFLA_MTU, IFLA_LINK_NETNSID, IFLA_INFO_DATA = 4, 37, 2
 
@@ -4197,7 +4225,8 @@ def judge_black_hole(node: Node, prober: Prober, low: int, text: str, tail: str)
         text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
         gateway, (flags, hops) = prober.hop.gateway, find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
         via = ["via", *["inet6"] * (len(gateway) > len(prober.packed)), str(ipaddress.ip_address(gateway or 0))]
-        onlink = ["onlink"] if gateway and (flags & RTNH_F_ONLINK or len(hops) > 1) else []
+        far = flags & RTNH_F_ONLINK or len(hops) > 1 or any(hop.onlink for hop in hops)
+        onlink = ["onlink"] if gateway and far else []
         fix = shlex.join(["ip", "route", "replace", prober.host.partition("%")[0], *(via if gateway else []),
                           "dev", prober.iface, *onlink, "mtu", str(low)])  # fmt: skip
     if known <= low:

@@ -5110,6 +5110,43 @@ def test_default_route_over_several_interfaces(cluster: Cluster) -> None:
         node.ip("route replace default via 10.0.0.1")
 
 
+DEFAULT_BY_NEXTHOP = {  # nexthop objects, the default route, and the interfaces that errors come in on
+    "IPv4": (("id 1 via 10.0.0.1 dev eth0",), "route add default nhid 1", "eth0"),
+    "IPv4 device": (("id 1 dev mgmt",), "route add default nhid 1", "mgmt"),
+    "IPv4 via IPv6": (("id 1 via fd20::2 dev mgmt",), "route add default nhid 1", "mgmt"),
+    "IPv4 group": (("id 1 via 10.0.0.1 dev eth0", "id 2 via 172.20.20.2 dev mgmt", "id 3 group 1,2/2,5"),
+                   "route add default nhid 3", "eth0, mgmt"),
+    "IPv6": (("id 1 via fd20::2 dev mgmt",), "route add ::/0 nhid 1", "mgmt"),
+    "IPv6 group": (("id 1 via fd20::2 dev mgmt", "id 2 via fd00::1 dev eth0", "id 3 group 1/2"),
+                   "route add ::/0 nhid 3", "mgmt, eth0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compat", [0, 1])
+@pytest.mark.parametrize("name", DEFAULT_BY_NEXTHOP)
+def test_default_route_by_nexthop_object(name: str, compat: int) -> None:
+    """With net.ipv4.nexthop_compat_mode 0 the route holds the object's number and nothing else."""
+    objects, route, ifaces = DEFAULT_BY_NEXTHOP[name]
+    with PathNet() as net:
+        net.node.sysctl("net.ipv4.nexthop_compat_mode", compat)
+        net.node.ip("route del default", "route del ::/0", *(f"nexthop add {text}" for text in objects), route)
+        with daemons([net.node]) as [process]:
+            assert f"errors come in on {ifaces}," in process.output()
+        net.node.ip(route.replace(" add ", " del "))
+        code, said = run_to_end(net.node)
+        assert (code, "there is no default route" in said) == (1, True)
+
+
+def test_default_route_by_a_nexthop_that_drops() -> None:
+    """A blackhole is no way out."""
+    with PathNet() as net:
+        net.node.sysctl("net.ipv4.nexthop_compat_mode", 0)
+        net.node.ip("route del default", "route del ::/0", "nexthop add id 1 blackhole",
+                    "route add default nhid 1")  # fmt: skip
+        code, said = run_to_end(net.node)
+        assert (code, "there is no default route" in said) == (1, True)
+
+
 BROKEN_SOCKET = """
 import errno, pmtud, sys
 class Breaking(pmtud.Nflog):
@@ -6709,11 +6746,13 @@ def test_path_report_dropped_unseen(path: PathNet) -> None:
 
 
 @pytest.mark.parametrize("route", [
-    "via 10.77.0.1 dev eth0 onlink", "via inet6 fd00::1 dev eth0",
+    "via 10.77.0.1 dev eth0 onlink", "via inet6 fd00::1 dev eth0", "nhid 1", "nhid 2",
     "nexthop via 10.77.0.1 dev eth0 onlink nexthop via 10.77.0.1 dev eth0 onlink"])
 def test_path_black_hole_behind_special_gateways(path: PathNet, route: str) -> None:
     """A gateway outside every subnet, and an IPv6 one: the printed route is taken and works."""
-    path.node.ip("route del default", f"route add 10.9.0.0/24 {route}")
+    path.node.sysctl("net.ipv4.nexthop_compat_mode", 0)
+    path.node.ip("nexthop add id 1 via 10.77.0.1 dev eth0 onlink", "nexthop add id 2 via fd00::1 dev eth0",
+                 "route del default", f"route add 10.9.0.0/24 {route}")  # fmt: skip
     path.router.ip("addr add 10.77.0.1/32 dev to-node")
     path.thin(1400)
     path.drop_errors()
