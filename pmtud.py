@@ -38,6 +38,7 @@ send no errors at all (see tcp_mtu_probing for those).
 Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets); root drops all others itself.
 Needs Linux 4.17 or later and Python 3.9 or later; prometheus-client only for /metrics.
 """
+
 # /// script
 # requires-python = ">=3.9"
 # dependencies = ["prometheus-client"]
@@ -96,7 +97,9 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE, NLM_F_APPEND = 0x001, 0x004,
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 NLMSG_ALIGNTO = 4
-NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr, to read in place: length, type, flags, sequence, port id
+NLMSGHDR = struct.Struct(
+    "=IHHII"
+)  # struct nlmsghdr, to read in place: length, type, flags, sequence, port id
 NLATTR = struct.Struct("=HH")  # struct nlattr, to read in place: length, type
 NLMSG_HEAD = struct.Struct("=IH")  # the first two of them
 NLMSG_HDRLEN, NLA_HDRLEN = NLMSGHDR.size, NLATTR.size
@@ -107,9 +110,12 @@ class nlmsghdr(ctypes.Structure):
     """struct nlmsghdr of linux/netlink.h, host byte order."""
 
     _fields_ = [
-        ("nlmsg_len", ctypes.c_uint32), ("nlmsg_type", ctypes.c_uint16), ("nlmsg_flags", ctypes.c_uint16),
-        ("nlmsg_seq", ctypes.c_uint32), ("nlmsg_pid", ctypes.c_uint32),
-    ]  # fmt: skip
+        ("nlmsg_len", ctypes.c_uint32),
+        ("nlmsg_type", ctypes.c_uint16),
+        ("nlmsg_flags", ctypes.c_uint16),
+        ("nlmsg_seq", ctypes.c_uint32),
+        ("nlmsg_pid", ctypes.c_uint32),
+    ]
 
 
 class nlattr(ctypes.Structure):
@@ -121,14 +127,25 @@ class nlattr(ctypes.Structure):
 class nfgenmsg(ctypes.BigEndianStructure):
     """struct nfgenmsg of linux/netfilter/nfnetlink.h; res_id is big-endian."""
 
-    _fields_ = [("nfgen_family", ctypes.c_uint8), ("version", ctypes.c_uint8), ("res_id", ctypes.c_uint16)]
+    _fields_ = [
+        ("nfgen_family", ctypes.c_uint8),
+        ("version", ctypes.c_uint8),
+        ("res_id", ctypes.c_uint16),
+    ]
 
 
 class nfulnl_msg_config_mode(ctypes.BigEndianStructure):
-    """struct nfulnl_msg_config_mode of linux/netfilter/nfnetlink_log.h; copy_range is big-endian."""
+    """struct nfulnl_msg_config_mode of linux/netfilter/nfnetlink_log.h.
+
+    Copy_range is big-endian.
+    """
 
     _pack_ = 1
-    _fields_ = [("copy_range", ctypes.c_uint32), ("copy_mode", ctypes.c_uint8), ("_pad", ctypes.c_uint8)]
+    _fields_ = [
+        ("copy_range", ctypes.c_uint32),
+        ("copy_mode", ctypes.c_uint8),
+        ("_pad", ctypes.c_uint8),
+    ]
 
 
 class iovec(ctypes.Structure):
@@ -156,24 +173,44 @@ NFULNL_CFG_CMD_BIND = 1
 NFULNL_COPY_PACKET = 2
 NFULNL_CFG_F_SEQ = 1
 NFGENMSG_LEN = ctypes.sizeof(nfgenmsg)
-NFLOG_PACKET, NFLOG_CONFIG = NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET, NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG
+NFLOG_PACKET, NFLOG_CONFIG = (
+    NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET,
+    NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG,
+)
 
 # linux/netfilter/nf_tables.h, linux/netfilter.h
 NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
 NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
-# Of hooks with equal priority the one registered last runs first, so at the usual ones (raw -300, mangle -150) others
-# get before us: a filter that drops an error, a rule that overwrites our mark.
+# Of hooks with equal priority the one registered last runs first, so at the usual ones (raw -300,
+# mangle -150) others get before us: a filter that drops an error, a rule that overwrites our mark.
 NF_IP_PRI_BEFORE_RAW = -399  # directly behind defragmentation, NF_IP_PRI_CONNTRACK_DEFRAG
 NF_IP_PRI_BEHIND_CONNTRACK = -199  # NF_IP_PRI_CONNTRACK is -200, NAT of destinations -100
-NFT_MSG_NEWTABLE, NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = 0, 1, 2, 3, 6
+NFT_MSG_NEWTABLE, NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = (
+    0,
+    1,
+    2,
+    3,
+    6,
+)
 NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM = 9, 12
-NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = 1, 2, 3, 1
+NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = (
+    1,
+    2,
+    3,
+    1,
+)
 NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFT_TYPE_MARK = 1, 2, 19
 NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN = 1, 2, 3, 4, 5
 NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_TIMEOUT, NFTA_SET_DESC_SIZE = 9, 10, 11, 1
 NFT_SET_TIMEOUT, NFT_SET_EVAL = 0x10, 0x20
-NFTA_DYNSET_SET_NAME, NFTA_DYNSET_OP, NFTA_DYNSET_SREG_KEY, NFTA_DYNSET_FLAGS, NFTA_DYNSET_EXPRESSIONS = 1, 3, 4, 9, 10
+(
+    NFTA_DYNSET_SET_NAME,
+    NFTA_DYNSET_OP,
+    NFTA_DYNSET_SREG_KEY,
+    NFTA_DYNSET_FLAGS,
+    NFTA_DYNSET_EXPRESSIONS,
+) = 1, 3, 4, 9, 10
 NFT_DYNSET_OP_UPDATE, NFT_DYNSET_F_EXPR = 1, 2
 NFT_LIMIT_F_INV = 1
 NFT_TABLE_F_OWNER = 0x2
@@ -184,12 +221,24 @@ NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS = 1, 2, 4
 NFTA_LIST_ELEM, NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 1, 2
 NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
 NFT_REG_VERDICT, NFT_REG_1 = 0, 1
-NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = 3, 6, 7, 15, 16
+NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = (
+    3,
+    6,
+    7,
+    15,
+    16,
+)
 NFT_META_PKTTYPE, PACKET_HOST = 19, 0  # and linux/if_packet.h
 NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
 NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
 NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF = 1, 2, 8
-NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_SRC_NAT, IPS_DST_NAT = 0, 2, 1 << 2, 1 << 4, 1 << 5
+NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_SRC_NAT, IPS_DST_NAT = (
+    0,
+    2,
+    1 << 2,
+    1 << 4,
+    1 << 5,
+)
 NFT_CMP_EQ, NFT_CMP_NEQ = 0, 1
 RTN_UNICAST, RTN_LOCAL = 1, 2
 IFNAMSIZ = 16
@@ -203,8 +252,12 @@ IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
 RTM_NEWLINK, RTM_GETLINK = 16, 18
 IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 10, 18, 1
 IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
-IFADDRMSG = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
-RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+IFADDRMSG = struct.Struct(
+    "=BBBBI"
+)  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
+RTMSG = struct.Struct(
+    "=BBBBBBBBI"
+)  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
 RTNH_F_ONLINK = 4
 RTM_GETNEXTHOP = 106
@@ -225,29 +278,45 @@ ICMP6_FILTER = 1
 # RFC 791, 792, 1191, 4443, 8200
 ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED = 3, 4
 ICMPV6_PKT_TOOBIG = 2
-IPV4_HEADER = struct.Struct("!BxHxxHxBxx4s4s")  # version+IHL, total length, flags+fragment offset, protocol, src, dst
+IPV4_HEADER = struct.Struct(
+    "!BxHxxHxBxx4s4s"
+)  # version+IHL, total length, flags+fragment offset, protocol, src, dst
 IPV4_HEADER_LEN, IPV4_HEADER_MAX = 20, 60
 IPV4_OFFSET_MASK, IPV4_MORE_FRAGMENTS = 0x1FFF, 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
-IPV4_HEAD = struct.Struct("!BBHHHBBH4s4s")  # all of it: TTL, protocol and checksum stand before the addresses
-IPV6_HEAD = struct.Struct("!IHBB16s16s")  # version+class+label, payload length, next header, hop limit, addresses
+IPV4_HEAD = struct.Struct(
+    "!BBHHHBBH4s4s"
+)  # all of it: TTL, protocol and checksum stand before the addresses
+IPV6_HEAD = struct.Struct(
+    "!IHBB16s16s"
+)  # version+class+label, payload length, next header, hop limit, addresses
 HOP_LIMIT = 64  # of deliveries, which go no further than a pod
 IPV6_EXTENSIONS_MAX = 8  # RFC 8200 section 4.1 recommends an order of at most 7 headers
 HOPOPTS, ROUTING, FRAGMENT, AUTH, DSTOPTS = 0, 43, 44, 51, 60
 IPV6_FRAGMENT = struct.Struct("!BxH4x")  # next header, offset (13 bits) + reserved + more flag
-ICMPV4_FRAG_NEEDED = struct.Struct("!BBHxxH")  # type, code, checksum, unused, next-hop MTU (RFC 1191 section 4)
+ICMPV4_FRAG_NEEDED = struct.Struct(
+    "!BBHxxH"
+)  # type, code, checksum, unused, next-hop MTU (RFC 1191 section 4)
 ICMPV6_TOO_BIG = struct.Struct("!BBHI")  # type, code, checksum, MTU (RFC 4443 section 3.2)
 ICMP_HEADER_LEN = 8
-# All of an IPv4 error that has no options: the fields of IPV4_HEADER, ICMPV4_FRAG_NEEDED, IPV4_HEADER and PORTS
+# All of an IPv4 error that has no options: the fields of IPV4_HEADER, ICMPV4_FRAG_NEEDED,
+# IPV4_HEADER and PORTS
 PLAIN_IPV4_ERROR = struct.Struct("!BxHxxHxBxx4s4s H4xH BxHxxHxBxx4s4s HH")
 QUOTED_TRANSPORT_MIN = 8  # RFC 792: the quoted header plus 64 bits
 PORTS = struct.Struct("!HH")  # source and destination port: TCP, UDP, DCCP, SCTP
 PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
 GRE, ESP = 47, 50
-PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {4, 41, GRE, ESP}  # 4, 41: IPIP, 6in4; plus the family's own ICMP
+PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {
+    4,
+    41,
+    GRE,
+    ESP,
+}  # 4, 41: IPIP, 6in4; plus the family's own ICMP
 ICMP_ECHO = struct.Struct("!BxxxH")  # type, id (RFC 792, RFC 4443 section 4)
-GRE_HEADER = struct.Struct("!HxxI")  # flags and version; with GRE_KEY and without GRE_CSUM the key (RFC 2890)
+GRE_HEADER = struct.Struct(
+    "!HxxI"
+)  # flags and version; with GRE_KEY and without GRE_CSUM the key (RFC 2890)
 GRE_CSUM, GRE_KEY = 0x8000, 0x2000
 ESP_HEADER = struct.Struct("!I")  # security parameters index (RFC 4303)
 IPV4_MIN_MTU, IPV6_MIN_MTU = 68, 1280  # RFC 791, RFC 8200
@@ -257,9 +326,12 @@ IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below 
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
-USER_CAPS = struct.Struct("=IiIIIIII")  # struct __user_cap_header_struct, then two of __user_cap_data_struct
+USER_CAPS = struct.Struct(
+    "=IiIIIIII"
+)  # struct __user_cap_header_struct, then two of __user_cap_data_struct
 
-MARK_DELIVER = 0x2C  # on errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
+# On errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
+MARK_DELIVER = 0x2C
 MARK_COPY = 0x2E  # on copies on their way to a peer
 RPF_PREFIX = "pmtud rpf"  # log prefix of errors that strict reverse path filtering would drop
 CONNTRACK_COUNT = "/proc/sys/net/netfilter/nf_conntrack_count"
@@ -294,7 +366,10 @@ class PeerSourceError(PmtudError):
 
 
 class Reason(str, enum.Enum):
-    """Why an error was dropped: the label in the metric, the word in the log, the name in the test."""
+    """Why an error was dropped.
+
+    The label in the metric, the word in the log, the name in the test.
+    """
 
     TRUNCATED = "truncated"
     NOT_FRAG_NEEDED = "not_frag_needed"
@@ -322,12 +397,16 @@ class Reason(str, enum.Enum):
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 PEERS_MAX = 16384  # a bound for every list of peers; beyond it use a subnet broadcast address
 PEER_KINDS = "an address, a host name, dns:NAME, file:PATH or kube:nodes[?SELECTOR]"
-HOST_LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"  # RFC 1123 section 2.1; an all-numeric last label would be an address
+# RFC 1123 section 2.1; an all-numeric last label would be an address
+HOST_LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?\Z)(?:{HOST_LABEL}\.)*(?![0-9]+\.?\Z){HOST_LABEL}\.?")
 
 
 class PeerAddress(NamedTuple):
-    """An address to send copies to: packed in network byte order, and the zone of a link-local one."""
+    """An address to send copies to.
+
+    Packed in network byte order, and the zone of a link-local one.
+    """
 
     packed: bytes
     zone: str = ""
@@ -374,7 +453,9 @@ def split_list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def number_between(low: float, high: float, convert: Callable[[str], float] = int) -> Callable[[str], Any]:
+def number_between(
+    low: float, high: float, convert: Callable[[str], float] = int
+) -> Callable[[str], Any]:
     """A parser of numbers in [low, high]; raises ValueError with the range."""
 
     def parse_number(text: str) -> float:
@@ -390,7 +471,10 @@ def number_between(low: float, high: float, convert: Callable[[str], float] = in
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
-    """Networks in CIDR form, comma-separated; a bare address is a network of one; host bits are an error."""
+    """Networks in CIDR form, comma-separated.
+
+    A bare address is a network of one; host bits are an error.
+    """
     try:
         return tuple(ipaddress.ip_network(item) for item in split_list(text) or [text])
     except ValueError as problem:
@@ -404,7 +488,9 @@ def parse_ports(text: str) -> frozenset[int]:
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= low <= high <= 65535:
-            raise ValueError(f"{item!r} is not a port or a range of ports; write them like 443,8000-8100")
+            raise ValueError(
+                f"{item!r} is not a port or a range of ports; write them like 443,8000-8100"
+            )
         ports.update(range(low, high + 1))
     return frozenset(ports)
 
@@ -451,7 +537,9 @@ def explain_no_address(text: str) -> str:
 
 
 def parse_peer(text: str) -> PeerAddress:
-    """One peer address: IPv4, subnet broadcast, IPv6, or link-local or multicast IPv6 with %interface."""
+    """One peer address: IPv4, subnet broadcast, IPv6, or link-local or multicast IPv6 with
+    %interface.
+    """
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -464,12 +552,17 @@ def parse_peer(text: str) -> PeerAddress:
         raise ValueError(f"{text} needs its interface, like {text}%eth0")
     group = address.packed == b"\xff" * 4 or (address.version == 4 and address.is_multicast)
     if address.is_loopback or address.is_unspecified or group:
-        raise ValueError(f"{text} cannot be a peer; list node addresses or a subnet broadcast address")
+        raise ValueError(
+            f"{text} cannot be a peer; list node addresses or a subnet broadcast address"
+        )
     return PeerAddress(address.packed, zone if scoped else "")
 
 
 def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
-    """The addresses of a peer file: one per line, `#` starts a comment; raises ValueError naming the line."""
+    """The addresses of a peer file.
+
+    One per line, `#` starts a comment; raises ValueError naming the line.
+    """
     found: list[PeerAddress] = []
     for number, line in enumerate(text.splitlines(), 1):
         for item in split_list(line.partition("#")[0]):
@@ -478,7 +571,9 @@ def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
             except ValueError as problem:
                 raise ValueError(f"line {number}: {problem}") from None
     if not 0 < len(found) <= PEERS_MAX:
-        raise ValueError(f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet")
+        raise ValueError(
+            f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet"
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -491,7 +586,9 @@ IPHeader = tuple[int, bytes, bytes, int, int, int, bool]
 
 
 def ipv4_header(packet: bytes, at: int, end: int) -> Optional[IPHeader]:
-    """The IPv4 header at offset `at`, None where it does not fit before `end` (RFC 791 section 3.1)."""
+    """The IPv4 header at offset `at`, None where it does not fit before `end` (RFC 791 section
+    3.1).
+    """
     if end - at < IPV4_HEADER_LEN:
         return None
     version_ihl, length, fragment, protocol, src, dst = IPV4_HEADER.unpack_from(packet, at)
@@ -503,7 +600,9 @@ def ipv4_header(packet: bytes, at: int, end: int) -> Optional[IPHeader]:
 
 
 def ipv6_header(packet: bytes, at: int, end: int) -> Optional[IPHeader]:
-    """The IPv6 header at offset `at` with its extension headers walked, None where they do not fit (RFC 8200)."""
+    """The IPv6 header at offset `at` with its extension headers walked, None where they do not fit
+    (RFC 8200).
+    """
     if end - at < IPV6_HEADER_LEN or packet[at] >> 4 != 6:
         return None
     _, payload, protocol, src, dst = IPV6_HEADER.unpack_from(packet, at)
@@ -560,15 +659,47 @@ class Family(NamedTuple):
 
 
 IPV4 = Family(
-    "ipv4", 4, socket.AF_INET, ipv4_header, socket.IPPROTO_ICMP, ICMPV4_FRAG_NEEDED,
-    (ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP}, False,
-    NFPROTO_IPV4, ipv4_head, "127.0.0.1", "192.0.2.1", 4, 12, 0, IPV4_MIN_PMTU, "ip", 7,
-)  # fmt: skip
+    "ipv4",
+    4,
+    socket.AF_INET,
+    ipv4_header,
+    socket.IPPROTO_ICMP,
+    ICMPV4_FRAG_NEEDED,
+    (ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED),
+    PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP},
+    False,
+    NFPROTO_IPV4,
+    ipv4_head,
+    "127.0.0.1",
+    "192.0.2.1",
+    4,
+    12,
+    0,
+    IPV4_MIN_PMTU,
+    "ip",
+    7,
+)
 IPV6 = Family(
-    "ipv6", 6, socket.AF_INET6, ipv6_header, socket.IPPROTO_ICMPV6, ICMPV6_TOO_BIG,
-    (ICMPV6_PKT_TOOBIG, 0), PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6}, True,
-    NFPROTO_IPV6, ipv6_head, "::1", "2001:db8::1", 16, 8, IPV6_HEADER_LEN, 0, "ip6", 8,
-)  # fmt: skip
+    "ipv6",
+    6,
+    socket.AF_INET6,
+    ipv6_header,
+    socket.IPPROTO_ICMPV6,
+    ICMPV6_TOO_BIG,
+    (ICMPV6_PKT_TOOBIG, 0),
+    PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6},
+    True,
+    NFPROTO_IPV6,
+    ipv6_head,
+    "::1",
+    "2001:db8::1",
+    16,
+    8,
+    IPV6_HEADER_LEN,
+    0,
+    "ip6",
+    8,
+)
 FAMILIES = (IPV4, IPV6)
 
 
@@ -578,7 +709,10 @@ def family_of(packed: bytes) -> Family:
 
 
 class MtuError(NamedTuple):
-    """A well-formed ICMP error. Addresses are packed; `icmp` is the message from its type on, unchanged."""
+    """A well-formed ICMP error.
+
+    Addresses are packed; `icmp` is the message from its type on, unchanged.
+    """
 
     family: Family
     src: bytes
@@ -595,16 +729,20 @@ class MtuError(NamedTuple):
 
     @property
     def believed_mtu(self) -> int:
-        """The MTU that the owner's kernel takes it for: routers from before RFC 1191 leave the field 0."""
+        """The MTU that the owner's kernel takes it for.
+
+        Routers from before RFC 1191 leave the field 0.
+        """
         return self.mtu or self.family.unstated_mtu
 
     @property
     def quoted_length_max(self) -> float:
-        """The most bytes that the dropped packet may have had, going by the length that it is quoted with.
+        """The most bytes that the dropped packet may have had, going by the length that it is
+        quoted with.
 
-        A length of 0 tells nothing: Linux quotes so what it has aggregated to more than 64 kB (BIG TCP). Some stacks
-        have taken a header off before they quote, some write the field in their own byte order. Linux looks at none of
-        it, so the check refuses only what cannot be meant.
+        A length of 0 tells nothing: Linux quotes so what it has aggregated to more than 64 kB (BIG
+        TCP). Some stacks have taken a header off before they quote, some write the field in their
+        own byte order. Linux looks at none of it, so the check refuses only what cannot be meant.
         """
         field = self.quoted_length - self.family.uncounted
         if not field:
@@ -613,7 +751,10 @@ class MtuError(NamedTuple):
         return max(self.quoted_length + IPV4_HEADER_MAX, swapped + self.family.uncounted)
 
     def __str__(self) -> str:
-        addresses = [str(ipaddress.ip_address(a)) for a in (self.src, self.dst, self.quoted_src, self.quoted_dst)]
+        addresses = [
+            str(ipaddress.ip_address(a))
+            for a in (self.src, self.dst, self.quoted_src, self.quoted_dst)
+        ]
         return (
             f"router={addresses[0]} dst={addresses[1]} flow={addresses[2]}:{self.source_port}>"
             f"{addresses[3]}:{self.destination_port}/{self.quoted_protocol} mtu={self.mtu}"
@@ -623,8 +764,8 @@ class MtuError(NamedTuple):
 def checksum_remainder(family: Family, src: bytes, dst: bytes, icmp: bytes) -> int:
     """What RFC 1071 sums, modulo 65535: 0 where the ICMP checksum is right (0.6 us for 556 bytes).
 
-    IPv6 copies and deliveries leave with a new checksum, so a corrupt error must end here. IPv4 ones keep theirs, and
-    the kernel of the owner refuses it (1 us less on each).
+    IPv6 copies and deliveries leave with a new checksum, so a corrupt error must end here. IPv4
+    ones keep theirs, and the kernel of the owner refuses it (1 us less on each).
     """
     total = int.from_bytes(icmp, "big") << 8 * (len(icmp) & 1)
     if family.pseudo_header:
@@ -633,7 +774,9 @@ def checksum_remainder(family: Family, src: bytes, dst: bytes, icmp: bytes) -> i
 
 
 def delivery_packet(family: Family, src: bytes, dst: bytes, icmp: bytes) -> bytes:
-    """The IP packet with this ICMP message from src to dst, for a raw socket with IP_HDRINCL or IPV6_HDRINCL."""
+    """The IP packet with this ICMP message from src to dst, for a raw socket with IP_HDRINCL or
+    IPV6_HDRINCL.
+    """
     if family.pseudo_header:
         blank = icmp[:2] + bytes(2) + icmp[4:]
         checksum = 0xFFFF - checksum_remainder(family, src, dst, blank)
@@ -644,7 +787,8 @@ def delivery_packet(family: Family, src: bytes, dst: bytes, icmp: bytes) -> byte
 def flow_id(family: Family, protocol: int, packet: bytes, at: int) -> int:
     """What tells flows between two addresses apart where there are no ports, 0 if nothing does.
 
-    `at` is where the transport header starts; eight bytes of it are there. PPTP has the call id in the key of GRE.
+    `at` is where the transport header starts; eight bytes of it are there. PPTP has the call id in
+    the key of GRE.
     """
     found = 0
     if protocol == family.icmp_protocol:
@@ -660,23 +804,61 @@ def flow_id(family: Family, protocol: int, packet: bytes, at: int) -> int:
 
 
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
-    """What walk_error() finds in an error without IP options, None for any other packet: 1.6 -> 0.9 us."""
+    """What walk_error() finds in an error without IP options, None for any other packet.
+
+    1.6 -> 0.9 us.
+    """
     if len(packet) < PLAIN_IPV4_ERROR.size:
         return None
-    (start, end, fragment, protocol, src, dst, kind, mtu, quoted_start, length, quoted_fragment, quoted_protocol,
-     quoted_src, quoted_dst, source_port, destination_port) = PLAIN_IPV4_ERROR.unpack_from(packet)  # fmt: skip
+    (
+        start,
+        end,
+        fragment,
+        protocol,
+        src,
+        dst,
+        kind,
+        mtu,
+        quoted_start,
+        length,
+        quoted_fragment,
+        quoted_protocol,
+        quoted_src,
+        quoted_dst,
+        source_port,
+        destination_port,
+    ) = PLAIN_IPV4_ERROR.unpack_from(packet)
     if (
-        start != 0x45 or quoted_start != 0x45 or protocol != socket.IPPROTO_ICMP or kind != 0x0304
-        or fragment & (IPV4_OFFSET_MASK | IPV4_MORE_FRAGMENTS) or quoted_fragment & IPV4_OFFSET_MASK
-        or quoted_protocol not in PROTOCOLS_WITH_PORTS or not PLAIN_IPV4_ERROR.size + 4 <= end <= len(packet)
-    ):  # fmt: skip
+        start != 0x45
+        or quoted_start != 0x45
+        or protocol != socket.IPPROTO_ICMP
+        or kind != 0x0304
+        or fragment & (IPV4_OFFSET_MASK | IPV4_MORE_FRAGMENTS)
+        or quoted_fragment & IPV4_OFFSET_MASK
+        or quoted_protocol not in PROTOCOLS_WITH_PORTS
+        or not PLAIN_IPV4_ERROR.size + 4 <= end <= len(packet)
+    ):
         return None
-    return MtuError(IPV4, src, dst, quoted_src, quoted_dst, quoted_protocol, length, source_port, destination_port,
-                    mtu, packet[IPV4_HEADER_LEN:end])  # fmt: skip
+    return MtuError(
+        IPV4,
+        src,
+        dst,
+        quoted_src,
+        quoted_dst,
+        quoted_protocol,
+        length,
+        source_port,
+        destination_port,
+        mtu,
+        packet[IPV4_HEADER_LEN:end],
+    )
 
 
 def parse(packet: bytes) -> Union[MtuError, Reason]:
-    """The error in a raw IP packet, or the first Reason it is not one. Never raises, whatever the bytes."""
+    """The error in a raw IP packet, or the first Reason it is not one.
+
+    Never raises, whatever the bytes.
+    """
     return plain_ipv4_error(packet) or walk_error(packet)
 
 
@@ -712,8 +894,20 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
         return Reason.QUOTED_SHORT
     ports = PORTS.unpack_from(packet, transport) if protocol in PROTOCOLS_WITH_PORTS else (0, 0)
     identifier = flow_id(family, protocol, packet, transport)
-    return MtuError(family, src, dst, quoted_src, quoted_dst, protocol, length, ports[0], ports[1], mtu, icmp,
-                    identifier)  # fmt: skip
+    return MtuError(
+        family,
+        src,
+        dst,
+        quoted_src,
+        quoted_dst,
+        protocol,
+        length,
+        ports[0],
+        ports[1],
+        mtu,
+        icmp,
+        identifier,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -768,7 +962,8 @@ def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def attribute_places(data: bytes, at: int = 0) -> dict[int, tuple[int, int]]:
-    """Where the value of each attribute from offset `at` on starts and ends; the last one of a type wins.
+    """Where the value of each attribute from offset `at` on starts and ends; the last one of a type
+    wins.
 
     Ends at the first attribute that does not fit.
     """
@@ -789,33 +984,47 @@ def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
 
 def error_number(payload: bytes) -> int:
     """The errno in the payload of an NLMSG_ERROR message, 0 for an acknowledgement."""
-    return -int.from_bytes(payload[:4], sys.byteorder, signed=True) if len(payload) >= 4 else errno.EBADMSG
+    return (
+        -int.from_bytes(payload[:4], sys.byteorder, signed=True)
+        if len(payload) >= 4
+        else errno.EBADMSG
+    )
 
 
-Logged = tuple[bytes, bytes, bool]  # a raw IP packet, its number in the group (big-endian or empty), if RPF drops it
+Logged = tuple[
+    bytes, bytes, bool
+]  # a raw IP packet, its number in the group (big-endian or empty), if RPF drops it
 
 
 class NflogParser:
     """Takes the datagrams of an NFLOG group apart (linux/netfilter/nfnetlink_log.h).
 
-    Messages of one rule look alike, so what is wanted is sought where the last message had it: 3.1 -> 0.6 us each.
+    Messages of one rule look alike, so what is wanted is sought where the last message had it: 3.1
+    -> 0.6 us each.
     """
 
     NUMBER_HEAD = bytes(nlattr(NLA_HDRLEN + 4, NFULA_SEQ))
 
     def __init__(self) -> None:
-        self._layout = struct.Struct("=65536xsIIHH")  # longer than any message, until one has been seen
+        self._layout = struct.Struct(
+            "=65536xsIIHH"
+        )  # longer than any message, until one has been seen
         self._prefix, self._rpf, self._packet_at = b"", False, 0
 
     def parse(self, data: bytes) -> list[Logged]:
-        """The packets in one datagram; other messages are skipped, the first one that does not fit is the end."""
+        """The packets in one datagram.
+
+        Other messages are skipped, the first one that does not fit is the end.
+        """
         found, at = [], 0
         while len(data) - at >= NLMSG_HDRLEN:
             length, kind = NLMSG_HEAD.unpack_from(data, at)
             if not NLMSG_HDRLEN <= length <= len(data) - at:
                 break
             if kind == NFLOG_PACKET:
-                found.append(self._take_alike(data, at, length) or self._take(data[at : at + length]))
+                found.append(
+                    self._take_alike(data, at, length) or self._take(data[at : at + length])
+                )
             at += length + -length % NLMSG_ALIGNTO
         return found
 
@@ -832,14 +1041,23 @@ class NflogParser:
         return data[at + self._packet_at : at + end], number, self._rpf
 
     def _take(self, message: bytes) -> Logged:
-        """What a message holds, wherever it is; the usual order, prefix, number, packet, is remembered."""
+        """What a message holds, wherever it is.
+
+        The usual order, prefix, number, packet, is remembered.
+        """
         places = attribute_places(message, NLMSG_HDRLEN + NFGENMSG_LEN)
         (text, text_end), (number, number_end), (packet, packet_end) = (
-            places.get(kind, (0, 0)) for kind in (NFULA_PREFIX, NFULA_SEQ, NFULA_PAYLOAD))  # fmt: skip
+            places.get(kind, (0, 0)) for kind in (NFULA_PREFIX, NFULA_SEQ, NFULA_PAYLOAD)
+        )
         prefix, rpf = message[text:text_end], message.startswith(RPF_PREFIX.encode(), text)
         if 0 < text_end < number < packet and number_end - number == 4:
             layout = f"={text}x{len(prefix)}s{number - NLA_HDRLEN - text_end}x4s4s{packet - NLA_HDRLEN - number_end}xHH"
-            self._layout, self._prefix, self._rpf, self._packet_at = struct.Struct(layout), prefix, rpf, packet
+            self._layout, self._prefix, self._rpf, self._packet_at = (
+                struct.Struct(layout),
+                prefix,
+                rpf,
+                packet,
+            )
         return message[packet:packet_end], message[number:number_end], rpf
 
 
@@ -848,8 +1066,11 @@ class NflogParser:
 
 
 ROUTER, PEER = ORIGINS = ("router", "peer")  # who sent an error to this node
-KNOWN_MAX = 4096  # verdicts on addresses that are remembered: 0.2 us instead of 0.6, and more with networks
-# What becomes of an error: a copy to every peer and a delivery here, a delivery here only, nothing (--no-rescue)
+KNOWN_MAX = (
+    4096  # verdicts on addresses that are remembered: 0.2 us instead of 0.6, and more with networks
+)
+# What becomes of an error: a copy to every peer and a delivery here, a delivery here only, nothing
+# (--no-rescue)
 REPLICATE, DELIVER, NOTHING = ACTIONS = ("replicate", "deliver", "none")
 
 
@@ -878,7 +1099,10 @@ class View(NamedTuple):
 
 
 class Recent:
-    """A bounded memory of keys: at least `seconds` long unless more than `capacity` keys came in that time."""
+    """A bounded memory of keys.
+
+    At least `seconds` long unless more than `capacity` keys came in that time.
+    """
 
     def __init__(self, seconds: float, capacity: int = 8192) -> None:
         self._seconds, self._capacity, self._turned = seconds, capacity, 0.0
@@ -901,7 +1125,10 @@ class Recent:
 
 
 class TokenBuckets:
-    """Lets `rate` events a second through for each key, a second's worth at once; 0 lets everything through."""
+    """Lets `rate` events a second through for each key, a second's worth at once.
+
+    0 lets everything through.
+    """
 
     def __init__(self, rate: float) -> None:
         self._rate, self._burst = rate, max(rate, 1.0)
@@ -937,10 +1164,15 @@ class Policy:
     def look(self, view: View) -> None:
         """From now on judge by this view."""
         self.view = view
-        self.known: dict[tuple[bytes, bytes, bytes], tuple[str, Optional[Reason]]] = {}  # of judge_addresses()
+        self.known: dict[
+            tuple[bytes, bytes, bytes], tuple[str, Optional[Reason]]
+        ] = {}  # of judge_addresses()
 
     def invalid(self, error: MtuError) -> Optional[Reason]:
-        """The first reason not to believe this error, or not to act on it; None if there is none."""
+        """The first reason not to believe this error, or not to act on it.
+
+        None if there is none.
+        """
         if error.quoted_protocol not in error.family.protocols:
             return Reason.QUOTED_PROTO
         mtu = error.believed_mtu
@@ -953,11 +1185,22 @@ class Policy:
         return None
 
     def limited(self, error: MtuError, origin: str, now: float) -> Optional[Reason]:
-        """The limit this error exceeds, None if it may pass; peers and routers have separate budgets."""
+        """The limit this error exceeds, None if it may pass.
+
+        Peers and routers have separate budgets.
+        """
         if not self._limits:
             return None
-        flow = (origin, error.quoted_src, error.quoted_dst, error.quoted_protocol,
-                error.source_port, error.destination_port, error.flow_id, error.mtu)  # fmt: skip
+        flow = (
+            origin,
+            error.quoted_src,
+            error.quoted_dst,
+            error.quoted_protocol,
+            error.source_port,
+            error.destination_port,
+            error.flow_id,
+            error.mtu,
+        )
         last = self._flows.get(flow)
         if last is not None and now - last < self._interval:
             return Reason.LIMITED_FLOW
@@ -971,9 +1214,11 @@ class Policy:
 
 
 def is_martian(packed: bytes) -> bool:
-    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC 1122, RFC 4291).
+    """Whether no packet on a wire can have this source: loopback, unspecified, group addresses (RFC
+    1122, RFC 4291).
 
-    Linux takes 240.0.0.0/4 as unicast, and all of 0.0.0.0/8 but 0.0.0.0 itself (since 5.3); private fabrics use them.
+    Linux takes 240.0.0.0/4 as unicast, and all of 0.0.0.0/8 but 0.0.0.0 itself (since 5.3); private
+    fabrics use them.
     """
     if len(packed) == 4:
         return packed[0] == 127 or 224 <= packed[0] < 240 or packed in (bytes(4), b"\xff" * 4)
@@ -981,16 +1226,24 @@ def is_martian(packed: bytes) -> bool:
 
 
 def is_link_local(packed: bytes) -> bool:
-    """169.254.0.0/16 and fe80::/10: a router may report from there, but no routed flow has such an end."""
-    return packed[:2] == b"\xa9\xfe" if len(packed) == 4 else packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+    """169.254.0.0/16 and fe80::/10.
+
+    A router may report from there, but no routed flow has such an end.
+    """
+    return (
+        packed[:2] == b"\xa9\xfe"
+        if len(packed) == 4
+        else packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+    )
 
 
 def classify(error: MtuError, view: View) -> tuple[str, Optional[Reason]]:
     """Who sent this error, by its addresses alone, and why it is dropped if it is.
 
-    Only an error whose outer destination equals its quoted source and that no node sent is ever replicated; a copy
-    never has that shape, so no option can make a loop. The neighbours that a broadcast or multicast peer reaches
-    may send copies, but are no nodes for certain: the subnet's routers are among them, and report from there.
+    Only an error whose outer destination equals its quoted source and that no node sent is ever
+    replicated; a copy never has that shape, so no option can make a loop. The neighbours that a
+    broadcast or multicast peer reaches may send copies, but are no nodes for certain: the subnet's
+    routers are among them, and report from there.
     """
     src, quoted_src = error.src, error.quoted_src
     node = src in view.peers or src in view.networks
@@ -1012,7 +1265,11 @@ def judge_addresses(error: MtuError, policy: Policy) -> tuple[str, Optional[Reas
     found = policy.known.get(addresses)
     if found is None:
         origin, reason = classify(error, policy.view)
-        if reason is None and policy.services is not None and error.quoted_src not in policy.services:
+        if (
+            reason is None
+            and policy.services is not None
+            and error.quoted_src not in policy.services
+        ):
             reason = Reason.NOT_SERVICE
         if len(policy.known) >= KNOWN_MAX:
             policy.known.clear()
@@ -1021,19 +1278,42 @@ def judge_addresses(error: MtuError, policy: Policy) -> tuple[str, Optional[Reas
 
 
 def decide(error: MtuError, policy: Policy, now: float) -> tuple[str, Union[str, Reason]]:
-    """Who sent the error, and what to do with it or why to drop it; `now` in seconds of a monotonic clock."""
+    """Who sent the error, and what to do with it or why to drop it.
+
+    `now` in seconds of a monotonic clock.
+    """
     origin, reason = judge_addresses(error, policy)
     reason = reason or policy.invalid(error) or policy.limited(error, origin, now)
     if reason is not None:
         return origin, reason
-    alone = origin is PEER or error.quoted_src in policy.view.node  # a node's own address has one owner
+    alone = (
+        origin is PEER or error.quoted_src in policy.view.node
+    )  # a node's own address has one owner
     return origin, DELIVER if alone else REPLICATE
 
 
 # -----------------------------------------------------------------------------
 # Section: counters -- plain integers on the packet's way, a collector that reads them at scrape time
 
-MTU_BUCKETS = (576, 1024, 1280, 1300, 1350, 1380, 1400, 1420, 1440, 1450, 1460, 1480, 1492, 1500, 4000, 8950, 9000)
+MTU_BUCKETS = (
+    576,
+    1024,
+    1280,
+    1300,
+    1350,
+    1380,
+    1400,
+    1420,
+    1440,
+    1450,
+    1460,
+    1480,
+    1492,
+    1500,
+    4000,
+    8950,
+    9000,
+)
 SECONDS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 DELIVERY_RESULTS = ("owner", "not_owner", "error")
 
@@ -1082,7 +1362,10 @@ class CopyCounts:
 
     def sent(self) -> dict[str, int]:
         """Copies the kernel took, by peer."""
-        return {p: self._sent_before.get(p, 0) + self.rounds - n for p, n in zip(self._peers, self.refused)}
+        return {
+            p: self._sent_before.get(p, 0) + self.rounds - n
+            for p, n in zip(self._peers, self.refused)
+        }
 
     def errors(self) -> dict[str, int]:
         """Copies the kernel refused, by peer."""
@@ -1108,11 +1391,17 @@ class Counters:
 
     def copies_sent(self) -> dict[str, int]:
         """Copies handed to the kernel, by peer, for the peers of now."""
-        return {peer: count for copies in self.copies.values() for peer, count in copies.sent().items()}
+        return {
+            peer: count for copies in self.copies.values() for peer, count in copies.sent().items()
+        }
 
     def copy_errors(self) -> dict[str, int]:
         """Copies the kernel refused, by peer, for the peers of now."""
-        return {peer: count for copies in self.copies.values() for peer, count in copies.errors().items()}
+        return {
+            peer: count
+            for copies in self.copies.values()
+            for peer, count in copies.errors().items()
+        }
 
     def summary(self) -> dict[str, int]:
         """The totals of the minute's log line; they never fall."""
@@ -1131,7 +1420,9 @@ class Counters:
 
 
 class Metric(NamedTuple):
-    """One exported metric: name without suffix, type, help, label names, and how to read its values."""
+    """One exported metric: name without suffix, type, help, label names, and how to read its
+    values.
+    """
 
     name: str
     kind: str
@@ -1141,32 +1432,105 @@ class Metric(NamedTuple):
 
 
 METRICS = (
-    Metric("pmtud_received", "counter", "ICMP errors taken from NFLOG.", ("family", "origin"), lambda c: c.received),
-    Metric("pmtud_dropped", "counter", "Errors not acted on, by reason.", ("reason",),
-           lambda c: {(reason.value,): count for reason, count in c.dropped.items()}),
-    Metric("pmtud_acted", "counter", "Errors acted on: replicated and delivered, delivered only, or nothing to do.",
-           ("action",), lambda c: c.acted),
-    Metric("pmtud_copies_sent", "counter", "Copies the kernel took, by peer.", ("peer",), lambda c: c.copies_sent()),
-    Metric("pmtud_copy_errors", "counter", "Copies the kernel refused to send, by peer.", ("peer",),
-           lambda c: c.copy_errors()),
-    Metric("pmtud_delivered", "counter", "Errors given to this node's stack; owner: the kernel took it.",
-           ("family", "result"), lambda c: c.delivered),
-    Metric("pmtud_rpf_rescued", "counter", "Errors that strict rp_filter drops and this node owned.", (),
-           lambda c: {(): c.rpf_rescued}),
-    Metric("pmtud_nflog_lost", "counter", "Errors lost between kernel and daemon (NFLOG sequence gaps).", (),
-           lambda c: {(): c.nflog_lost}),
-    Metric("pmtud_peers", "gauge", "Peers in force, own addresses removed.", ("source",), lambda c: c.peers),
-    Metric("pmtud_peer_refresh_failures", "counter", "Failed refreshes of a peer source.", ("source",),
-           lambda c: c.refresh_failures),
-    Metric("pmtud_last_error_received_timestamp_seconds", "gauge", "When the last error came in; 0: none yet.", (),
-           lambda c: {(): c.last_error_received}),
-    Metric("pmtud_reported_mtu_bytes", "histogram", "Next-hop MTU of the errors acted on, 0 as 552.", (),
-           lambda c: {(): c.reported_mtu}),
-    Metric("pmtud_batch_duration_seconds", "histogram", "Time to handle one batch of errors.", (),
-           lambda c: {(): c.batch_duration}),
-    Metric("pmtud_build_info", "gauge", "Always 1.", ("version", "python_version"),
-           lambda c: {(__version__, platform.python_version()): 1}),
-)  # fmt: skip
+    Metric(
+        "pmtud_received",
+        "counter",
+        "ICMP errors taken from NFLOG.",
+        ("family", "origin"),
+        lambda c: c.received,
+    ),
+    Metric(
+        "pmtud_dropped",
+        "counter",
+        "Errors not acted on, by reason.",
+        ("reason",),
+        lambda c: {(reason.value,): count for reason, count in c.dropped.items()},
+    ),
+    Metric(
+        "pmtud_acted",
+        "counter",
+        "Errors acted on: replicated and delivered, delivered only, or nothing to do.",
+        ("action",),
+        lambda c: c.acted,
+    ),
+    Metric(
+        "pmtud_copies_sent",
+        "counter",
+        "Copies the kernel took, by peer.",
+        ("peer",),
+        lambda c: c.copies_sent(),
+    ),
+    Metric(
+        "pmtud_copy_errors",
+        "counter",
+        "Copies the kernel refused to send, by peer.",
+        ("peer",),
+        lambda c: c.copy_errors(),
+    ),
+    Metric(
+        "pmtud_delivered",
+        "counter",
+        "Errors given to this node's stack; owner: the kernel took it.",
+        ("family", "result"),
+        lambda c: c.delivered,
+    ),
+    Metric(
+        "pmtud_rpf_rescued",
+        "counter",
+        "Errors that strict rp_filter drops and this node owned.",
+        (),
+        lambda c: {(): c.rpf_rescued},
+    ),
+    Metric(
+        "pmtud_nflog_lost",
+        "counter",
+        "Errors lost between kernel and daemon (NFLOG sequence gaps).",
+        (),
+        lambda c: {(): c.nflog_lost},
+    ),
+    Metric(
+        "pmtud_peers",
+        "gauge",
+        "Peers in force, own addresses removed.",
+        ("source",),
+        lambda c: c.peers,
+    ),
+    Metric(
+        "pmtud_peer_refresh_failures",
+        "counter",
+        "Failed refreshes of a peer source.",
+        ("source",),
+        lambda c: c.refresh_failures,
+    ),
+    Metric(
+        "pmtud_last_error_received_timestamp_seconds",
+        "gauge",
+        "When the last error came in; 0: none yet.",
+        (),
+        lambda c: {(): c.last_error_received},
+    ),
+    Metric(
+        "pmtud_reported_mtu_bytes",
+        "histogram",
+        "Next-hop MTU of the errors acted on, 0 as 552.",
+        (),
+        lambda c: {(): c.reported_mtu},
+    ),
+    Metric(
+        "pmtud_batch_duration_seconds",
+        "histogram",
+        "Time to handle one batch of errors.",
+        (),
+        lambda c: {(): c.batch_duration},
+    ),
+    Metric(
+        "pmtud_build_info",
+        "gauge",
+        "Always 1.",
+        ("version", "python_version"),
+        lambda c: {(__version__, platform.python_version()): 1},
+    ),
+)
 
 
 class Collector:
@@ -1185,7 +1549,10 @@ class Collector:
             if metric.kind == "histogram":
                 histogram = values[()]
                 yield core.HistogramMetricFamily(
-                    metric.name, metric.help, buckets=histogram.cumulative(), sum_value=histogram.sum
+                    metric.name,
+                    metric.help,
+                    buckets=histogram.cumulative(),
+                    sum_value=histogram.sum,
                 )
                 continue
             family = families[metric.kind](metric.name, metric.help, labels=metric.labels)
@@ -1216,7 +1583,10 @@ class Formatter(logging.Formatter):
         now, level, text = self.formatTime(record), record.levelname, record.getMessage()
         if self._as_json:
             return json.dumps({"time": now, "level": level.lower(), "message": text, **fields})
-        pairs = [f"{key}={json.dumps(str(value)) if ' ' in str(value) else value}" for key, value in fields.items()]
+        pairs = [
+            f"{key}={json.dumps(str(value)) if ' ' in str(value) else value}"
+            for key, value in fields.items()
+        ]
         return " ".join([now, level, text, *pairs])
 
 
@@ -1225,15 +1595,24 @@ def log(level: str, text: str, **fields: object) -> None:
     number = getattr(logging, level.upper())
     if not LOGGER.isEnabledFor(number):
         return
-    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in fields.items()}
+    plain = {
+        name: value if isinstance(value, (int, float)) else str(value)
+        for name, value in fields.items()
+    }
     LOGGER.log(number, text, extra={"fields": plain})
 
 
 class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]  # subscriptable from Python 3.11 on
-    """Writes a line only where that cannot block: a log that nobody reads must not stop the errors' way."""
+    """Writes a line only where that cannot block.
+
+    A log that nobody reads must not stop the errors' way.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record's line, or lose it; a pipe that is ready takes PIPE_BUF bytes at once."""
+        """Write the record's line, or lose it.
+
+        A pipe that is ready takes PIPE_BUF bytes at once.
+        """
         with contextlib.suppress(OSError, ValueError, TypeError):  # closed, or not there at all
             poll = select.poll()
             poll.register(self.stream, select.POLLOUT)
@@ -1247,7 +1626,10 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]  # subscr
 
 
 def set_up_logging(level: str, form: str) -> None:
-    """Send the program's log to standard error; a closed or full standard error is nobody's problem."""
+    """Send the program's log to standard error.
+
+    A closed or full standard error is nobody's problem.
+    """
     logging.raiseExceptions = False
     handler = PatientHandler()
     handler.setFormatter(Formatter(form == "json"))
@@ -1288,7 +1670,9 @@ def open_socket(family: int, kind: int, protocol: int) -> socket.socket:
         return socket.socket(family, kind, protocol)
     except OSError as problem:
         advice = f"; {PRIVILEGES}" if isinstance(problem, PermissionError) else ""
-        raise PmtudError(f"cannot open a raw or netlink socket ({problem.strerror}){advice}") from problem
+        raise PmtudError(
+            f"cannot open a raw or netlink socket ({problem.strerror}){advice}"
+        ) from problem
 
 
 class Netlink(Descriptor):
@@ -1330,7 +1714,9 @@ class Netlink(Descriptor):
         except socket.timeout:  # no TimeoutError before Python 3.10
             raise NetlinkError(operation, errno.ETIMEDOUT) from None
 
-    def request(self, operation: str, kind: int, flags: int, payload: bytes) -> list[tuple[int, bytes]]:
+    def request(
+        self, operation: str, kind: int, flags: int, payload: bytes
+    ) -> list[tuple[int, bytes]]:
         """One request; with NLM_F_DUMP its many answers."""
         sequence = self.next_sequence()
         wanted = flags if flags & NLM_F_DUMP else flags | NLM_F_ACK
@@ -1340,14 +1726,17 @@ class Netlink(Descriptor):
 def drop_privileges() -> None:
     """Keep CAP_NET_ADMIN and CAP_NET_RAW, for now and for good; raises OSError.
 
-    For the calling thread and those it starts later. Sockets can still be opened anew and rules replaced; the user
-    stays, so root still reads its own files, though no longer those of others.
+    For the calling thread and those it starts later. Sockets can still be opened anew and rules
+    replaced; the user stays, so root still reads its own files, though no longer those of others.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.capset.argtypes, libc.capset.restype = (ctypes.c_char_p, ctypes.c_char_p), ctypes.c_int
     libc.prctl.argtypes, libc.prctl.restype = (ctypes.c_int, *[ctypes.c_ulong] * 4), ctypes.c_int
     kept = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW  # effective, permitted; not inheritable
-    for number in {*range(64)} - {CAP_NET_ADMIN, CAP_NET_RAW}:  # those that no kernel has are refused, as it should be
+    for number in {*range(64)} - {
+        CAP_NET_ADMIN,
+        CAP_NET_RAW,
+    }:  # those that no kernel has are refused, as it should be
         libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
     both = USER_CAPS.pack(_LINUX_CAPABILITY_VERSION_3, 0, kept, kept, 0, 0, 0, 0)
     if libc.capset(both[:8], both[8:]) or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -1362,7 +1751,10 @@ def name_process() -> None:
 
 
 class LocalAddress(NamedTuple):
-    """An address of this node; packed in network byte order, `broadcast` empty where there is none."""
+    """An address of this node.
+
+    Packed in network byte order, `broadcast` empty where there is none.
+    """
 
     packed: bytes
     prefix_length: int
@@ -1381,7 +1773,8 @@ def dump(operation: str, request: int, answer: int, header: bytes) -> Iterator[b
 def local_addresses() -> list[LocalAddress]:
     """All addresses configured in this network namespace (RTM_GETADDR).
 
-    Asking the kernel for its list, not trying to bind: net.ipv4.ip_nonlocal_bind lets every bind succeed.
+    Asking the kernel for its list, not trying to bind: net.ipv4.ip_nonlocal_bind lets every bind
+    succeed.
     """
     found = []
     for payload in dump("list addresses", RTM_GETADDR, RTM_NEWADDR, bytes(IFADDRMSG.size)):
@@ -1389,15 +1782,22 @@ def local_addresses() -> list[LocalAddress]:
         attrs = attributes(payload, IFADDRMSG.size)
         packed = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS, b""))
         if len(packed) in (4, 16):
-            found.append(LocalAddress(packed, prefix_length, ifindex, attrs.get(IFA_BROADCAST, b"")))
-            if len(packed) == 4 and prefix_length < 31 and IFA_BROADCAST not in attrs:  # `ip addr add` without `brd +`
+            found.append(
+                LocalAddress(packed, prefix_length, ifindex, attrs.get(IFA_BROADCAST, b""))
+            )
+            if (
+                len(packed) == 4 and prefix_length < 31 and IFA_BROADCAST not in attrs
+            ):  # `ip addr add` without `brd +`
                 network = ipaddress.ip_interface((packed, prefix_length)).network
                 found[-1] = found[-1]._replace(broadcast=network.broadcast_address.packed)
     return found
 
 
 class Hop(NamedTuple):
-    """One way out of a route: an interface index, and the packed gateway, empty if there is none."""
+    """One way out of a route.
+
+    An interface index, and the packed gateway, empty if there is none.
+    """
 
     ifindex: int
     gateway: bytes
@@ -1405,14 +1805,21 @@ class Hop(NamedTuple):
 
 
 def nexthop_hops(number: int) -> list[Hop]:
-    """The hops of a nexthop object, those of all members for a group; none if it is gone or a blackhole."""
+    """The hops of a nexthop object, those of all members for a group.
+
+    None if it is gone or a blackhole.
+    """
     query = NHMSG.pack(*bytes(5)) + attribute(NHA_ID, struct.pack("=I", number))
     answer = bytes(NHMSG.size)
     with contextlib.suppress(NetlinkError), Netlink(NETLINK_ROUTE) as netlink:
         answer = netlink.request("find a nexthop", RTM_GETNEXTHOP, 0, query)[0][1]
     attrs, flags = attributes(answer, NHMSG.size), NHMSG.unpack_from(answer)[4]
     if NHA_GROUP in attrs:  # of nexthops, never of groups
-        return [hop for (member,) in NEXTHOP_GRP.iter_unpack(attrs[NHA_GROUP]) for hop in nexthop_hops(member)]
+        return [
+            hop
+            for (member,) in NEXTHOP_GRP.iter_unpack(attrs[NHA_GROUP])
+            for hop in nexthop_hops(member)
+        ]
     if NHA_OIF not in attrs:
         return []
     ifindex = int.from_bytes(attrs[NHA_OIF], sys.byteorder)
@@ -1454,18 +1861,28 @@ def default_route_interfaces() -> tuple[str, ...]:
     hops: list[Hop] = []
     for family in FAMILIES:
         routes: list[tuple[int, list[Hop]]] = []
-        for payload in dump("list routes", RTM_GETROUTE, RTM_NEWROUTE, RTMSG.pack(family.af, *bytes(8))):
+        for payload in dump(
+            "list routes", RTM_GETROUTE, RTM_NEWROUTE, RTMSG.pack(family.af, *bytes(8))
+        ):
             af, dst_len, _, _, table, _, _, kind, _ = RTMSG.unpack_from(payload)
             if (af, dst_len, table, kind) == (family.af, 0, RT_TABLE_MAIN, RTN_UNICAST):
                 attrs = attributes(payload, RTMSG.size)
-                routes.append((int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder), route_hops(attrs)))
+                routes.append(
+                    (
+                        int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder),
+                        route_hops(attrs),
+                    )
+                )
         lowest = min((metric for metric, _ in routes), default=0)
         hops += (hop for metric, found in routes if metric == lowest for hop in found)
     return interfaces_of(hops)
 
 
 def uplinks(ifaces: Sequence[str]) -> tuple[str, ...]:
-    """Where errors come in, and where the default routes lead: no error about another node's flow may leave there."""
+    """Where errors come in, and where the default routes lead.
+
+    No error about another node's flow may leave there.
+    """
     return tuple(dict.fromkeys((*ifaces, *default_route_interfaces())))
 
 
@@ -1478,14 +1895,18 @@ def vrfs_of(ifaces: Iterable[str]) -> tuple[str, ...]:
         attrs = attributes(payload, IFINFOMSG.size)
         name = os.fsdecode(attrs[IFLA_IFNAME].rstrip(b"\0"))
         masters[name] = int.from_bytes(attrs.get(IFLA_MASTER, b""), sys.byteorder)
-        if attributes(attrs.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"").rstrip(b"\0") == b"vrf":
+        if (
+            attributes(attrs.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"").rstrip(b"\0")
+            == b"vrf"
+        ):
             devices[ifindex] = name
     found = (devices.get(masters.get(iface, 0), "") for iface in ifaces)
     return tuple(dict.fromkeys(filter(None, found)))
 
 
 def foreign_vrf(ifaces: Iterable[str]) -> str:
-    """The VRF of these interfaces where this process runs in another one, or in none; empty if all is well.
+    """The VRF of these interfaces where this process runs in another one, or in none; empty if all
+    is well.
 
     `ip vrf exec` binds each new socket of a process to the VRF's device.
     """
@@ -1502,7 +1923,9 @@ def describe_process(pid: int) -> str:
     """`pid 4711 (python3 pmtud.py)`, or what is known of it."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
-            words = " ".join(stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").split())
+            words = " ".join(
+                stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").split()
+            )
     except OSError:
         return "a process not visible from here"
     return f"pid {pid} ({words[:80]})"
@@ -1522,7 +1945,11 @@ def netlink_holder(port: int) -> int:
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/net/netlink") as stream:
             rows = [line.split() for line in stream.readlines()[1:]]
-        inodes = {f"socket:[{row[-1]}]" for row in rows if row[1] == str(NETLINK_NETFILTER) and int(row[2]) == port}
+        inodes = {
+            f"socket:[{row[-1]}]"
+            for row in rows
+            if row[1] == str(NETLINK_NETFILTER) and int(row[2]) == port
+        }
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 for descriptor in os.listdir(f"/proc/{pid}/fd"):
@@ -1558,8 +1985,14 @@ class Nflog(Descriptor):
 
     RECEIVE_BUFFER_BYTES = 4 << 20  # some 2,000 errors while the process is not scheduled
     COPY_BYTES = 16384  # of a packet; errors have at most 576 bytes (RFC 1812) or 1,280 (RFC 4443)
-    SINGLE_BYTES, GATHER_BYTES, GATHER_SECONDS = 4096, 32000, 0.05  # the kernel's buffer for one datagram, and its time
-    DATAGRAM_BYTES = 1 << 15  # what the kernel makes of that; a larger buffer here is paged in each time: 0.2 us
+    SINGLE_BYTES, GATHER_BYTES, GATHER_SECONDS = (
+        4096,
+        32000,
+        0.05,
+    )  # the kernel's buffer for one datagram, and its time
+    DATAGRAM_BYTES = (
+        1 << 15
+    )  # what the kernel makes of that; a larger buffer here is paged in each time: 0.2 us
 
     def __init__(self, group: int) -> None:
         self.lost = 0  # errors, counted by gaps in the group's sequence numbers
@@ -1568,13 +2001,15 @@ class Nflog(Descriptor):
         netlink = Netlink(NETLINK_NETFILTER)
         self.socket = netlink.socket
         mode = nfulnl_msg_config_mode(self.COPY_BYTES, NFULNL_COPY_PACKET, 0)
-        payload = b"".join((
-            bytes(nfgenmsg(socket.AF_UNSPEC, 0, group)),
-            attribute(NFULA_CFG_CMD, bytes([NFULNL_CFG_CMD_BIND])),
-            attribute(NFULA_CFG_MODE, bytes(mode)),
-            be32(NFULA_CFG_QTHRESH, 1),
-            be16(NFULA_CFG_FLAGS, NFULNL_CFG_F_SEQ),
-        ))  # fmt: skip
+        payload = b"".join(
+            (
+                bytes(nfgenmsg(socket.AF_UNSPEC, 0, group)),
+                attribute(NFULA_CFG_CMD, bytes([NFULNL_CFG_CMD_BIND])),
+                attribute(NFULA_CFG_MODE, bytes(mode)),
+                be32(NFULA_CFG_QTHRESH, 1),
+                be16(NFULA_CFG_FLAGS, NFULNL_CFG_F_SEQ),
+            )
+        )
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, self.RECEIVE_BUFFER_BYTES)
             netlink.request(f"bind NFLOG group {group}", NFLOG_CONFIG, 0, payload)
@@ -1599,24 +2034,40 @@ class Nflog(Descriptor):
             return PmtudError(f"NFLOG group {group} is taken by {holder}; {advice}")
         if number == errno.EPERM:
             return PmtudError(f"NFLOG group {group} cannot be bound; {PRIVILEGES}")
-        return PmtudError(f"NFLOG group {group} cannot be bound: {os.strerror(number)}; "
-                          "is CONFIG_NETFILTER_NETLINK_LOG in this kernel (modprobe nfnetlink_log)?")  # fmt: skip
+        return PmtudError(
+            f"NFLOG group {group} cannot be bound: {os.strerror(number)}; "
+            "is CONFIG_NETFILTER_NETLINK_LOG in this kernel (modprobe nfnetlink_log)?"
+        )
 
     def gather(self, errors: int) -> None:
-        """Let the kernel gather up to this many errors, but none for longer than GATHER_SECONDS; 1: do not wait."""
+        """Let the kernel gather up to this many errors, but none for longer than GATHER_SECONDS.
+
+        1: do not wait.
+        """
         size = self.GATHER_BYTES if errors > 1 else self.SINGLE_BYTES
-        payload = b"".join((
-            be32(NFULA_CFG_NLBUFSIZ, size), be32(NFULA_CFG_QTHRESH, errors),
-            be32(NFULA_CFG_TIMEOUT, int(100 * self.GATHER_SECONDS)),
-        ))  # fmt: skip
-        self.socket.send(message(NFLOG_CONFIG, 0, 0, bytes(nfgenmsg(socket.AF_UNSPEC, 0, self._group)) + payload))
+        payload = b"".join(
+            (
+                be32(NFULA_CFG_NLBUFSIZ, size),
+                be32(NFULA_CFG_QTHRESH, errors),
+                be32(NFULA_CFG_TIMEOUT, int(100 * self.GATHER_SECONDS)),
+            )
+        )
+        self.socket.send(
+            message(NFLOG_CONFIG, 0, 0, bytes(nfgenmsg(socket.AF_UNSPEC, 0, self._group)) + payload)
+        )
 
     def read(self) -> list[Logged]:
-        """What one datagram brought, nothing if none is there; raises OSError if the socket is broken."""
+        """What one datagram brought, nothing if none is there.
+
+        Raises OSError if the socket is broken.
+        """
         try:
             logged = self._parser.parse(self.socket.recv(self.DATAGRAM_BYTES))
         except OSError as problem:
-            if problem.errno in (errno.EAGAIN, errno.ENOBUFS):  # ENOBUFS: errors were lost, the numbers tell how many
+            if problem.errno in (
+                errno.EAGAIN,
+                errno.ENOBUFS,
+            ):  # ENOBUFS: errors were lost, the numbers tell how many
                 return []
             raise
         numbers = [number for _, number, _ in logged if number]
@@ -1672,15 +2123,20 @@ def expression(name: str, *attrs: bytes) -> bytes:
 
 def compare(operator: int, value: bytes) -> bytes:
     """register 1 OPERATOR value."""
-    return expression("cmp", be32(1, NFT_REG_1), be32(2, operator), nested(3, attribute(NFTA_DATA_VALUE, value)))
+    return expression(
+        "cmp", be32(1, NFT_REG_1), be32(2, operator), nested(3, attribute(NFTA_DATA_VALUE, value))
+    )
 
 
 def load(name: str, *operands: int) -> bytes:
-    """Load `meta KEY`, `payload BASE OFFSET LENGTH`, `fib RESULT FLAGS` or `ct KEY` into register 1.
+    """Load `meta KEY`, `payload BASE OFFSET LENGTH`, `fib RESULT FLAGS` or `ct KEY` into register
+    1.
 
     The attributes of these four are numbered alike: 1 is the register, the operands follow.
     """
-    return expression(name, *(be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1)))
+    return expression(
+        name, *(be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1))
+    )
 
 
 def match(name: str, *operands: int, value: bytes) -> bytes:
@@ -1705,14 +2161,18 @@ def match_ct(key: int, bit: int) -> bytes:
     return load("ct", key) + mask(host32(bit)) + compare(NFT_CMP_NEQ, bytes(4))
 
 
-ERROR_WORDS = {IPV4: "icmp type destination-unreachable icmp code frag-needed",
-               IPV6: "icmpv6 type packet-too-big icmpv6 code 0"}  # fmt: skip
+ERROR_WORDS = {
+    IPV4: "icmp type destination-unreachable icmp code frag-needed",
+    IPV6: "icmpv6 type packet-too-big icmpv6 code 0",
+}
 
 
 def match_error(family: Family) -> bytes:
     """What ERROR_WORDS says."""
     protocol = match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
-    return protocol + match("payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error))
+    return protocol + match(
+        "payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error)
+    )
 
 
 def interface_name(name: str) -> bytes:
@@ -1737,12 +2197,14 @@ def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
     return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
 
 
-# Routers are told apart by two hashes of their addresses, with seeds nobody knows, so that no set of them is ever full.
-# Where 1,000 are loud, one genuine router in 65 shares a bucket with one of them, and one in 4,000 both its buckets.
+# Routers are told apart by two hashes of their addresses, with seeds nobody knows, so that no set
+# of them is ever full. Where 1,000 are loud, one genuine router in 65 shares a bucket with one of
+# them, and one in 4,000 both its buckets.
 BUCKETS = 1 << 16
 BUCKET_OFFSETS = (0, BUCKETS)
 BUCKETS_MAX = 2 * BUCKETS
-COPIES_PER_SECOND = 100_000  # that one node should send: a third of a core; with more than 100 peers fewer errors pass
+# That one node should send: a third of a core; with more than 100 peers fewer errors pass
+COPIES_PER_SECOND = 100_000
 
 
 class Senders(NamedTuple):
@@ -1757,7 +2219,10 @@ class Senders(NamedTuple):
         return sorted(address for address in self.addresses if len(address) == family.address_len)
 
     def rate(self, wanted: float) -> int:
-        """The errors per second that the kernel lets through where `wanted` may be acted on; 0: all."""
+        """The errors per second that the kernel lets through where `wanted` may be acted on.
+
+        0: all.
+        """
         most = max(len(self.of(family)) for family in FAMILIES)
         return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most)))) if wanted else 0
 
@@ -1768,32 +2233,57 @@ NOBODY = Senders()
 def load_source(family: Family) -> bytes:
     """The source address into register 1, for packets of this family."""
     is_ours = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
-    return is_ours + load("payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
+    return is_ours + load(
+        "payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len
+    )
 
 
 def burst_rule(family: Family, offset: int, per_second: int) -> Rule:
-    """What lets a genuine router through a flood that has used up everybody's budget: its errors come in bursts.
+    """What lets a genuine router through a flood that has used up everybody's budget: its errors
+    come in bursts.
 
-    An error passes if it is the fourth or later of a burst, and one of the first ten of its bucket or one a minute. Of
-    350,000 errors a second from random sources next to none has that shape; one loud source, or 1,000, soon use up
-    their own buckets (ten a minute left 1,000 of them 167 a second, and a third of the genuine went unheard).
+    An error passes if it is the fourth or later of a burst, and one of the first ten of its bucket
+    or one a minute. Of 350,000 errors a second from random sources next to none has that shape; one
+    loud source, or 1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a
+    second, and a third of the genuine went unheard).
     """
     burst = limit_rate(100, 1, 3, NFT_LIMIT_F_INV) + limit_rate(1, 60, 10)
-    numbers = {1: NFT_REG_1, 2: NFT_REG_1, 3: family.address_len, 4: BUCKETS, 6: offset}  # enum nft_hash_attributes
+    numbers = {
+        1: NFT_REG_1,
+        2: NFT_REG_1,
+        3: family.address_len,
+        4: BUCKETS,
+        6: offset,
+    }  # enum nft_hash_attributes
     bucket = expression("hash", *(be32(kind, number) for kind, number in numbers.items()))
-    update = expression("dynset", string(NFTA_DYNSET_SET_NAME, "routers"),
-                        be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE), be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
-                        be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR), nested(NFTA_DYNSET_EXPRESSIONS, burst))  # fmt: skip
+    update = expression(
+        "dynset",
+        string(NFTA_DYNSET_SET_NAME, "routers"),
+        be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
+        be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
+        be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR),
+        nested(NFTA_DYNSET_EXPRESSIONS, burst),
+    )
     key = f"jhash {family.nft} saddr mod {BUCKETS}" + (f" offset {offset}" if offset else "")
-    text = (f"update @routers {{ {key} limit rate over 100/second burst 3 packets "
-            "limit rate 1/minute burst 10 packets } "
-            f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors")  # fmt: skip
-    return Rule("shed", text, load_source(family) + bucket + update
-                + limit_rate(per_second, 1, per_second) + verdict(NFT_GOTO, "mtu_errors"))  # fmt: skip
+    text = (
+        f"update @routers {{ {key} limit rate over 100/second burst 3 packets "
+        "limit rate 1/minute burst 10 packets } "
+        f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors"
+    )
+    return Rule(
+        "shed",
+        text,
+        load_source(family)
+        + bucket
+        + update
+        + limit_rate(per_second, 1, per_second)
+        + verdict(NFT_GOTO, "mtu_errors"),
+    )
 
 
 def sender_rules(senders: Senders, target: str) -> Iterator[Rule]:
-    """What tells copies by their sender: they come in on any interface, since peers may be known by inner addresses.
+    """What tells copies by their sender: they come in on any interface, since peers may be known by
+    inner addresses.
 
     They have a budget of their own, which no flood of others' errors uses up.
     """
@@ -1803,16 +2293,22 @@ def sender_rules(senders: Senders, target: str) -> Iterator[Rule]:
     ends_here += compare(NFT_CMP_NEQ, host32(RTN_UNICAST))
     for family in FAMILIES:
         if senders.of(family):
-            lookup = expression("lookup", string(NFTA_LOOKUP_SET, f"peers_{family.name}"),
-                                be32(NFTA_LOOKUP_SREG, NFT_REG_1))  # fmt: skip
-            text = f"{family.nft} saddr @peers_{family.name} fib daddr type != unicast goto {target}"
+            lookup = expression(
+                "lookup",
+                string(NFTA_LOOKUP_SET, f"peers_{family.name}"),
+                be32(NFTA_LOOKUP_SREG, NFT_REG_1),
+            )
+            text = (
+                f"{family.nft} saddr @peers_{family.name} fib daddr type != unicast goto {target}"
+            )
             yield Rule("senders", text, load_source(family) + lookup + ends_here + copies)
     for network in senders.networks:
         family = family_of(network.network_address.packed)
         matches = match_network(family, network) + ends_here
         text = f"{family.nft} saddr {network} fib daddr type != unicast goto {target}"
         yield Rule("senders", text, matches + copies)
-    # Routers of a group's subnet are neighbours, too: what is no broadcast or multicast may be theirs.
+    # Routers of a group's subnet are neighbours, too: what is no broadcast or multicast may be
+    # theirs.
     grouped = load("meta", NFT_META_PKTTYPE) + compare(NFT_CMP_NEQ, bytes([PACKET_HOST]))
     for network in senders.neighbours:
         family = family_of(network.network_address.packed)
@@ -1829,18 +2325,26 @@ def match_network(family: Family, network: Network) -> bytes:
 def shed_rules(rate: int, bursts: bool) -> list[Rule]:
     """The kernel sheds a flood for next to nothing.
 
-    Part of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit would be used up.
+    Part of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit
+    would be used up.
     """
     kinds = [(family, offset) for offset in BUCKET_OFFSETS for family in FAMILIES if bursts]
-    share = min(max(25, rate // 16), max(1, rate // 4))  # of each kind; 1,000 peers leave a rate of 100
+    share = min(
+        max(25, rate // 16), max(1, rate // 4)
+    )  # of each kind; 1,000 peers leave a rate of 100
     rules = []
-    for chain, own in (("copies_in", rate), ("shed", max(1, rate - share * len(kinds) // len(FAMILIES)))):
+    for chain, own in (
+        ("copies_in", rate),
+        ("shed", max(1, rate - share * len(kinds) // len(FAMILIES))),
+    ):
         text = f"limit rate {own}/second burst {own} packets goto mtu_errors"
         rules.append(Rule(chain, text, limit_rate(own, 1, own) + verdict(NFT_GOTO, "mtu_errors")))
     return rules + [burst_rule(*kind, share) for kind in kinds]
 
 
-def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts: bool = True) -> list[Rule]:
+def nflog_rules(
+    config: Config, ifaces: Sequence[str], senders: Senders, bursts: bool = True
+) -> list[Rule]:
     """The rules that feed the NFLOG group; `bursts` needs Linux 5.11 and nft_hash."""
     group = config.nflog_group
     rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
@@ -1856,7 +2360,11 @@ def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts:
     rules += sender_rules(senders, copies)
     for iface in ifaces:
         matches = match("meta", NFT_META_IIFNAME, value=interface_name(iface))
-        rules.append(Rule("senders", f'iifname "{iface}" goto {routers}', matches + verdict(NFT_GOTO, routers)))
+        rules.append(
+            Rule(
+                "senders", f'iifname "{iface}" goto {routers}', matches + verdict(NFT_GOTO, routers)
+            )
+        )
     for family in FAMILIES:
         text = f"{ERROR_WORDS[family]} goto senders"
         rules.append(Rule("prerouting", text, match_error(family) + verdict(NFT_GOTO, "senders")))
@@ -1864,37 +2372,60 @@ def nflog_rules(config: Config, ifaces: Sequence[str], senders: Senders, bursts:
 
 
 def guard_rules(ifaces: Sequence[str], conntrack: bool, vrfs: Sequence[str] = ()) -> list[Rule]:
-    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does not own the flow.
+    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does
+    not own the flow.
 
-    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it routes elsewhere
-    than where errors come in (a pod with a routed address; where connections are tracked, this one too must be). A flow
-    that it only forwards passes none of these, nor does what goes to `lo` without a local address.
-    A `ct` expression makes the kernel track connections: without conntrack in use it is left out. `notrack` does
-    not, and stays: the first copy may be the first packet that conntrack sees, and be dropped as INVALID.
+    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it
+    routes elsewhere than where errors come in (a pod with a routed address; where connections are
+    tracked, this one too must be). A flow that it only forwards passes none of these, nor does what
+    goes to `lo` without a local address. A `ct` expression makes the kernel track connections:
+    without conntrack in use it is left out. `notrack` does not, and stays: the first copy may be
+    the first packet that conntrack sees, and be dropped as INVALID.
     """
     rules = []
     for mark, hook, chain, action, then in (
-        (MARK_COPY, "output", "copies", "notrack accept", expression("notrack") + verdict(NF_ACCEPT)),
+        (
+            MARK_COPY,
+            "output",
+            "copies",
+            "notrack accept",
+            expression("notrack") + verdict(NF_ACCEPT),
+        ),
         (MARK_DELIVER, "guard", "deliveries", "goto owned", verdict(NFT_GOTO, "owned")),
     ):  # one test of the mark for each packet that is not ours
         ours = match("meta", NFT_META_MARK, value=host32(mark)) + verdict(NFT_GOTO, chain)
         rules.append(Rule(hook, f"meta mark {mark:#x} goto {chain}", ours))
-        rules += [Rule(chain, f"{ERROR_WORDS[family]} {action}", match_error(family) + then) for family in FAMILIES]
+        rules += [
+            Rule(chain, f"{ERROR_WORDS[family]} {action}", match_error(family) + then)
+            for family in FAMILIES
+        ]
     accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
-    for vrf in vrfs:  # a packet passes OUTPUT twice: with this device, untracked, and then with its member
+    for vrf in (
+        vrfs
+    ):  # a packet passes OUTPUT twice: with this device, untracked, and then with its member
         device = match("meta", NFT_META_OIFNAME, value=interface_name(vrf))
         rules.append(Rule("owned", f'oifname "{vrf}" accept', device + accept))
     if conntrack:
         translated = match_ct(NFT_CT_STATUS, IPS_SRC_NAT | IPS_DST_NAT)
-        rules.append(Rule("owned", "ct state related ct status snat,dnat accept", related + translated + accept))
+        rules.append(
+            Rule(
+                "owned",
+                "ct state related ct status snat,dnat accept",
+                related + translated + accept,
+            )
+        )
     if ifaces:
         outward = ("lo", *ifaces)
-        inward = b"".join(load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i)) for i in outward)
+        inward = b"".join(
+            load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i))
+            for i in outward
+        )
         words = " ".join(f'oifname != "{iface}"' for iface in outward)
         if conntrack:
             words, inward = f"ct state related {words}", related + inward
         rules.append(Rule("owned", f"{words} accept", inward + accept))
-    # To `lo` alone: where an address has just gone, what was meant for it would take the default route.
+    # To `lo` alone: where an address has just gone, what was meant for it would take the default
+    # route.
     local = match("meta", NFT_META_OIFNAME, value=interface_name("lo"))
     local += match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
     rules.append(Rule("owned", 'oifname "lo" fib daddr type local accept', local + accept))
@@ -1909,17 +2440,19 @@ def conntrack_in_use() -> bool:
 
 
 class Firewall(Descriptor):
-    """Our nftables table, owned by this socket: the kernel deletes it when the socket is closed or the process dies.
+    """Our nftables table, owned by this socket: the kernel deletes it when the socket is closed or
+    the process dies.
 
-    Kernels before 5.12 refuse ownership; there the table is replaced at start and deleted by close().
-    With --rules off it holds the guard only, under a name of its own.
+    Kernels before 5.12 refuse ownership; there the table is replaced at start and deleted by
+    close(). With --rules off it holds the guard only, under a name of its own.
     """
 
     SEND_BUFFER_BYTES = 4 << 20  # a transaction with PEERS_MAX peers takes 0.6 MB
     ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
 
-    def __init__(self, config: Config, ifaces: Sequence[str], owned: bool = True,
-                 senders: Senders = NOBODY) -> None:  # fmt: skip
+    def __init__(
+        self, config: Config, ifaces: Sequence[str], owned: bool = True, senders: Senders = NOBODY
+    ) -> None:
         self.senders = senders
         self.table = f"pmtud_{config.nflog_group}" + ("" if config.rules == "auto" else "_guard")
         self.conntrack = False
@@ -1942,7 +2475,9 @@ class Firewall(Descriptor):
         return PmtudError(f"nftables refused our table: {problem}; {advice}")
 
     def replace(self, ifaces: Sequence[str]) -> None:
-        """Put the table in place of what is there, in one transaction, with conntrack as it is used now."""
+        """Put the table in place of what is there, in one transaction, with conntrack as it is used
+        now.
+        """
         self.conntrack = self.conntrack or conntrack_in_use()
         try:
             self._commit("replace table", self._requests(ifaces))
@@ -1956,18 +2491,27 @@ class Firewall(Descriptor):
             self.replace(ifaces)
 
     def _requests(self, ifaces: Sequence[str]) -> list[tuple[int, bytes]]:
-        """The (type, payload) of every message: make, so that deleting never fails, delete, make anew with contents."""
+        """The (type, payload) of every message.
+
+        Make, so that deleting never fails, delete, make anew with contents.
+        """
         config, name = self._config, string(NFTA_TABLE_NAME, self.table)
-        rules = nflog_rules(config, ifaces, self.senders, self._bursts) if config.rules == "auto" else []
+        rules = (
+            nflog_rules(config, ifaces, self.senders, self._bursts)
+            if config.rules == "auto"
+            else []
+        )
         rules += guard_rules(uplinks(ifaces), self.conntrack, vrfs_of(ifaces))
         used = {rule.chain for rule in rules}
         flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
         return [
-            (NFT_MSG_NEWTABLE, name), (NFT_MSG_DELTABLE, name), (NFT_MSG_NEWTABLE, name + flags),
+            (NFT_MSG_NEWTABLE, name),
+            (NFT_MSG_DELTABLE, name),
+            (NFT_MSG_NEWTABLE, name + flags),
             *(self._sets() if "senders" in used else ()),
             *((NFT_MSG_NEWCHAIN, self._chain(chain)) for chain in CHAINS if chain.name in used),
             *((NFT_MSG_NEWRULE, self._rule(rule)) for rule in rules),
-        ]  # fmt: skip
+        ]
 
     def _commit(self, operation: str, requests: Sequence[tuple[int, bytes]]) -> None:
         """Send requests as one transaction: all take effect or none."""
@@ -1976,7 +2520,10 @@ class Firewall(Descriptor):
         for number, (kind, payload) in enumerate(requests, 1):
             flags = NLM_F_CREATE | NLM_F_APPEND if kind != NFT_MSG_DELTABLE else 0
             flags |= NLM_F_ACK if number == len(requests) else 0
-            last, body = self._netlink.next_sequence(), bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + payload
+            last, body = (
+                self._netlink.next_sequence(),
+                bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + payload,
+            )
             batch.append(message(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, last, body))
         batch.append(message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header))
         self._netlink.send(operation, b"".join(batch), last)
@@ -1985,26 +2532,48 @@ class Firewall(Descriptor):
         """The set of routers' buckets, and those of peers with their elements."""
         table = string(NFTA_SET_TABLE, self.table)
         if self._bursts and self._config.rate:
-            yield NFT_MSG_NEWSET, b"".join((
-                table, string(NFTA_SET_NAME, "routers"), be32(NFTA_SET_ID, 1),
-                be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
-                be32(NFTA_SET_KEY_TYPE, NFT_TYPE_MARK), be32(NFTA_SET_KEY_LEN, 4),
-                nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS_MAX)), be64(NFTA_SET_TIMEOUT, 60_000),
-            ))  # fmt: skip
+            yield (
+                NFT_MSG_NEWSET,
+                b"".join(
+                    (
+                        table,
+                        string(NFTA_SET_NAME, "routers"),
+                        be32(NFTA_SET_ID, 1),
+                        be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
+                        be32(NFTA_SET_KEY_TYPE, NFT_TYPE_MARK),
+                        be32(NFTA_SET_KEY_LEN, 4),
+                        nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS_MAX)),
+                        be64(NFTA_SET_TIMEOUT, 60_000),
+                    )
+                ),
+            )
         for family in FAMILIES:
             addresses, name = self.senders.of(family), f"peers_{family.name}"
             if addresses:
-                yield NFT_MSG_NEWSET, b"".join((
-                    table, string(NFTA_SET_NAME, name), be32(NFTA_SET_ID, family.version), be32(NFTA_SET_FLAGS, 0),
-                    be32(NFTA_SET_KEY_TYPE, family.nft_type), be32(NFTA_SET_KEY_LEN, family.address_len),
-                ))  # fmt: skip
+                yield (
+                    NFT_MSG_NEWSET,
+                    b"".join(
+                        (
+                            table,
+                            string(NFTA_SET_NAME, name),
+                            be32(NFTA_SET_ID, family.version),
+                            be32(NFTA_SET_FLAGS, 0),
+                            be32(NFTA_SET_KEY_TYPE, family.nft_type),
+                            be32(NFTA_SET_KEY_LEN, family.address_len),
+                        )
+                    ),
+                )
             value = attribute(NFTA_DATA_VALUE, bytes(family.address_len))
             head = nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, value))[: -family.address_len]
             # All are of one length, so have the same headers
             keys = [head + address for address in addresses]
             for start in range(0, len(keys), self.ELEMENTS_MAX):
-                elements = nested(NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX])
-                names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(NFTA_SET_ELEM_LIST_SET, name)
+                elements = nested(
+                    NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX]
+                )
+                names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(
+                    NFTA_SET_ELEM_LIST_SET, name
+                )
                 yield NFT_MSG_NEWSETELEM, names + elements
 
     def _chain(self, chain: Chain) -> bytes:
@@ -2022,7 +2591,9 @@ class Firewall(Descriptor):
         """Remove the table; the kernel does it by itself where it is owned."""
         if not self.owned:
             with contextlib.suppress(PmtudError, OSError):
-                self._commit("delete table", [(NFT_MSG_DELTABLE, string(NFTA_TABLE_NAME, self.table))])
+                self._commit(
+                    "delete table", [(NFT_MSG_DELTABLE, string(NFTA_TABLE_NAME, self.table))]
+                )
         super().close()
 
 
@@ -2033,7 +2604,9 @@ def set_up(descriptor: Descriptor) -> Iterator[None]:
         yield
     except PermissionError as problem:
         descriptor.close()
-        raise PmtudError(f"cannot set up a raw socket ({problem.strerror}); {PRIVILEGES}") from problem
+        raise PmtudError(
+            f"cannot set up a raw socket ({problem.strerror}); {PRIVILEGES}"
+        ) from problem
     except OSError:
         descriptor.close()
         raise
@@ -2043,9 +2616,11 @@ SEND_BUFFER_BYTES = 4 << 20  # of a raw socket
 
 
 class CopySocket(Descriptor):
-    """Sends ICMP messages of one family to peers; the kernel makes the IP header (and the ICMPv6 checksum).
+    """Sends ICMP messages of one family to peers; the kernel makes the IP header (and the ICMPv6
+    checksum).
 
-    Measured against IP_HDRINCL with headers of our own: the same 3.6 us per copy, and nothing to rewrite here.
+    Measured against IP_HDRINCL with headers of our own: the same 3.6 us per copy, and nothing to
+    rewrite here.
     """
 
     def __init__(self, family: Family, ttl: int, source: bytes = b"") -> None:
@@ -2054,12 +2629,16 @@ class CopySocket(Descriptor):
         with set_up(self):
             option(socket.SOL_SOCKET, SO_MARK, MARK_COPY)
             option(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER_BYTES)
-            option(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # with the filters: nothing the node receives queues up here
+            option(
+                socket.SOL_SOCKET, socket.SO_RCVBUF, 0
+            )  # with the filters: nothing the node receives queues up here
             if family is IPV4:
                 option(SOL_RAW, ICMP_FILTER, b"\xff" * 4)
                 option(ip, IP_MTU_DISCOVER, PMTUDISC_DONT)
                 option(ip, socket.IP_TTL, ttl)
-                option(ip, IP_NODEFRAG, 1)  # or IPVS takes a copy for an error about a flow that it knows
+                option(
+                    ip, IP_NODEFRAG, 1
+                )  # or IPVS takes a copy for an error about a flow that it knows
                 option(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             else:
                 option(socket.IPPROTO_ICMPV6, ICMP6_FILTER, b"\xff" * 32)
@@ -2070,7 +2649,9 @@ class CopySocket(Descriptor):
             if source:
                 self.socket.bind((socket.inet_ntop(family.af, source), 0))
             if family is IPV4:
-                option(ip, IP_TRANSPARENT, 1)  # our own address is not looked up again for each copy: 2 to 3 %
+                option(
+                    ip, IP_TRANSPARENT, 1
+                )  # our own address is not looked up again for each copy: 2 to 3 %
 
     def join(self, peer: PeerAddress) -> None:
         """Receive packets sent to this IPv6 multicast group on its interface."""
@@ -2079,15 +2660,19 @@ class CopySocket(Descriptor):
 
 
 class DeliverySocket(Descriptor):
-    """Gives errors of one family to this node's own stack, through OUTPUT: conntrack, the guard, NAT.
+    """Gives errors of one family to this node's own stack, through OUTPUT: conntrack, the guard,
+    NAT.
 
-    A raw socket that brings its own IP header is routed by the address given to sendto(), whatever the header says:
+    A raw socket that brings its own IP header is routed by the address given to sendto(), whatever
+    the header says:
 
     * routed: to the header's destination. NAT or a route takes the error to a pod.
-    * inward: to an address of this node, `at`. No route to the service address is asked for: there may be none, or one
-      that BGP speakers keep to discard what nobody owns (blackhole, unreachable, prohibit). NAT still takes the error
-      to a pod; what is not translated ends in this node's own stack, and cannot leave. It counts as come in on the
-      interface that has the address, so that IPv4 sockets bound to that device are found.
+    * inward: to an address of this node, `at`. No route to the service address is asked for: there
+      may be none, or one that BGP speakers keep to discard what nobody owns (blackhole,
+      unreachable, prohibit). NAT still takes the error to a pod; what is not translated ends in
+      this node's own stack, and cannot leave. It counts as come in on the interface that has the
+      address, so that IPv4 sockets bound to that device are found.
+
     """
 
     def __init__(self, family: Family, at: Optional[LocalAddress] = None) -> None:
@@ -2095,7 +2680,9 @@ class DeliverySocket(Descriptor):
         loopback = socket.inet_pton(family.af, family.loopback)
         self._at = at or LocalAddress(loopback, 8 * family.address_len, 0, b"")
         self._inside = socket.inet_ntop(family.af, self._at.packed)
-        self.socket = open_socket(family.af, socket.SOCK_RAW, socket.IPPROTO_RAW)  # receives nothing
+        self.socket = open_socket(
+            family.af, socket.SOCK_RAW, socket.IPPROTO_RAW
+        )  # receives nothing
         option = self.socket.setsockopt
         with set_up(self):
             option(socket.SOL_SOCKET, SO_MARK, MARK_DELIVER)
@@ -2105,7 +2692,9 @@ class DeliverySocket(Descriptor):
             else:
                 option(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
             if at is None:
-                option(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")  # where it is down, ::1 has another route
+                option(
+                    socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo"
+                )  # where it is down, ::1 has another route
 
     def deliver(self, icmp: bytes, destination: bytes, own: bool) -> int:
         """Send one message to a packed address, `own` if it is one of this node's; 0 or the errno.
@@ -2133,8 +2722,13 @@ class DeliverySocket(Descriptor):
 
 
 def probe_delivery(family: Family, destination: bytes) -> int:
-    """0 or the errno of a delivery about no flow at all: sent inward, it stays in this node whatever the answer."""
-    icmp = family.icmp.pack(*family.error, 0, IPV6_MIN_MTU) + bytes(IPV6_HEADER_LEN + QUOTED_TRANSPORT_MIN)
+    """0 or the errno of a delivery about no flow at all.
+
+    Sent inward, it stays in this node whatever the answer.
+    """
+    icmp = family.icmp.pack(*family.error, 0, IPV6_MIN_MTU) + bytes(
+        IPV6_HEADER_LEN + QUOTED_TRANSPORT_MIN
+    )
     try:
         with DeliverySocket(family) as probe:
             code: int = probe.deliver(icmp, destination, own=True)
@@ -2146,7 +2740,10 @@ def probe_delivery(family: Family, destination: bytes) -> int:
 
 
 def guard_holds(family: Family) -> Optional[bool]:
-    """Whether something stops a marked packet that this node does not own; None if it cannot be told."""
+    """Whether something stops a marked packet that this node does not own.
+
+    None if it cannot be told.
+    """
     code = probe_delivery(family, socket.inet_pton(family.af, family.probe_address))
     if code in (0, errno.EPERM):
         return code == errno.EPERM
@@ -2157,34 +2754,50 @@ def place(peer: PeerAddress) -> tuple[Any, ...]:
     """The address of a peer as sendto() takes it; raises OSError if its zone is gone."""
     if len(peer.packed) == 4:
         return (str(peer), 0)
-    return (socket.inet_ntop(socket.AF_INET6, peer.packed), 0, 0, socket.if_nametoindex(peer.zone) if peer.zone else 0)
+    return (
+        socket.inet_ntop(socket.AF_INET6, peer.packed),
+        0,
+        0,
+        socket.if_nametoindex(peer.zone) if peer.zone else 0,
+    )
 
 
 def sockaddr(peer: PeerAddress) -> bytes:
     """The same as struct sockaddr_in or sockaddr_in6."""
     if len(peer.packed) == 4:
         return struct.pack("=H", socket.AF_INET) + bytes(2) + peer.packed + bytes(8)
-    return struct.pack("=HHI", socket.AF_INET6, 0, 0) + peer.packed + struct.pack("=I", place(peer)[3])
+    return (
+        struct.pack("=HHI", socket.AF_INET6, 0, 0) + peer.packed + struct.pack("=I", place(peer)[3])
+    )
 
 
 class Fanout:
     """Sends the same messages to all peers of one family, many copies per system call.
 
-    The message headers are made once per peer set; several errors x all peers go out in one sendmmsg().
-    One sendto() per copy ran at half the speed of a C loop, this at 0.95 of it with 100 peers.
+    The message headers are made once per peer set; several errors x all peers go out in one
+    sendmmsg(). One sendto() per copy ran at half the speed of a C loop, this at 0.95 of it with 100
+    peers.
     """
 
-    FEW = 16  # copies that leave by sendto(): the first one 40 us sooner, for the caches of an idle node hold no ctypes
+    # Copies that leave by sendto(): the first one 40 us sooner, for the caches of an idle node hold
+    # no ctypes
+    FEW = 16
 
-    def __init__(self, sender: CopySocket, peers: Sequence[PeerAddress], counts: CopyCounts) -> None:
+    def __init__(
+        self, sender: CopySocket, peers: Sequence[PeerAddress], counts: CopyCounts
+    ) -> None:
         self.peers = tuple(peers)
         self.counts = counts
         self._socket = sender.socket
         self._places = [place(peer) for peer in peers]
-        self._slots = max(1, 512 // max(1, len(self.peers)))  # errors in a call; more headers leave the cache
+        self._slots = max(
+            1, 512 // max(1, len(self.peers))
+        )  # errors in a call; more headers leave the cache
         self._bodies = (iovec * self._slots)()
         raw = [sockaddr(peer) for peer in peers]
-        self._addresses = ctypes.create_string_buffer(b"".join(raw))  # in one piece: objects cost 0.1 us a copy more
+        self._addresses = ctypes.create_string_buffer(
+            b"".join(raw)
+        )  # in one piece: objects cost 0.1 us a copy more
         name, size = ctypes.addressof(self._addresses), len(raw[0])
         names = [name + number * size for number in range(len(raw))]
         bodies = [ctypes.addressof(body) for body in self._bodies]
@@ -2229,7 +2842,9 @@ class Fanout:
         while done < count:
             at = ctypes.addressof(self._messages) + done * MMSGHDR.size
             sent = self._sendmmsg(self._socket.fileno(), at, min(count - done, UIO_MAXIOV), 0)
-            if sent <= 0 and ctypes.get_errno() != errno.EINTR:  # the first of these failed: go on with the next
+            if (
+                sent <= 0 and ctypes.get_errno() != errno.EINTR
+            ):  # the first of these failed: go on with the next
                 refused.append((done % len(self.peers), ctypes.get_errno()))
                 sent = 1
             done += max(sent, 0)
@@ -2241,24 +2856,35 @@ class Fanout:
 
 
 def jitter(low: float, high: float) -> float:
-    """A number between the two, different in every process; `random` would load OpenSSL's 4 MB for it."""
+    """A number between the two, different in every process.
+
+    `random` would load OpenSSL's 4 MB for it.
+    """
     return low + (high - low) * int.from_bytes(os.urandom(2), "big") / 0xFFFF
 
 
 def end_connection(connection: socket.socket) -> None:
-    """End it under whoever reads or writes it; from any thread, so not SSLSocket's own shutdown()."""
+    """End it under whoever reads or writes it.
+
+    From any thread, so not SSLSocket's own shutdown().
+    """
     with contextlib.suppress(OSError):
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 class PeerSource:
-    """Something that names peers and may change its mind; looked at by one thread, off the packet's way."""
+    """Something that names peers and may change its mind.
+
+    Looked at by one thread, off the packet's way.
+    """
 
     THREADS = 1  # for all sources of a kind
     interval = 1.0  # seconds until the next look
 
     def __init__(self, name: str) -> None:
-        self.name = name.encode(errors="backslashreplace").decode()  # the `source` label; paths may be no UTF-8
+        self.name = name.encode(
+            errors="backslashreplace"
+        ).decode()  # the `source` label; paths may be no UTF-8
         self.answer: Optional[tuple[PeerAddress, ...]] = None  # the last good one
         self.doubt = ""  # what failed in the last load() although it answered
         self.complaint = ""  # the failure that was logged last
@@ -2273,7 +2899,10 @@ class PeerSource:
         raise NotImplementedError
 
     def _usable(self, *answers: Iterable[str]) -> tuple[PeerAddress, ...]:
-        """The peers among all addresses there are now; one that no node can have is left out, and logged once."""
+        """The peers among all addresses there are now.
+
+        One that no node can have is left out, and logged once.
+        """
         parsed: dict[str, PeerAddress] = {}
         left_out = set()
         for text in set().union(*answers):
@@ -2288,10 +2917,11 @@ class PeerSource:
 
 
 class DnsSource(PeerSource):
-    """`dns:NAME` or a bare host name: all A and AAAA answers, asked for again every ten seconds or so.
+    """`dns:NAME` or a bare host name: all A and AAAA answers, asked for again every ten seconds or
+    so.
 
-    Loopback answers are this node itself (Debian's /etc/hosts) and no peers. While one family cannot be asked,
-    its last answers stand beside the new ones of the other.
+    Loopback answers are this node itself (Debian's /etc/hosts) and no peers. While one family
+    cannot be asked, its last answers stand beside the new ones of the other.
     """
 
     THREADS = 8
@@ -2311,17 +2941,24 @@ class DnsSource(PeerSource):
             if problem.errno not in (socket.EAI_NONAME, socket.EAI_NODATA):
                 raise
             if self._answers.get(family.name) and family.name not in self._emptied:
-                self._emptied.add(family.name)  # malformed answers look so, and long ones with TCP port 53 blocked
+                self._emptied.add(
+                    family.name
+                )  # malformed answers look so, and long ones with TCP port 53 blocked
                 raise OSError("no address any more, asking once more") from None
             return set()
         self._emptied.discard(family.name)
         return {str(place[0]) for *_, place in found}
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses the name has now; raises PeerSourceError, also where there are none any more."""
+        """The addresses the name has now.
+
+        Raises PeerSourceError, also where there are none any more.
+        """
         self.interval = jitter(7.5, 12.5)  # so that the nodes of a cluster do not ask in step
         answers, failed = dict(self._answers), {}
-        for family in FAMILIES:  # not both in one call: that hides the failure of one behind the answer of the other
+        for family in (
+            FAMILIES
+        ):  # not both in one call: that hides the failure of one behind the answer of the other
             try:
                 answers[family.name] = self._ask(family)
             except OSError as problem:
@@ -2330,9 +2967,13 @@ class DnsSource(PeerSource):
         others = {text for text in texts if not ipaddress.ip_address(text).is_loopback}
         peers = self._usable(others)
         if len(failed) == len(FAMILIES) or (not peers and (self._peers or others or not texts)):
-            raise PeerSourceError(f"{self.name}: {next(iter(failed.values()), 'no usable address')}")
+            raise PeerSourceError(
+                f"{self.name}: {next(iter(failed.values()), 'no usable address')}"
+            )
         self._answers, self._peers = answers, peers
-        self.doubt = "".join(f"{self.name}: {name}: {why}" for name, why in failed.items() if answers.get(name))
+        self.doubt = "".join(
+            f"{self.name}: {name}: {why}" for name, why in failed.items() if answers.get(name)
+        )
         return peers
 
 
@@ -2351,36 +2992,52 @@ class FileSource(PeerSource):
         self.answer = self.load()
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses in the file, None if it has not changed; raises PeerSourceError as long as it is bad."""
+        """The addresses in the file, None if it has not changed.
+
+        Raises PeerSourceError as long as it is bad.
+        """
         try:
-            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            with open(
+                self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
+            ) as stream:
                 status = os.fstat(stream.fileno())
                 if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
                     raise ValueError(f"not a regular file of at most {self.SIZE_MAX} bytes")
                 content = stream.read(self.SIZE_MAX)
             peers = None if content == self._content else parse_peer_lines(content.decode())
         except (OSError, ValueError) as problem:
-            raise PeerSourceError(f"{self.name}: {getattr(problem, 'strerror', problem)}") from problem
+            raise PeerSourceError(
+                f"{self.name}: {getattr(problem, 'strerror', problem)}"
+            ) from problem
         self._content = content
         return peers
 
 
 def internal_addresses(node: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts of the InternalIPs of a Kubernetes Node object; none before its kubelet has told them."""
+    """The texts of the InternalIPs of a Kubernetes Node object.
+
+    None before its kubelet has told them.
+    """
     addresses = (node.get("status") or {}).get("addresses") or ()
-    return tuple(str(address.get("address")) for address in addresses if address.get("type") == "InternalIP")
+    return tuple(
+        str(address.get("address")) for address in addresses if address.get("type") == "InternalIP"
+    )
 
 
 class KubeSource(PeerSource):
-    """`kube:nodes[?SELECTOR]`: the InternalIPs of the cluster's nodes, listed once and then watched.
+    """`kube:nodes[?SELECTOR]`: the InternalIPs of the cluster's nodes, listed once and then
+    watched.
 
-    Finds the API server as every pod does: KUBERNETES_SERVICE_HOST and _PORT, and the service account's files.
-    The protocol is of https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes.
+    Finds the API server as every pod does: KUBERNETES_SERVICE_HOST and _PORT, and the service
+    account's files. The protocol is of
+    https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes.
     """
 
     THREADS = PEERS_MAX  # one for each: the next event of a watch may take minutes
     ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-    PAGE_NODES = 100  # parsing holds the interpreter and so the packet loop: 6 ms for 1.7 MB of JSON
+    PAGE_NODES = (
+        100  # parsing holds the interpreter and so the packet loop: 6 ms for 1.7 MB of JSON
+    )
     PAGE_BYTES_MAX, EVENT_BYTES_MAX = 64 << 20, 4 << 20  # etcd's objects have at most 1.5 MB
     ANSWER_SECONDS = 60.0  # for a whole answer; a socket's time-out is for each read
     KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
@@ -2391,7 +3048,9 @@ class KubeSource(PeerSource):
         self._nodes: dict[str, tuple[str, ...]] = {}  # InternalIPs by node name
         self._connection: Optional[http.client.HTTPSConnection] = None
         self._events: Optional[http.client.HTTPResponse] = None  # a watch that is open
-        self._asked_at = 0.0  # when the last request began; 0: it is a watch that has given an event
+        self._asked_at = (
+            0.0  # when the last request began; 0: it is a watch that has given an event
+        )
         self._timer = threading.Timer(0.0, end_connection)
         self._failures, self._retry_after = 0, 0.0  # in a row; seconds
         self._start_over()
@@ -2409,11 +3068,16 @@ class KubeSource(PeerSource):
 
     def _start_over(self) -> None:
         """List all nodes at the next look, from the first page."""
-        self._version = self._page = ""  # the resourceVersion of what is known; the token of the next page
+        self._version = self._page = (
+            ""  # the resourceVersion of what is known; the token of the next page
+        )
         self._listed: dict[str, tuple[str, ...]] = {}  # what the pages so far had
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses after the list, or after the next event of the watch; raises PeerSourceError."""
+        """The addresses after the list, or after the next event of the watch.
+
+        Raises PeerSourceError.
+        """
         self._retry_after = 0.0
         try:
             answer = self._next_event() if self._version else self._list()
@@ -2425,13 +3089,17 @@ class KubeSource(PeerSource):
             late = not self._events and time.monotonic() - self._asked_at >= self.ANSWER_SECONDS
             self._hang_up()
             self._failures = min(self._failures + 1, 5)
-            if not (late or isinstance(problem, OSError)):  # what could not be understood will not come again
+            if not (
+                late or isinstance(problem, OSError)
+            ):  # what could not be understood will not come again
                 self._start_over()
             text = "no whole answer within a minute" if late else problem or type(problem).__name__
             raise PeerSourceError(f"{self.name}: {text}") from problem
         finally:
             self._timer.cancel()
-            pause = jitter(0.5, 1.0) * min(30.0, 2.0**self._failures)  # none between two events of a watch
+            pause = jitter(0.5, 1.0) * min(
+                30.0, 2.0**self._failures
+            )  # none between two events of a watch
             self.interval = 0.0 if self._events else max(self._retry_after, pause)
 
     def _hang_up(self) -> None:
@@ -2449,18 +3117,25 @@ class KubeSource(PeerSource):
         return host, int(os.environ.get("KUBERNETES_SERVICE_PORT") or 443)
 
     def _connect(self, host: str, port: int) -> http.client.HTTPSConnection:
-        """A connection to the API server that has yet to shake hands; ACCOUNT/ca.crt says whom to believe."""
+        """A connection to the API server that has yet to shake hands.
+
+        ACCOUNT/ca.crt says whom to believe.
+        """
         import http.client
         import ssl
 
         context = ssl.create_default_context(cafile=f"{self.ACCOUNT}/ca.crt")
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python 3.13's default, which many a cluster does not pass
+        context.verify_flags &= (
+            ~ssl.VERIFY_X509_STRICT
+        )  # Python 3.13's default, which many a cluster does not pass
         connection = http.client.HTTPSConnection(host, port, context=context)
         plain = socket.create_connection((host, port), timeout=10.0)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in self.KEEPALIVE:
             plain.setsockopt(socket.IPPROTO_TCP, option, value)
-        connection.sock = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+        connection.sock = context.wrap_socket(
+            plain, server_hostname=host, do_handshake_on_connect=False
+        )
         return connection
 
     def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
@@ -2468,7 +3143,10 @@ class KubeSource(PeerSource):
         self._asked_at = time.monotonic()
         host, port = self._server()
         with open(f"{self.ACCOUNT}/token") as stream:  # a kubelet renews it about every hour
-            headers = {"Authorization": f"Bearer {stream.read().strip()}", "Accept": "application/json"}
+            headers = {
+                "Authorization": f"Bearer {stream.read().strip()}",
+                "Accept": "application/json",
+            }
         if not (self._connection and self._connection.sock):
             self._connection = self._connect(host, port)
         self._timer.cancel()
@@ -2491,14 +3169,25 @@ class KubeSource(PeerSource):
     def _list(self) -> tuple[PeerAddress, ...]:
         """All nodes, page by page; after a failure it goes on with the page that failed."""
         for _ in range(PEERS_MAX // self.PAGE_NODES):
-            answer, text = self._get(10.0, limit=self.PAGE_NODES, **{"continue": self._page}), bytearray()
-            while (piece := answer.read(1 << 16)) and len(text) < self.PAGE_BYTES_MAX:  # all at once: 65 MB in 3.9
+            answer, text = (
+                self._get(10.0, limit=self.PAGE_NODES, **{"continue": self._page}),
+                bytearray(),
+            )
+            while (piece := answer.read(1 << 16)) and len(
+                text
+            ) < self.PAGE_BYTES_MAX:  # all at once: 65 MB in 3.9
                 text += piece
             page = json.loads(text)
-            self._listed.update((node["metadata"]["name"], internal_addresses(node)) for node in page["items"] or ())
+            self._listed.update(
+                (node["metadata"]["name"], internal_addresses(node)) for node in page["items"] or ()
+            )
             self._page = page["metadata"].get("continue") or ""
             if not self._page:
-                self._nodes, self._listed, self._version = self._listed, {}, page["metadata"]["resourceVersion"]
+                self._nodes, self._listed, self._version = (
+                    self._listed,
+                    {},
+                    page["metadata"]["resourceVersion"],
+                )
                 return self._usable(*self._nodes.values())
         raise ValueError(f"more than {PEERS_MAX} nodes")
 
@@ -2506,13 +3195,20 @@ class KubeSource(PeerSource):
         """Wait for one event of the watch; the addresses after it, None if it changes nothing."""
         if not self._events:
             seconds = int(jitter(240, 480))
-            self._events = self._get(seconds + 30.0, watch=1, resourceVersion=self._version,
-                                     allowWatchBookmarks="true", timeoutSeconds=seconds)  # fmt: skip
+            self._events = self._get(
+                seconds + 30.0,
+                watch=1,
+                resourceVersion=self._version,
+                allowWatchBookmarks="true",
+                timeoutSeconds=seconds,
+            )
             return None
         line = self._events.readline(self.EVENT_BYTES_MAX)
         if len(line) == self.EVENT_BYTES_MAX:
             raise ValueError(f"an event is larger than {self.EVENT_BYTES_MAX} bytes")
-        if not line.endswith(b"\n"):  # the end of timeoutSeconds, or of the connection: go on from the version we have
+        if not line.endswith(
+            b"\n"
+        ):  # the end of timeoutSeconds, or of the connection: go on from the version we have
             if line or time.monotonic() - self._asked_at < 1.0:
                 raise OSError("the watch was cut off")
             self._hang_up()
@@ -2528,7 +3224,9 @@ class KubeSource(PeerSource):
             self._nodes[name] = internal_addresses(node)
         elif kind == "DELETED":
             self._nodes.pop(name, None)
-        self._version = node["metadata"]["resourceVersion"]  # last: an event that is not understood has not been seen
+        self._version = node["metadata"][
+            "resourceVersion"
+        ]  # last: an event that is not understood has not been seen
         return None if self._nodes.get(name, ()) == before else self._usable(*self._nodes.values())
 
 
@@ -2566,17 +3264,24 @@ class Peers:
 
     def follow(self) -> None:
         """Follow all sources from now on."""
-        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")  # glibc: two rounds of 5 s, for each name server
+        os.environ.setdefault(
+            "RES_OPTIONS", "timeout:1 attempts:2"
+        )  # glibc: two rounds of 5 s, for each name server
         for kind in (FileSource, DnsSource, KubeSource):
             sources = [source for source in self._sources if isinstance(source, kind)]
             for first, source in enumerate(sources[: kind.THREADS]):
                 self._kicks.append(threading.Event())
                 share = (sources[first :: kind.THREADS], self._kicks[-1])
-                threading.Thread(target=self._follow, args=share, name=source.name, daemon=True).start()
+                threading.Thread(
+                    target=self._follow, args=share, name=source.name, daemon=True
+                ).start()
 
     def listed(self) -> dict[str, tuple[PeerAddress, ...]]:
         """The last good answer of each source that has given one."""
-        return {"static": self._static, **{s.name: s.answer for s in self._sources if s.answer is not None}}
+        return {
+            "static": self._static,
+            **{s.name: s.answer for s in self._sources if s.answer is not None},
+        }
 
     def unanswered(self, listed: Collection[str]) -> list[str]:
         """What is known of each source that is not among these, which had answered."""
@@ -2619,8 +3324,11 @@ class Peers:
             self._changed()
 
     @staticmethod
-    def _complain(trouble: str, answer: Optional[tuple[PeerAddress, ...]],
-                  last: Optional[tuple[PeerAddress, ...]]) -> None:  # fmt: skip
+    def _complain(
+        trouble: str,
+        answer: Optional[tuple[PeerAddress, ...]],
+        last: Optional[tuple[PeerAddress, ...]],
+    ) -> None:
         """One line about a look that failed, and what it leaves in force."""
         if answer is not None:
             log("warning", "peer source failed in part", problem=trouble, kept=len(answer))
@@ -2644,7 +3352,9 @@ class Arrangement(NamedTuple):
 
     targets: dict[str, tuple[PeerAddress, ...]]  # by family name: where copies go
     removed: tuple[PeerAddress, ...]  # own addresses that were listed
-    sources: dict[str, bytes]  # by family name: source address of copies; missing: the kernel chooses
+    sources: dict[
+        str, bytes
+    ]  # by family name: source address of copies; missing: the kernel chooses
     inside: dict[str, LocalAddress]  # by family name: the own address at which deliveries come in
     per_source: dict[str, int]  # peers in force by source
     view: View
@@ -2662,7 +3372,10 @@ class Arrangement(NamedTuple):
 
 
 def kernel_source(peer: PeerAddress) -> bytes:
-    """The source address the kernel would use towards a peer, empty if it has no route; sends nothing."""
+    """The source address the kernel would use towards a peer, empty if it has no route.
+
+    Sends nothing.
+    """
     family = family_of(peer.packed)
     with contextlib.suppress(OSError), socket.socket(family.af, socket.SOCK_DGRAM) as probe:
         zone = (0, socket.if_nametoindex(peer.zone)) if peer.zone else ()
@@ -2673,19 +3386,26 @@ def kernel_source(peer: PeerAddress) -> bytes:
 
 
 def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> list[Network]:
-    """The networks of a group peer's nodes: a broadcast address means its subnet, multicast its link's prefixes."""
+    """The networks of a group peer's nodes.
+
+    A broadcast address means its subnet, multicast its link's prefixes.
+    """
     ifindex = 0
     with contextlib.suppress(OSError):
         ifindex = socket.if_nametoindex(peer.zone) if peer.zone else 0
     return [
         ipaddress.ip_interface((address.packed, address.prefix_length)).network
         for address in local
-        if address.broadcast == peer.packed or (ifindex == address.ifindex and len(address.packed) == 16)
+        if address.broadcast == peer.packed
+        or (ifindex == address.ifindex and len(address.packed) == 16)
     ]
 
 
-def inside_address(family: Family, local: Iterable[LocalAddress], uplinks: Sequence[int]) -> Optional[LocalAddress]:
-    """The own address at which deliveries come in: on the first of these interfaces that has one, else on any.
+def inside_address(
+    family: Family, local: Iterable[LocalAddress], uplinks: Sequence[int]
+) -> Optional[LocalAddress]:
+    """The own address at which deliveries come in: on the first of these interfaces that has one,
+    else on any.
 
     Sockets bound to a device expect the error there.
     """
@@ -2698,11 +3418,19 @@ def inside_address(family: Family, local: Iterable[LocalAddress], uplinks: Seque
     return found[0] if found else None
 
 
-def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAddress],
-            ignored: Iterable[Network], ifaces: Iterable[str] = ()) -> Arrangement:  # fmt: skip
+def arrange(
+    listed: Mapping[str, Sequence[PeerAddress]],
+    local: Sequence[LocalAddress],
+    ignored: Iterable[Network],
+    ifaces: Iterable[str] = (),
+) -> Arrangement:
     """Remove this node from the peers, and work out who is who; errors come in on `ifaces`."""
     own = {address.packed for address in local}
-    broadcasts = {address.broadcast for address in local if address.broadcast and not is_martian(address.packed)}
+    broadcasts = {
+        address.broadcast
+        for address in local
+        if address.broadcast and not is_martian(address.packed)
+    }
     everyone = dict.fromkeys(peer for peers in listed.values() for peer in peers)
     removed = tuple(peer for peer in everyone if peer.packed in own)
     targets = [peer for peer in everyone if peer.packed not in own]
@@ -2711,7 +3439,11 @@ def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAd
     sources: dict[str, bytes] = {}
     node: set[bytes] = set()
     for family in FAMILIES:
-        mine = [p.packed for p in removed if family_of(p.packed) is family and not is_link_local(p.packed)]
+        mine = [
+            p.packed
+            for p in removed
+            if family_of(p.packed) is family and not is_link_local(p.packed)
+        ]
         usual = {kernel_source(peer) for peer in by_family[family.name] if len(mine) != 1} - {b""}
         if mine:  # peers know this node by the address in their list: send from it
             sources[family.name] = next((address for address in mine if address in usual), mine[0])
@@ -2724,7 +3456,9 @@ def arrange(listed: Mapping[str, Sequence[PeerAddress]], local: Sequence[LocalAd
         networks=Membership(ignored),
         neighbours=Membership(network for group in groups for network in networks_of(group, local)),
     )
-    per_source = {name: sum(peer.packed not in own for peer in peers) for name, peers in listed.items()}
+    per_source = {
+        name: sum(peer.packed not in own for peer in peers) for name, peers in listed.items()
+    }
     uplinks = [number for number, name in socket.if_nameindex() if name in ifaces]
     inside = {}
     for family in FAMILIES:
@@ -2744,8 +3478,14 @@ class StatusServer(socketserver.ThreadingTCPServer):
     daemon_threads = allow_reuse_address = True
     request_queue_size = CONNECTIONS_MAX = 16
 
-    def __init__(self, config: Config, address: str, render: Callable[[], bytes],
-                 unhealthy: Callable[[], list[str]], unready: Callable[[], list[str]]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        address: str,
+        render: Callable[[], bytes],
+        unhealthy: Callable[[], list[str]],
+        unready: Callable[[], list[str]],
+    ) -> None:
         self.render, self.unhealthy, self.unready = render, unhealthy, unready
         # only one process in the cluster says this: `check` knows by it who answers
         self.name = f"pmtud/{__version__} ({config.nodename}, NFLOG group {config.nflog_group})"
@@ -2769,7 +3509,9 @@ class StatusServer(socketserver.ThreadingTCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve in a thread; where all places are taken the oldest connection has to go, so that probes get in."""
+        """Serve in a thread; where all places are taken the oldest connection has to go, so that
+        probes get in.
+        """
         with self._ended:
             if len(self._started) >= self.CONNECTIONS_MAX:
                 end_connection(next(iter(self._started)))
@@ -2793,7 +3535,9 @@ class StatusServer(socketserver.ThreadingTCPServer):
         """Twice a second: end connections whose time is over, however busy they are."""
         overdue = time.monotonic() - StatusHandler.timeout
         with self._ended:
-            for request in [request for request, started in self._started.items() if started < overdue]:
+            for request in [
+                request for request, started in self._started.items() if started < overdue
+            ]:
                 end_connection(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2801,14 +3545,20 @@ class StatusServer(socketserver.ThreadingTCPServer):
 
 
 class StatusHandler(socketserver.StreamRequestHandler):
-    """Answers one GET on one of the three paths, in HTTP/1.0. (http.server would load OpenSSL for it: 5 MB.)"""
+    """Answers one GET on one of the three paths, in HTTP/1.0.
+
+    (http.server would load OpenSSL for it: 5 MB.)
+    """
 
     timeout = 5.0
     LINE_BYTES_MAX, HEADERS_MAX = 4096, 100
     server: StatusServer
 
     def handle(self) -> None:
-        """Read the request and serve /metrics, /healthz or /readyz; what the headers say does not matter."""
+        """Read the request and serve /metrics, /healthz or /readyz.
+
+        What the headers say does not matter.
+        """
         method, _, rest = self.rfile.readline(self.LINE_BYTES_MAX).partition(b" ")
         headers = (self.rfile.readline(self.LINE_BYTES_MAX) for _ in range(self.HEADERS_MAX))
         complete = any(line in (b"\r\n", b"\n") for line in headers)
@@ -2842,14 +3592,19 @@ class StatusHandler(socketserver.StreamRequestHandler):
 
     def _answer(self, status: str, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         head = [
-            f"HTTP/1.0 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}",
-            f"Server: {self.server.name}", "Connection: close",
-        ]  # fmt: skip
+            f"HTTP/1.0 {status}",
+            f"Content-Type: {kind}",
+            f"Content-Length: {len(body)}",
+            f"Server: {self.server.name}",
+            "Connection: close",
+        ]
         self.wfile.write("\r\n".join([*head, "", ""]).encode("ascii", "replace") + body)
 
 
 def render_metrics(counters: Counters) -> bytes:
-    """The text exposition; raises PmtudError where prometheus-client, imported at the first call, does not work."""
+    """The text exposition; raises PmtudError where prometheus-client, imported at the first call,
+    does not work.
+    """
     try:
         from prometheus_client import exposition
 
@@ -2857,13 +3612,20 @@ def render_metrics(counters: Counters) -> bytes:
         return exposition.generate_latest(registry)
     except Exception as problem:  # a file of it may be missing, cut off, or of another version
         if isinstance(problem, ModuleNotFoundError) and problem.name == "prometheus_client":
-            raise PmtudError("prometheus-client is not installed: pip install prometheus-client") from None
-        raise PmtudError("prometheus-client does not work, install it again: "
-                         f"{type(problem).__name__}: {problem}") from problem  # fmt: skip
+            raise PmtudError(
+                "prometheus-client is not installed: pip install prometheus-client"
+            ) from None
+        raise PmtudError(
+            "prometheus-client does not work, install it again: "
+            f"{type(problem).__name__}: {problem}"
+        ) from problem
 
 
 def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServer:
-    """The HTTP server on --metrics-addr, by default on all addresses of both families; raises OSError."""
+    """The HTTP server on --metrics-addr, by default on all addresses of both families.
+
+    Raises OSError.
+    """
     if config.metrics_addr:
         return StatusServer(config, config.metrics_addr, *serve)
     try:
@@ -2875,15 +3637,24 @@ def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServe
 
 
 class Outlet:
-    """The two ways out for one family: delivery to this node's own stack, and copies to its peers."""
+    """The two ways out for one family.
 
-    def __init__(self, family: Family, config: Config, arrangement: Arrangement, before: Optional[CopyCounts]) -> None:
+    Delivery to this node's own stack, and copies to its peers.
+    """
+
+    def __init__(
+        self, family: Family, config: Config, arrangement: Arrangement, before: Optional[CopyCounts]
+    ) -> None:
         source = arrangement.sources.get(family.name, b"")
         with contextlib.ExitStack() as stack:
             inside = arrangement.inside.get(family.name)
             self.delivery: DeliverySocket = stack.enter_context(DeliverySocket(family, inside))
             self.copies: CopySocket = stack.enter_context(CopySocket(family, config.ttl, source))
-            peers = [peer for peer in arrangement.targets[family.name] if self._reachable(peer, not config.dry_run)]
+            peers = [
+                peer
+                for peer in arrangement.targets[family.name]
+                if self._reachable(peer, not config.dry_run)
+            ]
             self.counts = CopyCounts([str(peer) for peer in peers], before)
             self.fanout = Fanout(self.copies, peers, self.counts) if peers else None
             self._stack = stack.pop_all()
@@ -2895,7 +3666,11 @@ class Outlet:
             if peer.is_multicast and join:  # which sends reports
                 self.copies.join(peer)
         except OSError as problem:
-            log("warning", f"peer {peer} left out until its interface is there", problem=problem.strerror or problem)
+            log(
+                "warning",
+                f"peer {peer} left out until its interface is there",
+                problem=problem.strerror or problem,
+            )
             return False
         return True
 
@@ -2905,20 +3680,28 @@ class Outlet:
 
 
 class ServiceManager:
-    """What systemd is told, as sd_notify(3) has it: nothing where $NOTIFY_SOCKET is not set. Never blocks or fails."""
+    """What systemd is told, as sd_notify(3) has it.
+
+    Nothing where $NOTIFY_SOCKET is not set. Never blocks or fails.
+    """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         wanted = environ.get("WATCHDOG_USEC", "") if ours else ""
-        self._period = int(wanted) / 2e6 if wanted.isdecimal() else 0.0  # half of what systemd waits
+        self._period = (
+            int(wanted) / 2e6 if wanted.isdecimal() else 0.0
+        )  # half of what systemd waits
         self.watchdog_at = time.monotonic() if self._address and self._period else math.inf
 
     def tell(self, *lines: str) -> None:
         """Send these VARIABLE=value lines."""
         if self._address:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,
+            ):
                 channel.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
 
     def turned(self, now: float) -> None:
@@ -2929,10 +3712,17 @@ class ServiceManager:
 
 
 class Service:
-    """The running daemon: owns every descriptor, turns the loop, acts on each error as decide() says."""
+    """The running daemon: owns every descriptor, turns the loop, acts on each error as decide()
+    says.
+    """
 
-    BUSY = 100  # errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core takes 3 %
-    BATCH, BATCH_COPIES = 40, 6400  # errors and copies per turn then: signals and timers are never starved by a flood
+    # Errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core
+    # takes 3 %
+    BUSY = 100
+    BATCH, BATCH_COPIES = (
+        40,
+        6400,
+    )  # errors and copies per turn then: signals and timers are never starved by a flood
     TICK = 1.0  # seconds between housekeeping
     CHANGE_GAP = 1.0  # seconds between changes of peers and addresses: 16 ms each with 1,000 peers
     SLOW_TICKS = 10  # every tenth: default route, guard
@@ -2948,7 +3738,10 @@ class Service:
         self.guarded: dict[str, bool] = {}  # by family name, as last probed
         self._outlets: dict[str, Outlet] = {}
         self._arrangement = Arrangement({}, (), {}, {}, {}, View())
-        self._recent, self._gathering = 0, 1  # errors since the last tick; how many the kernel hands over at a time
+        self._recent, self._gathering = (
+            0,
+            1,
+        )  # errors since the last tick; how many the kernel hands over at a time
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -2961,7 +3754,9 @@ class Service:
         self._change_at = 0.0  # when the next change may be put in force
         self._refusals: Counter[tuple[PeerAddress, int]] = Counter()  # copies, by errno, untold
         self._refusals_at = 0.0  # when the next warning about them may come
-        self._complaints: dict[str, str] = {}  # what is not in force now and why; tried again each second
+        self._complaints: dict[
+            str, str
+        ] = {}  # what is not in force now and why; tried again each second
         self._ticks = 0
         self._turned = time.monotonic()
         self._known = Recent(3600.0, capacity=1024)
@@ -2979,7 +3774,10 @@ class Service:
     # -- start and stop
 
     def open(self) -> None:
-        """Open everything and say what will be done; raises PmtudError before anything is left behind."""
+        """Open everything and say what will be done.
+
+        Raises PmtudError before anything is left behind.
+        """
         config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
@@ -2988,7 +3786,9 @@ class Service:
             self.ifaces = self._choose_ifaces()
             self._nflog = Nflog(config.nflog_group)
             stack.callback(lambda: self._nflog.close())  # noqa: PLW0108 - it may be another one by then
-            self._monitor = stack.enter_context(Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+            self._monitor = stack.enter_context(
+                Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+            )
             self._monitor.socket.setblocking(False)
             stack.callback(self._close_outlets)
             self._rearrange()
@@ -3015,18 +3815,30 @@ class Service:
     def _choose_ifaces(self) -> tuple[str, ...]:
         if not self.config.ifaces:
             if not self._default_route and self.config.rules == "auto":
-                raise PmtudError("there is no default route; name the interface errors come in on with --iface")
+                raise PmtudError(
+                    "there is no default route; name the interface errors come in on with --iface"
+                )
             return self._default_route
         existing = [name for _, name in socket.if_nameindex()]
         for name in self.config.ifaces:
             if name not in existing:
-                raise UsageError(f"--iface: there is no interface {name}; there are {', '.join(existing)}")
-            if any(os.path.exists(f"/sys/class/net/{name}/{role}") for role in ("brport", "bonding_slave")):
-                log("warning", f"{name} belongs to a bridge or bond: errors come in on that one; name it with --iface")
+                raise UsageError(
+                    f"--iface: there is no interface {name}; there are {', '.join(existing)}"
+                )
+            if any(
+                os.path.exists(f"/sys/class/net/{name}/{role}")
+                for role in ("brport", "bonding_slave")
+            ):
+                log(
+                    "warning",
+                    f"{name} belongs to a bridge or bond: errors come in on that one; name it with --iface",
+                )
         vrf = foreign_vrf(self.config.ifaces)
         if vrf:
-            raise UsageError(f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
-                             f"`ip vrf exec {vrf}`")  # fmt: skip
+            raise UsageError(
+                f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
+                f"`ip vrf exec {vrf}`"
+            )
         return self.config.ifaces
 
     def _open_status(self, stack: contextlib.ExitStack) -> None:
@@ -3046,10 +3858,16 @@ class Service:
             log("warning", f"{text}; running without, {advice}")
         address, in_pod = config.metrics_addr, "KUBERNETES_SERVICE_HOST" in os.environ
         if in_pod and address and ipaddress.ip_address(address).is_loopback:
-            log("warning", f"a kubelet's probes go to the node's address and fail, HTTP is served on {address} only")
+            log(
+                "warning",
+                f"a kubelet's probes go to the node's address and fail, HTTP is served on {address} only",
+            )
 
     def _load_library(self) -> None:
-        """Import prometheus-client, which may lie where only all of root's privileges reach; say so if that fails."""
+        """Import prometheus-client, which may lie where only all of root's privileges reach.
+
+        Say so if that fails.
+        """
         if not self._server:
             return
         try:
@@ -3062,7 +3880,9 @@ class Service:
             try:
                 drop_privileges()
             except OSError as problem:
-                log("warning", "cannot drop privileges, going on with all", problem=problem.strerror)
+                log(
+                    "warning", "cannot drop privileges, going on with all", problem=problem.strerror
+                )
 
     def _start_threads(self, stack: contextlib.ExitStack) -> None:
         self.peers.follow()
@@ -3075,17 +3895,28 @@ class Service:
         table = "" if config.rules == "auto" else "your own NFLOG rule, "
         table += f"table inet {self._firewall.table}" if self._firewall else "no guard"
         table += " (not owned: old kernel)" if self._firewall and not self._firewall.owned else ""
-        log("info", f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
-            f"NFLOG group {config.nflog_group}, rules: {table}")  # fmt: skip
+        log(
+            "info",
+            f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
+            f"NFLOG group {config.nflog_group}, rules: {table}",
+        )
         self._tell_peers()
         if arrangement.removed:
-            log("info", f"own address removed from peers: {', '.join(map(str, arrangement.removed))}")
+            log(
+                "info",
+                f"own address removed from peers: {', '.join(map(str, arrangement.removed))}",
+            )
         passed = arrangement.senders.rate(config.rate)
-        source_rate, rate = (f"{rate:.10g}/s" if rate else "no limit" for rate in (config.source_rate, config.rate))
+        source_rate, rate = (
+            f"{rate:.10g}/s" if rate else "no limit" for rate in (config.source_rate, config.rate)
+        )
         rate += f", {passed}/s for so many peers" if passed < config.rate else ""
-        log("info", f"limits: one per flow each {config.flow_interval:g} s, {source_rate} per router, "
+        log(
+            "info",
+            f"limits: one per flow each {config.flow_interval:g} s, {source_rate} per router, "
             f"{rate} in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
-            + ("; dry run: nothing is sent" if config.dry_run else ""))  # fmt: skip
+            + ("; dry run: nothing is sent" if config.dry_run else ""),
+        )
 
     def _tell_peers(self) -> None:
         """One line about the peers in force."""
@@ -3123,15 +3954,22 @@ class Service:
     def _rearrange(self) -> None:
         """Work out peers and addresses anew and put them in force."""
         config = self.config
-        arrangement = arrange(self.peers.listed(), local_addresses(), config.ignore_networks, self.ifaces)
+        arrangement = arrange(
+            self.peers.listed(), local_addresses(), config.ignore_networks, self.ifaces
+        )
         before, self._arrangement = self._arrangement, arrangement
         self.policy.look(arrangement.view)
         self.counters.peers = arrangement.per_source
         zones = any(peer.zone for peer in arrangement.everyone)  # may have a new index
         sockets_before = before.targets, before.sources, before.inside
-        if zones or sockets_before != (arrangement.targets, arrangement.sources, arrangement.inside):
+        if zones or sockets_before != (
+            arrangement.targets,
+            arrangement.sources,
+            arrangement.inside,
+        ):
             self._close_outlets()
-            self._open_outlets()  # pods come and go, and addresses with them: mostly nothing changes for us
+            # Pods come and go, and addresses with them: mostly nothing changes for us
+            self._open_outlets()
         if self._firewall and self._firewall.senders != arrangement.senders:
             self._firewall.senders = arrangement.senders
             self._replace_rules()
@@ -3139,7 +3977,10 @@ class Service:
             self._gather()
 
     def _open_outlets(self) -> None:
-        """Sockets for the peers of now, for each family that has none; tried again each second where it fails."""
+        """Sockets for the peers of now, for each family that has none.
+
+        Tried again each second where it fails.
+        """
         for family in FAMILIES:
             if family.name in self._outlets:
                 continue
@@ -3148,7 +3989,8 @@ class Service:
                 self._outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
                 self.counters.copies[family.name] = self._outlets[family.name].counts
                 self._complaints.pop(family.name, None)
-            except OSError as problem:  # switched off in the kernel, or duplicate detection on the source address
+            # Switched off in the kernel, or duplicate detection on the source address
+            except OSError as problem:
                 if self._arrangement.targets[family.name]:
                     self._complain(family.name, f"no {family.name} sockets", problem)
 
@@ -3159,7 +4001,10 @@ class Service:
             log("warning", text, problem=problem)
 
     def _probe_guard(self) -> None:
-        """Learn whether the guard is in force; without it only errors for local addresses are delivered."""
+        """Learn whether the guard is in force.
+
+        Without it only errors for local addresses are delivered.
+        """
         for family in FAMILIES:
             before, holds = self.guarded.get(family.name), guard_holds(family)
             if holds is False and self._firewall:
@@ -3169,8 +4014,12 @@ class Service:
             if holds is None:  # the probe has no way out: believe the table, if we have one
                 holds = self._firewall is not None
             if not holds and before is not False:
-                log("warning", f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
-                    "install the output rules that `pmtud.py rules` prints", family=family.name)  # fmt: skip
+                log(
+                    "warning",
+                    f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
+                    "install the output rules that `pmtud.py rules` prints",
+                    family=family.name,
+                )
             self.guarded[family.name] = holds
 
     def _tell_of_guard(self, family: Family, holds: Optional[bool]) -> None:
@@ -3181,8 +4030,12 @@ class Service:
             log("warning", "our rules were flushed: installed again", family=family.name)
         else:
             rules = "nft list ruleset | grep -B 9 'mark set'"
-            self._complain(about, f"our rules are overruled: another one in OUTPUT changes mark {MARK_DELIVER:#x} "
-                           f"before our chain `guard` (find it with: {rules})", family.name)  # fmt: skip
+            self._complain(
+                about,
+                f"our rules are overruled: another one in OUTPUT changes mark {MARK_DELIVER:#x} "
+                f"before our chain `guard` (find it with: {rules})",
+                family.name,
+            )
 
     def _replace_rules(self) -> None:
         if not self._firewall:
@@ -3193,7 +4046,9 @@ class Service:
             log("warning", "cannot replace our rules", problem=str(problem))
 
     def _conntrack_appeared(self) -> bool:
-        """Put the conntrack rule in place if conntrack came into use after our start (kube-proxy starts after us)."""
+        """Put the conntrack rule in place if conntrack came into use after our start (kube-proxy
+        starts after us).
+        """
         if not self._firewall or self._firewall.conntrack or not conntrack_in_use():
             return False
         log("info", "conntrack came into use: the guard now asks it who owns a flow")
@@ -3223,7 +4078,12 @@ class Service:
             if not found or found == self._default_route:
                 return
             if not self.config.ifaces:
-                log("info", "the default route moved", before=",".join(self.ifaces), now=",".join(found))
+                log(
+                    "info",
+                    "the default route moved",
+                    before=",".join(self.ifaces),
+                    now=",".join(found),
+                )
                 self.ifaces = found
             self._default_route = found
             self._replace_rules()
@@ -3235,7 +4095,11 @@ class Service:
         if any(changes.values()):
             log("info", "last minute", **{name: count for name, count in changes.items() if count})
         self._manager.tell(self._status())
-        self._summarized, self._summary_at, self._news_left = totals, now + self.SUMMARY, self.NEWS_PER_MINUTE
+        self._summarized, self._summary_at, self._news_left = (
+            totals,
+            now + self.SUMMARY,
+            self.NEWS_PER_MINUTE,
+        )
 
     def unhealthy(self) -> list[str]:
         """That the loop has not turned for ten seconds; nothing while it turns."""
@@ -3243,10 +4107,17 @@ class Service:
         return [f"the packet loop has not turned for {idle:.0f} s"] if idle >= 10.0 else []
 
     def unready(self) -> list[str]:
-        """What keeps errors from coming in and going out: the loop, rules, peer sources; nothing if all is well."""
+        """What keeps errors from coming in and going out.
+
+        The loop, rules, peer sources; nothing if all is well.
+        """
         missing = self.unhealthy()
         if self.config.rules == "auto":
-            missing += [f"{name}: our rules are not in force" for name, holds in self.guarded.items() if not holds]
+            missing += [
+                f"{name}: our rules are not in force"
+                for name, holds in self.guarded.items()
+                if not holds
+            ]
         return missing + self.peers.unanswered(self._arrangement.per_source)
 
     # -- the loop
@@ -3288,8 +4159,11 @@ class Service:
         if self.config.peer_sources:
             log("info", "SIGHUP: reading the peer sources again")
         else:
-            log("info", "SIGHUP: nothing to read again, no peer source is in use; "
-                "options are read at the start")  # fmt: skip
+            log(
+                "info",
+                "SIGHUP: nothing to read again, no peer source is in use; "
+                "options are read at the start",
+            )
 
     def stop(self, *_: object) -> None:
         """Signal handler: end the loop."""
@@ -3308,7 +4182,9 @@ class Service:
 
     def _drain_monitor(self) -> None:
         """An address came or went: rearrange, once for a burst of changes."""
-        with contextlib.suppress(OSError):  # nothing left, or events were lost: either way look again
+        with contextlib.suppress(
+            OSError
+        ):  # nothing left, or events were lost: either way look again
             while True:
                 self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
         self._stale = True
@@ -3343,7 +4219,9 @@ class Service:
     def _handle_batch(self, now: float) -> None:
         """Take what arrived, decide on each error, send the copies together, then deliver here."""
         counters, policy, logged = self.counters, self.policy, self._read_nflog()
-        copies: dict[str, list[bytes]] = {name: [] for name, outlet in self._outlets.items() if outlet.fanout}
+        copies: dict[str, list[bytes]] = {
+            name: [] for name, outlet in self._outlets.items() if outlet.fanout
+        }
         acted: list[tuple[MtuError, str, str, bool]] = []
         for packet, _, rpf in logged:
             error = parse(packet)
@@ -3393,16 +4271,25 @@ class Service:
                 log("debug", "error", origin=origin, what=what, error=error)
 
     def _gather(self) -> None:
-        """While errors are many, have the kernel hand over as many at a time as a turn may take; else each at once."""
+        """While errors are many, have the kernel hand over as many at a time as a turn may take.
+
+        Else each at once.
+        """
         most = max(map(len, self._arrangement.targets.values()), default=0)
-        errors = max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most))) if self._recent > self.BUSY else 1
+        errors = (
+            max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+            if self._recent > self.BUSY
+            else 1
+        )
         if errors != self._gathering:
             with contextlib.suppress(OSError):
                 self._nflog.gather(errors)
                 self._gathering = errors
 
     def _read_nflog(self) -> list[Logged]:
-        """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if that fails."""
+        """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if
+        that fails.
+        """
         before = self._nflog.lost
         try:
             return self._nflog.read()
@@ -3459,16 +4346,26 @@ class Service:
         self.counters.rpf_rescued += rpf and result == "owner"
 
     def _tell_of_refusal(self, error: MtuError, code: int) -> None:
-        """A delivery that this node's stack refused is the operator's problem: one line for each errno and hour."""
+        """A delivery that this node's stack refused is the operator's problem.
+
+        One line for each errno and hour.
+        """
         problem = os.strerror(code)
         log("debug", "not delivered", error=error, problem=problem)
         if self._known.get(code) is None:
             self._known.put(code, problem, time.monotonic())
-            log("warning", "this node's stack refuses a delivery: that flow does not learn; see `pmtud.py check`",
-                problem=problem, error=error)  # fmt: skip
+            log(
+                "warning",
+                "this node's stack refuses a delivery: that flow does not learn; see `pmtud.py check`",
+                problem=problem,
+                error=error,
+            )
 
     def _is_news(self, key: object, now: float) -> bool:
-        """Whether a line about this is due: not within an hour of the last, NEWS_PER_MINUTE in all."""
+        """Whether a line about this is due.
+
+        Not within an hour of the last, NEWS_PER_MINUTE in all.
+        """
         if self._known.get(key) is not None or not self._news_left:
             return False
         self._known.put(key, now, now)
@@ -3478,16 +4375,25 @@ class Service:
     def _note(self, error: MtuError, origin: str, now: float) -> None:
         """One log line for each (router, destination, MTU)."""
         if origin is ROUTER and self._is_news((error.src, error.quoted_dst, error.mtu), now):
-            log("info", "a router reports an MTU", router=ipaddress.ip_address(error.src),
-                destination=ipaddress.ip_address(error.quoted_dst), mtu=error.mtu)  # fmt: skip
+            log(
+                "info",
+                "a router reports an MTU",
+                router=ipaddress.ip_address(error.src),
+                destination=ipaddress.ip_address(error.quoted_dst),
+                mtu=error.mtu,
+            )
 
     def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
         if LOGGER.isEnabledFor(logging.DEBUG):
             log("debug", "dropped", reason=reason.value, error=error)
         if reason is Reason.MISADDRESSED and self._is_news(error.src, now):
             source = ipaddress.ip_address(error.src)
-            log("warning", f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
-                f"address of a peer, add it to --peers or --ignore-networks", error=error)  # fmt: skip
+            log(
+                "warning",
+                f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
+                f"address of a peer, add it to --peers or --ignore-networks",
+                error=error,
+            )
 
 
 # -----------------------------------------------------------------------------
@@ -3495,7 +4401,10 @@ class Service:
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 REPORT_COLUMNS = 79
-NODE_PORTS, OTHER_PORT = range(30000, 32768), 23040  # of Kubernetes' Services; what daemonset.yaml takes instead
+NODE_PORTS, OTHER_PORT = (
+    range(30000, 32768),
+    23040,
+)  # of Kubernetes' Services; what daemonset.yaml takes instead
 STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
 
 # linux/rtnetlink.h, linux/if_link.h, linux/if.h
@@ -3505,7 +4414,10 @@ IFLA_MTU, IFLA_LINK_NETNSID, IFLA_INFO_DATA = 4, 37, 2
 
 
 class Finding(NamedTuple):
-    """The answer of one check; `fix` holds the commands that repair it, one a line, empty where there are none."""
+    """The answer of one check.
+
+    `fix` holds the commands that repair it, one a line, empty where there are none.
+    """
 
     check: str
     status: str
@@ -3513,8 +4425,9 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
-# By kind: the names that CNIs give it; the bytes it adds over IPv4, over IPv6; the attributes in its IFLA_INFO_DATA
-# that tell the interface under it: an index, then addresses, local before remote.
+# By kind: the names that CNIs give it; the bytes it adds over IPv4, over IPv6; the attributes in
+# its IFLA_INFO_DATA that tell the interface under it: an index, then addresses, local before
+# remote.
 TUNNELS = {
     "ipip": (r"tunl\d+", (20, 20), (1, 2, 3)),
     "vxlan": (r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan", (50, 70), (3, 4, 17, 2, 16)),
@@ -3522,15 +4435,22 @@ TUNNELS = {
     "geneve": (r"cilium_geneve", (50, 70), (0, 2, 7)),
 }
 POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
-NIC_NAMES, NIC_KINDS = r"eth\d|en[opsx]|mgmt", ("", "bond", "team", "vlan")  # in kind and containerlab NICs are veths
-# Names of interfaces or files, and the command that gives them their {mtu}, or tells the CNI that the NIC has {nic}.
+NIC_NAMES, NIC_KINDS = (
+    r"eth\d|en[opsx]|mgmt",
+    ("", "bond", "team", "vlan"),
+)  # in kind and containerlab NICs are veths
+# Names of interfaces or files, and the command that gives them their {mtu}, or tells the CNI that
+# the NIC has {nic}.
 MTU_COMMANDS = (
-    (r"cali|tunl0", "kubectl patch installation default --type=merge -p "
-                    '\'{{"spec":{{"calicoNetwork":{{"mtu":{mtu}}}}}}}\''),
+    (
+        r"cali|tunl0",
+        "kubectl patch installation default --type=merge -p "
+        '\'{{"spec":{{"calicoNetwork":{{"mtu":{mtu}}}}}}}\'',
+    ),
     (r"flannel|cni0", "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
     (r"lxc|cilium", "cilium config set mtu {nic}"),
     (r"\.conf", "sed -i -E 's/(\"mtu\": *)[0-9]+/\\1{mtu}/' {name}"),
-)  # fmt: skip
+)
 
 
 class Link(NamedTuple):
@@ -3540,7 +4460,9 @@ class Link(NamedTuple):
     mtu: int
     role: str
     overhead: int = 0
-    under: str = ""  # the interface that a tunnel's packets leave by, empty where the kernel does not say
+    under: str = (
+        ""  # the interface that a tunnel's packets leave by, empty where the kernel does not say
+    )
 
 
 class Node(NamedTuple):
@@ -3564,23 +4486,35 @@ def setting(path: str) -> int:
 
 
 def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, list[Hop]]:
-    """The flags and hops of the route to an address, on this interface if one is given; raises NetlinkError."""
+    """The flags and hops of the route to an address, on this interface if one is given.
+
+    Raises NetlinkError.
+    """
     out = attribute(RTA_OIF, struct.pack("=I", ifindex)) if ifindex else b""
-    query = RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags) + attribute(RTA_DST, packed) + out
+    query = (
+        RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags)
+        + attribute(RTA_DST, packed)
+        + out
+    )
     with Netlink(NETLINK_ROUTE) as netlink:
         route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
     return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
 
 
 def under_tunnel(attrs: tuple[int, ...], data: dict[int, bytes]) -> tuple[str, bool]:
-    """The interface that a tunnel's packets leave by: named, with its address, or the way to its peer; if over IPv6."""
+    """The interface that a tunnel's packets leave by.
+
+    Named, with its address, or the way to its peer; if over IPv6.
+    """
     known = [packed for packed in map(data.get, attrs[1:]) if packed and any(packed)]
     own = {address.packed: [Hop(address.ifindex, b"")] for address in local_addresses()}
     hops = [Hop(int.from_bytes(data.get(attrs[0], b""), sys.byteorder), b"")]
     for packed in known:
         with contextlib.suppress(NetlinkError):
             hops += own.get(packed) or find_route(packed)[1]
-    return next((iface for iface in interfaces_of(hops) if iface != "lo"), ""), any(len(p) == 16 for p in known)
+    return next((iface for iface in interfaces_of(hops) if iface != "lo"), ""), any(
+        len(p) == 16 for p in known
+    )
 
 
 def list_links() -> Iterator[Link]:
@@ -3588,9 +4522,18 @@ def list_links() -> Iterator[Link]:
     for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
         attrs, flags = attributes(payload, IFINFOMSG.size), IFINFOMSG.unpack_from(payload)[3]
         info = attributes(attrs.get(IFLA_LINKINFO, b""))
-        name, kind = (os.fsdecode(a.rstrip(b"\0")) for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b"")))
-        tunnel = TUNNELS.get(kind) or next((t for t in TUNNELS.values() if re.fullmatch(t[0], name)), None)
-        is_nic = re.match(NIC_NAMES, name) if kind == "veth" else kind in NIC_KINDS and not flags & IFF_LOOPBACK
+        name, kind = (
+            os.fsdecode(a.rstrip(b"\0"))
+            for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b""))
+        )
+        tunnel = TUNNELS.get(kind) or next(
+            (t for t in TUNNELS.values() if re.fullmatch(t[0], name)), None
+        )
+        is_nic = (
+            re.match(NIC_NAMES, name)
+            if kind == "veth"
+            else kind in NIC_KINDS and not flags & IFF_LOOPBACK
+        )
         is_pod = re.fullmatch(POD_NAMES, name) or (kind == "veth" and IFLA_LINK_NETNSID in attrs)
         role = "tunnel" if tunnel else "nic" if is_nic else "pod" if is_pod else ""
         link = Link(name, int.from_bytes(attrs[IFLA_MTU], sys.byteorder), role)
@@ -3603,18 +4546,28 @@ def list_links() -> Iterator[Link]:
 
 
 def firewall_rules() -> Iterator[tuple[str, str]]:
-    """Place (family, table and chain) and text of each rule of nft and both iptables, and of what begins a chain."""
+    """Place (family, table and chain) and text of each rule of nft and both iptables, and of what
+    begins a chain.
+    """
     import subprocess
 
     commands = ["nft list ruleset", "iptables-nft-save -c", "ip6tables-nft-save -c"]
-    # The legacy commands would load their modules; these files are there only where they are loaded already.
+    # The legacy commands would load their modules; these files are there only where they are loaded
+    # already.
     loaded = [name for name in ("ip", "ip6") if os.path.exists(f"/proc/net/{name}_tables_names")]
     commands += [f"{name}tables{kind}-save -c" for name in loaded for kind in ("-legacy", "")]
     for command in commands:
         place = table = ""
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(command.split(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
-                                  encoding="utf-8", errors="replace", timeout=10)  # fmt: skip
+            done = subprocess.run(
+                command.split(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                check=False,
+                encoding="utf-8",
+                errors="replace",
+                timeout=10,
+            )
             for line in map(str.strip, done.stdout.splitlines()):
                 if found := re.match(r"table (.+) {|\*(\w+)", line):
                     table = found[1] or f"{command.partition('t')[0]} {found[2]}"
@@ -3625,23 +4578,37 @@ def firewall_rules() -> Iterator[tuple[str, str]]:
 
 def hooked(rules: Sequence[tuple[str, str]], hook: str) -> set[str]:
     """The places that packets reach from a hook (a regular expression), directly or by jumps."""
-    found, more = set[str](), {place for place, text in rules if re.match(rf"type \S+ hook {hook} |:{hook} ", text)}
+    found, more = (
+        set[str](),
+        {place for place, text in rules if re.match(rf"type \S+ hook {hook} |:{hook} ", text)},
+    )
     while more := more - found:
         found |= more
         texts = ((place.rpartition(" ")[0], text) for place, text in rules if place in more)
-        more = {f"{table} {t}" for table, text in texts for t in re.findall(r"(?:jump|goto|-[jg]) ([^\s,}]+)", text)}
+        more = {
+            f"{table} {t}"
+            for table, text in texts
+            for t in re.findall(r"(?:jump|goto|-[jg]) ([^\s,}]+)", text)
+        }
     return found
 
 
 def nftables_refusal(table_flags: int) -> int:
     """The errno with which nftables refuses a table with these flags, 0 if it takes it.
 
-    Asked in a batch without its end message, which the kernel validates and then always aborts: nothing is made.
+    Asked in a batch without its end message, which the kernel validates and then always aborts:
+    nothing is made.
     """
     name = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, "pmtud_probe")
-    begin = message(NFNL_MSG_BATCH_BEGIN, 0, 1, bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES)))
-    make = message(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, NLM_F_CREATE | NLM_F_ACK, 2,
-                   name + be32(NFTA_TABLE_FLAGS, table_flags))  # fmt: skip
+    begin = message(
+        NFNL_MSG_BATCH_BEGIN, 0, 1, bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
+    )
+    make = message(
+        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE,
+        NLM_F_CREATE | NLM_F_ACK,
+        2,
+        name + be32(NFTA_TABLE_FLAGS, table_flags),
+    )
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:
             netlink.send("probe nftables", begin + make, 2)
@@ -3651,10 +4618,16 @@ def nftables_refusal(table_flags: int) -> int:
 
 
 def program(config: Config, *words: str) -> str:
-    """The command that runs this program with these words and the interfaces, group and peers of `config`."""
+    """The command that runs this program with these words and the interfaces, group and peers of
+    `config`.
+    """
     command = ["python3", os.path.abspath(__file__), *words]
     command += [word for iface in config.ifaces for word in ("--iface", iface)]
-    command += ["--nflog-group", str(config.nflog_group)] if config.nflog_group != Config().nflog_group else []
+    command += (
+        ["--nflog-group", str(config.nflog_group)]
+        if config.nflog_group != Config().nflog_group
+        else []
+    )
     peers = [] if words else [*map(str, config.peers), *config.peer_sources]
     command += [word for peer in peers for word in ("--peers", peer)]
     command += ["--rules", "off"] if config.rules == "off" and not words else []
@@ -3662,7 +4635,10 @@ def program(config: Config, *words: str) -> str:
 
 
 def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bytes, bool]:
-    """The process that is pmtud, empty if none has the group; what it was started with; and whether it delivers."""
+    """The process that is pmtud, empty if none has the group.
+
+    What it was started with; and whether it delivers.
+    """
     port, said = group_holder(group), b"\0"
     if port is None:
         return "", b"", False
@@ -3673,12 +4649,17 @@ def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, byte
     for name in ("cmdline", "environ"):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
             said += stream.read()
-    idle = re.search(rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said)
+    idle = re.search(
+        rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said
+    )
     return describe_process(pid), said, not idle
 
 
 def check_kernel(node: Node) -> Iterator[Finding]:
-    """What only root can ask: whether we get sockets, a table and the NFLOG group; the daemon, its rule, its guard."""
+    """What only root can ask.
+
+    Whether we get sockets, a table and the NFLOG group; the daemon, its rule, its guard.
+    """
     group, start = node.config.nflog_group, program(node.config)
     try:
         with Netlink(NETLINK_NETFILTER), DeliverySocket(IPV4):
@@ -3688,28 +4669,50 @@ def check_kernel(node: Node) -> Iterator[Finding]:
         yield Finding("privileges", WARN, text, f"sudo {program(node.config, 'check')}")
         return
     if not (refusal := nftables_refusal(NFT_TABLE_F_OWNER)):
-        yield Finding("nftables", OK, "the kernel takes a table, and removes it when its owner dies")
+        yield Finding(
+            "nftables", OK, "the kernel takes a table, and removes it when its owner dies"
+        )
     elif not nftables_refusal(0):
-        yield Finding("nftables", WARN, "no table ownership (Linux before 5.12): after SIGKILL our table stays")
+        yield Finding(
+            "nftables",
+            WARN,
+            "no table ownership (Linux before 5.12): after SIGKILL our table stays",
+        )
     else:
-        yield Finding("nftables", FAIL, f"a table is refused: {os.strerror(refusal)}", "modprobe nf_tables")
+        yield Finding(
+            "nftables", FAIL, f"a table is refused: {os.strerror(refusal)}", "modprobe nf_tables"
+        )
     try:
         if not node.daemon:
             Nflog(group).close()
-        yield Finding("nflog_group", OK, f"group {group} is " + ("held by pmtud" if node.daemon else "free"))
+        yield Finding(
+            "nflog_group", OK, f"group {group} is " + ("held by pmtud" if node.daemon else "free")
+        )
     except PmtudError as problem:
         taken, start = group_holder(group) is not None, ""
-        fix = program(node.config._replace(nflog_group=group + 1)) if taken else "modprobe nfnetlink_log"
+        fix = (
+            program(node.config._replace(nflog_group=group + 1))
+            if taken
+            else "modprobe nfnetlink_log"
+        )
         yield Finding("nflog_group", FAIL, str(problem), fix)
-    text = node.daemon and ("running, " if node.delivers else "--dry-run or --no-rescue: ") + node.daemon
-    yield Finding("daemon", OK if node.delivers else WARN, text or "not running", "" if node.daemon else start)
+    text = (
+        node.daemon
+        and ("running, " if node.delivers else "--dry-run or --no-rescue: ") + node.daemon
+    )
+    yield Finding(
+        "daemon", OK if node.delivers else WARN, text or "not running", "" if node.daemon else start
+    )
     yield judge_rules(node)
     yield judge_guard(node)
     yield judge_delivery()
 
 
 def option_of(options: bytes, name: str) -> str:
-    """What a process was given for an option, the command line before the environment; empty: nothing, or unknown."""
+    """What a process was given for an option, the command line before the environment.
+
+    Empty: nothing, or unknown.
+    """
     variable = "PMTUD_" + name.upper().replace("-", "_")
     for start in (f"--{name}[=\0]", f"{variable}="):
         if given := re.findall(f"\0{start}([!-~]+)".encode(), options):
@@ -3718,8 +4721,13 @@ def option_of(options: bytes, name: str) -> str:
 
 
 def check_http(node: Node) -> Iterator[Finding]:
-    """Whether it is the daemon who answers where it listens: a kubelet asks there whether it is alive."""
-    name, address, text = (option_of(node.options, key) for key in ("nodename", "metrics-addr", "metrics-port"))
+    """Whether it is the daemon who answers where it listens.
+
+    A kubelet asks there whether it is alive.
+    """
+    name, address, text = (
+        option_of(node.options, key) for key in ("nodename", "metrics-addr", "metrics-port")
+    )
     port = int(text) if text.isdecimal() else node.config.metrics_port
     if not node.daemon or not port:
         return
@@ -3736,22 +4744,32 @@ def check_http(node: Node) -> Iterator[Finding]:
 
 
 def served_addresses(node: Node, address: str) -> list[str]:
-    """Where HTTP on --metrics-addr is asked; where that is all addresses: those of our interfaces."""
+    """Where HTTP on --metrics-addr is asked.
+
+    Where that is all addresses: those of our interfaces.
+    """
     if address not in ("", "::", "0.0.0.0"):
         return [address]
     indexes = {index for index, name in socket.if_nameindex() if name in node.ifaces}
-    own = [a.packed for a in local_addresses() if a.ifindex in indexes and not is_link_local(a.packed)]
+    own = [
+        a.packed for a in local_addresses() if a.ifindex in indexes and not is_link_local(a.packed)
+    ]
     ipv4_only = address == "0.0.0.0"
     own = [packed for packed in own if len(packed) == IPV4.address_len or not ipv4_only]
     return [str(ipaddress.ip_address(packed)) for packed in own[:16]] or ["127.0.0.1"]
 
 
 def judge_answer(address: str, port: int, says: str) -> str:
-    """What is wrong with the answer of /healthz, empty if all is well; `says`: what the daemon calls itself there."""
+    """What is wrong with the answer of /healthz, empty if all is well.
+
+    `says`: what the daemon calls itself there.
+    """
     try:
         with socket.create_connection((address, port), timeout=2.0) as connection:
             connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-            answer = connection.recv(4096).decode("utf-8", "replace")  # the daemon's comes in one piece
+            answer = connection.recv(4096).decode(
+                "utf-8", "replace"
+            )  # the daemon's comes in one piece
     except OSError as problem:
         return f"{problem.strerror or problem}: the daemon is not heard there"
     server = re.search(r"(?im)^server: *(.*?)\s*$", answer)
@@ -3767,7 +4785,11 @@ def judge_rules(node: Node) -> Finding:
     """Whether a rule feeds the group with ICMP errors from our interfaces, early enough."""
     import shutil
 
-    config, auto, table = node.config, node.config.rules == "auto", f"inet pmtud_{node.config.nflog_group}"
+    config, auto, table = (
+        node.config,
+        node.config.rules == "auto",
+        f"inet pmtud_{node.config.nflog_group}",
+    )
     early, late = (hooked(node.rules, hook) for hook in ("(?i:prerouting|ingress)", "(?i:input)"))
     found: dict[str, str] = {}
     for place, text in node.rules:
@@ -3775,19 +4797,41 @@ def judge_rules(node: Node) -> Finding:
         ours = not iface or any(name.startswith(iface[1] or iface[2]) for name in node.ifaces)
         other = re.search(r"\b(tcp|udp|sctp|dccp|esp|gre)\b", text) and "icmp" not in text
         logs = re.search(rf"(\blog\b.* |--nflog-)group {config.nflog_group}\b", text)
-        if logs and ours and not other and place in early | late and not (auto and place.startswith(f"{table} ")):
+        if (
+            logs
+            and ours
+            and not other
+            and place in early | late
+            and not (auto and place.startswith(f"{table} "))
+        ):
             counter = re.search(r"^\[(\d+):| packets (\d+)", text)
-            found[place] = f"{place}, " + (f"{counter[1] or counter[2]} packets so far" if counter else "no counter")
+            found[place] = f"{place}, " + (
+                f"{counter[1] or counter[2]} packets so far" if counter else "no counter"
+            )
     feeding, paste = "; ".join(found.values()), program(config, "rules")
     verdicts = (
-        (auto and found, WARN, f"pmtud installs its own, and this one feeds every error in again: {feeding}",
-         program(config._replace(rules="off"))),
+        (
+            auto and found,
+            WARN,
+            f"pmtud installs its own, and this one feeds every error in again: {feeding}",
+            program(config._replace(rules="off")),
+        ),
         (auto, OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own", ""),
         ((late - early) & set(found), WARN, f"too late, rp_filter comes first: {feeding}", paste),
         (found, OK, feeding, ""),
-        (shutil.which("nft"), FAIL, f"--rules off, and nothing feeds group {config.nflog_group}", paste),
-        (True, WARN, "--rules off, and what feeds the group cannot be seen: nft is not installed", ""),
-    )  # fmt: skip
+        (
+            shutil.which("nft"),
+            FAIL,
+            f"--rules off, and nothing feeds group {config.nflog_group}",
+            paste,
+        ),
+        (
+            True,
+            WARN,
+            "--rules off, and what feeds the group cannot be seen: nft is not installed",
+            "",
+        ),
+    )
     return next(Finding("nflog_rule", *verdict) for applies, *verdict in verdicts if applies)
 
 
@@ -3796,15 +4840,23 @@ def judge_guard(node: Node) -> Finding:
     if node.config.rules == "auto" and not node.daemon:
         return Finding("guard", OK, "pmtud installs it")
     holds = {family.name: guard_holds(family) for family in FAMILIES}
-    missing, good = (", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True))
+    missing, good = (
+        ", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True)
+    )
     if not missing:
-        return Finding("guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed")
+        return Finding(
+            "guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed"
+        )
     text = f"none for {missing}: errors about other nodes' flows would leave this node"
-    return Finding("guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules"))
+    return Finding(
+        "guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules")
+    )
 
 
 def judge_delivery() -> Finding:
-    """Whether this node's stack takes what pmtud delivers, tried with an error about no flow, to an own address."""
+    """Whether this node's stack takes what pmtud delivers, tried with an error about no flow, to an
+    own address.
+    """
     taken = []
     for family in FAMILIES:
         own = inside_address(family, local_addresses(), ())
@@ -3818,7 +4870,9 @@ def judge_delivery() -> Finding:
             text = f"this node's stack refuses {family.name} errors: {os.strerror(code)}; no flow learns from them"
             return Finding("delivery", FAIL, text, "ip link set dev lo up")
         taken.append(family.name)
-    return Finding("delivery", OK, f"this node's stack takes errors for {' and '.join(taken) or 'no address'}")
+    return Finding(
+        "delivery", OK, f"this node's stack takes errors for {' and '.join(taken) or 'no address'}"
+    )
 
 
 def reverse_path_filter(node: Node, iface: str, version: int) -> str:
@@ -3826,14 +4880,20 @@ def reverse_path_filter(node: Node, iface: str, version: int) -> str:
     if version == 4 and max(setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface)) == 1:
         return "rp_filter"
     for place, text in node.rules:
-        other = re.search(r"^ip6 |nfproto ipv6" if version == 4 else r"^ip |nfproto ipv4", f"{place} {text}")
-        if not other and re.search(r"iif (oif|check) (0|missing)\b.* (drop|reject)|--invert.* -j (DROP|REJECT)", text):
+        other = re.search(
+            r"^ip6 |nfproto ipv6" if version == 4 else r"^ip |nfproto ipv4", f"{place} {text}"
+        )
+        if not other and re.search(
+            r"iif (oif|check) (0|missing)\b.* (drop|reject)|--invert.* -j (DROP|REJECT)", text
+        ):
             return f"a rule in {place}"
     return ""
 
 
 def check_interfaces(node: Node) -> Iterator[Finding]:
-    """What reverse path filtering does to a router's error, and whether IPv6 runs where errors come in."""
+    """What reverse path filtering does to a router's error, and whether IPv6 runs where errors come
+    in.
+    """
     table = f"inet pmtud_{node.config.nflog_group} senders"
     listens = [text for place, text in node.rules if place == table and "iifname" in text]
     for iface in node.ifaces:
@@ -3842,8 +4902,14 @@ def check_interfaces(node: Node) -> Iterator[Finding]:
             yield Finding("interface", FAIL, f"{iface} is not there or not up", fix)
             continue
         every, own = (setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface))
-        mode = {0: "off", 1: "strict", 2: "loose, errors from any routed address pass"}.get(max(every, own), "unknown")
-        drops = " and ".join(filter(None, dict.fromkeys(reverse_path_filter(node, iface, f.version) for f in FAMILIES)))
+        mode = {0: "off", 1: "strict", 2: "loose, errors from any routed address pass"}.get(
+            max(every, own), "unknown"
+        )
+        drops = " and ".join(
+            filter(
+                None, dict.fromkeys(reverse_path_filter(node, iface, f.version) for f in FAMILIES)
+            )
+        )
         text = f"{iface}: {mode} (all {every}, {iface} {own})"
         if not drops:
             yield Finding("rp_filter", OK, text)
@@ -3851,45 +4917,82 @@ def check_interfaces(node: Node) -> Iterator[Finding]:
             yield Finding("rp_filter", OK, f"{text}; pmtud delivers what is dropped by {drops}")
         else:
             config = node.config._replace(ifaces=node.ifaces) if node.daemon else node.config
-            yield Finding("rp_filter", WARN, f"{text}; an error from a router's address that is routed elsewhere is "
-                          f"dropped by {drops}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers "
-                          "the error and leaves it strict", program(config))  # fmt: skip
+            yield Finding(
+                "rp_filter",
+                WARN,
+                f"{text}; an error from a router's address that is routed elsewhere is "
+                f"dropped by {drops}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers "
+                "the error and leaves it strict",
+                program(config),
+            )
         yield judge_ipv6(iface, node.links[iface].mtu)
 
 
 def judge_ipv6(iface: str, mtu: int) -> Finding:
     """Whether IPv6 runs on an interface, and believes the MTU that routers advertise."""
     conf, name = f"ipv6/conf/{iface}", shlex.quote(iface)
-    forwarding, accept, accept_mtu = (setting(f"{conf}/{key}") for key in ("forwarding", "accept_ra", "accept_ra_mtu"))
+    forwarding, accept, accept_mtu = (
+        setting(f"{conf}/{key}") for key in ("forwarding", "accept_ra", "accept_ra_mtu")
+    )
     listens = accept == 2 or (accept == 1 and not forwarding)
     heard = "believed" if listens else f"not read (forwarding {forwarding}, accept_ra {accept})"
     verdicts = (
-        (mtu < IPV6_MIN_MTU, FAIL, f"cannot run, MTU {mtu} is under {IPV6_MIN_MTU}",
-         f"ip link set dev {name} mtu {IPV6_MIN_MTU}"),
-        (setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"), OK, "switched off", ""),
-        (listens and not accept_mtu, WARN, "the MTU in router advertisements is ignored",
-         f"sysctl -w net/ipv6/conf/{name}/accept_ra_mtu=1"),
+        (
+            mtu < IPV6_MIN_MTU,
+            FAIL,
+            f"cannot run, MTU {mtu} is under {IPV6_MIN_MTU}",
+            f"ip link set dev {name} mtu {IPV6_MIN_MTU}",
+        ),
+        (
+            setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"),
+            OK,
+            "switched off",
+            "",
+        ),
+        (
+            listens and not accept_mtu,
+            WARN,
+            "the MTU in router advertisements is ignored",
+            f"sysctl -w net/ipv6/conf/{name}/accept_ra_mtu=1",
+        ),
         (True, OK, f"router advertisements and their MTU are {heard}", ""),
-    )  # fmt: skip
-    return next(Finding("ipv6", status, f"{iface}: {text}", fix) for applies, status, text, fix in verdicts if applies)
+    )
+    return next(
+        Finding("ipv6", status, f"{iface}: {text}", fix)
+        for applies, status, text, fix in verdicts
+        if applies
+    )
 
 
 SETTINGS: tuple[tuple[str, dict[int, tuple[str, str]]], ...] = (
-    ("ipv4/ip_no_pmtu_disc", {
-        0: (OK, "path MTU discovery is on"),
-        1: (WARN, "packets leave without DF and are fragmented on their way"),
-        2: (FAIL, "the kernel discards every error, pmtud's deliveries too"),
-        3: (WARN, "only errors about TCP, SCTP and DCCP are believed; UDP, QUIC and tunnels hang. And an error that "
-            "quotes an unknown protocol panics kernels before 6.6.130, 6.12.78 and 6.18.20 (CVE-2026-23398)")}),
-    ("ipv4/tcp_mtu_probing", {
-        0: (OK, "off, TCP depends on the errors of routers"),
-        1: (OK, "TCP probes by itself, seconds after it hung; UDP, QUIC and tunnels do not"),
-        2: (OK, "TCP starts small and probes upwards; UDP, QUIC and tunnels do not")}),
-)  # fmt: skip
+    (
+        "ipv4/ip_no_pmtu_disc",
+        {
+            0: (OK, "path MTU discovery is on"),
+            1: (WARN, "packets leave without DF and are fragmented on their way"),
+            2: (FAIL, "the kernel discards every error, pmtud's deliveries too"),
+            3: (
+                WARN,
+                "only errors about TCP, SCTP and DCCP are believed; UDP, QUIC and tunnels hang. And an error that "
+                "quotes an unknown protocol panics kernels before 6.6.130, 6.12.78 and 6.18.20 (CVE-2026-23398)",
+            ),
+        },
+    ),
+    (
+        "ipv4/tcp_mtu_probing",
+        {
+            0: (OK, "off, TCP depends on the errors of routers"),
+            1: (OK, "TCP probes by itself, seconds after it hung; UDP, QUIC and tunnels do not"),
+            2: (OK, "TCP starts small and probes upwards; UDP, QUIC and tunnels do not"),
+        },
+    ),
+)
 
 
 def check_settings(_: Node) -> Iterator[Finding]:
-    """The kernel settings that decide what becomes of an error, and the room in the connection table."""
+    """The kernel settings that decide what becomes of an error, and the room in the connection
+    table.
+    """
     for path, verdicts in SETTINGS:
         value = setting(path)
         status, text = verdicts.get(value, (OK, "unknown to this program"))
@@ -3897,7 +5000,9 @@ def check_settings(_: Node) -> Iterator[Finding]:
         yield Finding(os.path.basename(path), status, f"{value}: {text}", fix)
     smallest = setting("ipv4/route/min_pmtu")
     good = smallest <= IPV4_MIN_PMTU
-    text = f"{smallest}: " + ("the smallest MTU believed" if good else "smaller reports count as this one, and cost DF")
+    text = f"{smallest}: " + (
+        "the smallest MTU believed" if good else "smaller reports count as this one, and cost DF"
+    )
     fix = "" if good else f"sysctl -w net/ipv4/route/min_pmtu={IPV4_MIN_PMTU}"
     yield Finding("min_pmtu", OK if good else WARN, text, fix)
     count, most = setting("netfilter/nf_conntrack_count"), setting("netfilter/nf_conntrack_max")
@@ -3908,7 +5013,9 @@ def check_settings(_: Node) -> Iterator[Finding]:
 
 
 def check_peers(node: Node) -> Iterator[Finding]:
-    """Whether each peer resolves, has a route, and is not an address that this node shares with others."""
+    """Whether each peer resolves, has a route, and is not an address that this node shares with
+    others.
+    """
     config, local, failed = node.config, local_addresses(), False
     listed, edit = {"": config.peers}, {"file": "${EDITOR:-vi} ", "dns": "getent ahosts "}
     for source in map(open_source, config.peer_sources):
@@ -3922,11 +5029,17 @@ def check_peers(node: Node) -> Iterator[Finding]:
     arrangement = arrange(listed, local, config.ignore_networks)
     targets = [peer for peers in arrangement.targets.values() for peer in peers]
     shared = {address.packed for address in local if address.ifindex == socket.if_nametoindex("lo")}
-    bad = {peer: "a service address on lo, not a node" for peer in arrangement.removed if peer.packed in shared}
+    bad = {
+        peer: "a service address on lo, not a node"
+        for peer in arrangement.removed
+        if peer.packed in shared
+    }
     vrf = foreign_vrf(node.ifaces)
     if vrf:
         fix = f"ip vrf exec {shlex.quote(vrf)} {program(config, 'check')}"
-        yield Finding("peers", FAIL, f"the VRF {vrf} has the interface, and this process is not in it", fix)
+        yield Finding(
+            "peers", FAIL, f"the VRF {vrf} has the interface, and this process is not in it", fix
+        )
         return
     bad.update({peer: "no route" for peer in targets if not kernel_source(peer)})
     for where, peers in listed.items():
@@ -3935,44 +5048,91 @@ def check_peers(node: Node) -> Iterator[Finding]:
             fix = edit[where] if where else program(config._replace(peers=rest))
             yield Finding("peers", FAIL, "; ".join(wrong) + (where and f" (in {where})"), fix)
     networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
-    near = sum(any(ipaddress.ip_address(peer.packed) in network for network in networks) for peer in targets)
+    near = sum(
+        any(ipaddress.ip_address(peer.packed) in network for network in networks)
+        for peer in targets
+    )
     if not bad and (targets or not failed):
-        text = f"{near} on-link, {len(targets) - near} routed" if targets else "none: standalone, local rescue only"
-        yield Finding("peers", OK, "; ".join([text, *(f"{peer} is this node" for peer in arrangement.removed)]))
+        text = (
+            f"{near} on-link, {len(targets) - near} routed"
+            if targets
+            else "none: standalone, local rescue only"
+        )
+        yield Finding(
+            "peers",
+            OK,
+            "; ".join([text, *(f"{peer} is this node" for peer in arrangement.removed)]),
+        )
 
 
-def judge_mtu(names: Sequence[str], mtu: int, nic: Link, overhead: int, default: Optional[str] = "",
-              remake: str = "") -> Finding:  # fmt: skip
+def judge_mtu(
+    names: Sequence[str],
+    mtu: int,
+    nic: Link,
+    overhead: int,
+    default: Optional[str] = "",
+    remake: str = "",
+) -> Finding:
     """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them.
 
-    The fix is the CNI's command, or the `default` of tunnels without a CNI (None: no command), and then `remake`.
+    The fix is the CNI's command, or the `default` of tunnels without a CNI (None: no command), and
+    then `remake`.
     """
     best, spare, formula = nic.mtu - overhead, nic.mtu - mtu, f"{nic.name} {nic.mtu} - {overhead}"
     lost = "jumbo frames" if best >= 1.5 * mtu else f"{best - mtu} bytes"
     verdicts = (
         (mtu == best, OK, f"= {formula}"),
-        (best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]), OK,
-         f"is right: Cilium subtracts the {overhead} in its routes"),
-        (mtu > best and default, FAIL, f"> {formula}: packets over {best} are fragmented or vanish (black hole)"),
-        (mtu > best, WARN, f"> {formula}: only ICMP errors from this node tell pods that {best} is all"),
-        (overhead and spare == 2 * overhead, WARN, f"= {formula} - {overhead}: the overhead is subtracted twice"),
-        (any(spare in overheads for _, overheads, _ in TUNNELS.values()), OK,
-         f"= {nic.name} {nic.mtu} - {spare}, where {overhead} would do"),
+        (
+            best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]),
+            OK,
+            f"is right: Cilium subtracts the {overhead} in its routes",
+        ),
+        (
+            mtu > best and default,
+            FAIL,
+            f"> {formula}: packets over {best} are fragmented or vanish (black hole)",
+        ),
+        (
+            mtu > best,
+            WARN,
+            f"> {formula}: only ICMP errors from this node tell pods that {best} is all",
+        ),
+        (
+            overhead and spare == 2 * overhead,
+            WARN,
+            f"= {formula} - {overhead}: the overhead is subtracted twice",
+        ),
+        (
+            any(spare in overheads for _, overheads, _ in TUNNELS.values()),
+            OK,
+            f"= {nic.name} {nic.mtu} - {spare}, where {overhead} would do",
+        ),
         (True, WARN, f"< {formula} = {best}: {lost} left unused"),
-    )  # fmt: skip
+    )
     status, text = next(verdict for applies, *verdict in verdicts if applies)
     shown = names[0] if len(names) == 1 else f"{len(names)} pods ({names[0]}, ...)"
     base = os.path.basename(names[0])
-    command = next((command for pattern, command in MTU_COMMANDS if re.search(pattern, base)), default or "")
-    fix = "" if default is None else command.format(mtu=best, nic=nic.mtu, name=shlex.quote(names[0]))
-    return Finding("mtu", status, f"{shown} {mtu} {text}", "" if status == OK else f"{fix}\n{remake}".strip())
+    command = next(
+        (command for pattern, command in MTU_COMMANDS if re.search(pattern, base)), default or ""
+    )
+    fix = (
+        "" if default is None else command.format(mtu=best, nic=nic.mtu, name=shlex.quote(names[0]))
+    )
+    return Finding(
+        "mtu", status, f"{shown} {mtu} {text}", "" if status == OK else f"{fix}\n{remake}".strip()
+    )
 
 
 def cni_mtus(folder: str) -> Iterator[tuple[str, Union[int, str]]]:
-    """Each MTU in the CNI configuration files of a folder (0 is automatic: left out), or why one cannot be read."""
+    """Each MTU in the CNI configuration files of a folder (0 is automatic.
+
+    Left out), or why one cannot be read.
+    """
     paths = [folder] if os.path.exists(folder) else []  # opening it says why it cannot be listed
     if os.access(folder, os.R_OK | os.X_OK):
-        names = (name for name in sorted(os.listdir(folder)) if name.endswith((".conf", ".conflist")))
+        names = (
+            name for name in sorted(os.listdir(folder)) if name.endswith((".conf", ".conflist"))
+        )
         paths = [os.path.join(folder, name) for name in names]
     for path in paths:
         try:
@@ -3986,34 +5146,64 @@ def cni_mtus(folder: str) -> Iterator[tuple[str, Union[int, str]]]:
 
 
 def check_mtu(node: Node) -> Iterator[Finding]:
-    """The MTU of every tunnel, of the CNI configuration and of every pod interface against what they travel over."""
-    nics = sorted((node.links[name] for name in node.ifaces if name in node.links), key=lambda link: link.mtu)
-    widest = max((link for link in node.links.values() if link.role == "nic"), key=lambda link: link.mtu, default=None)
+    """The MTU of every tunnel, of the CNI configuration and of every pod interface against what
+    they travel over.
+    """
+    nics = sorted(
+        (node.links[name] for name in node.ifaces if name in node.links), key=lambda link: link.mtu
+    )
+    widest = max(
+        (link for link in node.links.values() if link.role == "nic"),
+        key=lambda link: link.mtu,
+        default=None,
+    )
     other = program(node.config._replace(ifaces=(widest.name,)), "check") if widest else ""
     if not nics:
         yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface", other)
         return
     low, high = nics[0], nics[-1]
     if low.mtu < high.mtu:
-        fixes = [f"ip link set dev {shlex.quote(nic.name)} mtu {high.mtu}" for nic in nics if nic.mtu < high.mtu]
+        fixes = [
+            f"ip link set dev {shlex.quote(nic.name)} mtu {high.mtu}"
+            for nic in nics
+            if nic.mtu < high.mtu
+        ]
         text = ", ".join(f"{link.name} {link.mtu}" for link in nics)
         yield Finding("mtu", WARN, f"the NICs differ: {text}", "\n".join(fixes))
     tunnels = [link for link in node.links.values() if link.role == "tunnel"]
     for link in tunnels:
         nic = node.links.get(link.under, low)
-        yield judge_mtu([link.name], link.mtu, nic, link.overhead, "ip link set dev {name} mtu {mtu}")
+        yield judge_mtu(
+            [link.name], link.mtu, nic, link.overhead, "ip link set dev {name} mtu {mtu}"
+        )
     pods = list(check_pods(node, low, tunnels))
     yield from pods
     if not pods and not tunnels:
         yield Finding("mtu", OK, f"{low.name} {low.mtu}, without tunnels and pods")
-    elif widest and widest.mtu > high.mtu and not node.config.ifaces and not all(link.under for link in tunnels):
+    elif (
+        widest
+        and widest.mtu > high.mtu
+        and not node.config.ifaces
+        and not all(link.under for link in tunnels)
+    ):
         text = f"{widest.name} has {widest.mtu}, judged is by {low.name} {low.mtu} of the default route"
-        yield Finding("mtu", WARN, f"{text}; if the nodes talk over {widest.name}, name it with --iface", other)
+        yield Finding(
+            "mtu",
+            WARN,
+            f"{text}; if the nodes talk over {widest.name}, name it with --iface",
+            other,
+        )
 
 
 def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Finding]:
-    """The MTU in the CNI configuration and of pods, which get what the narrowest of the CNI's own tunnels leaves."""
-    own = [link for link in tunnels if any(re.fullmatch(names, link.name) for names, _, _ in TUNNELS.values())]
+    """The MTU in the CNI configuration and of pods, which get what the narrowest of the CNI's own
+    tunnels leaves.
+    """
+    own = [
+        link
+        for link in tunnels
+        if any(re.fullmatch(names, link.name) for names, _, _ in TUNNELS.values())
+    ]
     bounds = [(node.links.get(link.under, nic), link.overhead) for link in own] or [(nic, 0)]
     nic, overhead = min(bounds, key=lambda bound: bound[0].mtu - bound[1])
     given = {link.mtu for link in own}
@@ -4030,18 +5220,27 @@ def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Findi
     host = shlex.quote(node.config.nodename)
     remake = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
     for mtu, names in groups.items():
-        yield judge_mtu(names, mtu, nic, overhead, None if given else "", remake)  # what is given was judged above
+        yield judge_mtu(
+            names, mtu, nic, overhead, None if given else "", remake
+        )  # what is given was judged above
 
 
 # linux/in.h, linux/in6.h, linux/errqueue.h, asm-generic/socket.h, linux/if_ether.h, linux/tcp.h
 PMTUDISC_PROBE, IP_RECVERR, IPV6_RECVERR, IP_MTU, IPV6_MTU = 3, 11, 25, 14, 24
-EXTENDED_ERR = struct.Struct("=IBBBxII")  # struct sock_extended_err: errno, origin, type, code, info (the MTU), data
+EXTENDED_ERR = struct.Struct(
+    "=IBBBxII"
+)  # struct sock_extended_err: errno, origin, type, code, info (the MTU), data
 SO_ATTACH_FILTER, ETH_P_IP, ETH_P_IPV6 = 26, 0x0800, 0x86DD
-TCP_INFO_OPTIONS, TCP_INFO_SND_MSS, TCP_INFO_PMTU, TCPI_OPT_TIMESTAMPS = 5, 16, 60, 1  # offsets in struct tcp_info
+TCP_INFO_OPTIONS, TCP_INFO_SND_MSS, TCP_INFO_PMTU, TCPI_OPT_TIMESTAMPS = (
+    5,
+    16,
+    60,
+    1,
+)  # offsets in struct tcp_info
 PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
 PROBE_MIN_BYTES, PROBE_SECONDS = 68, 4.0  # the first probe; the time for one address
-# By IP version: level of the socket options, PMTU discovery, error queue, the MTU in use; bytes of both headers;
-# the protocol's place in the first of them; ethertype.
+# By IP version: level of the socket options, PMTU discovery, error queue, the MTU in use; bytes of
+# both headers; the protocol's place in the first of them; ethertype.
 PROBES = {
     4: (socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_RECVERR, IP_MTU, 28, 9, ETH_P_IP),
     6: (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_MTU, 48, 6, ETH_P_IPV6),
@@ -4049,7 +5248,10 @@ PROBES = {
 
 
 class Answer(NamedTuple):
-    """What became of a probe: `reply`, `report` of an `mtu` by `router`, `dropped` report, `error`, `silence`."""
+    """What became of a probe.
+
+    `reply`, `report` of an `mtu` by `router`, `dropped` report, `error`, `silence`.
+    """
 
     kind: str
     router: str = ""
@@ -4058,13 +5260,21 @@ class Answer(NamedTuple):
 
 
 class Prober(Descriptor):
-    """Sends packets with DF to an address; `socket` sees ICMP come in before rp_filter does, where that is allowed."""
+    """Sends packets with DF to an address.
+
+    `socket` sees ICMP come in before rp_filter does, where that is allowed.
+    """
 
     def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
         self.address = (address[0], PROBE_PORT, *address[2:])
-        self.packed, zone = ipaddress.ip_address(address[0].partition("%")[0]).packed, (*address, 0, 0)[3]
+        self.packed, zone = (
+            ipaddress.ip_address(address[0].partition("%")[0]).packed,
+            (*address, 0, 0)[3],
+        )
         self.family = family_of(self.packed)
-        self.host = str(ipaddress.ip_address(self.packed)) + (f"%{socket.if_indextoname(zone)}" if zone else "")
+        self.host = str(ipaddress.ip_address(self.packed)) + (
+            f"%{socket.if_indextoname(zone)}" if zone else ""
+        )
         self.level, *self.options, self.headers, offset, ethertype = PROBES[self.family.version]
         self.hop = find_route(self.packed, zone)[1][0]
         self.iface = socket.if_indextoname(self.hop.ifindex)
@@ -4072,14 +5282,37 @@ class Prober(Descriptor):
         self.own = {own.packed for own in local_addresses()}
         self.started, self.replies, self.timeout = time.monotonic(), 0, 1.0
         try:
-            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype))
+            self.socket = socket.socket(
+                socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype)
+            )
             # Classic BPF: load the protocol's byte; if it is ICMP take the packet, else drop it.
-            code = struct.pack("=HBBIHBBIHBBIHBBI", 0x30, 0, 0, offset, 0x15, 0, 1, self.family.icmp_protocol,
-                               6, 0, 0, 0xFFFF, 6, 0, 0, 0)  # fmt: skip
+            code = struct.pack(
+                "=HBBIHBBIHBBIHBBI",
+                0x30,
+                0,
+                0,
+                offset,
+                0x15,
+                0,
+                1,
+                self.family.icmp_protocol,
+                6,
+                0,
+                0,
+                0xFFFF,
+                6,
+                0,
+                0,
+                0,
+            )
             buffer = ctypes.create_string_buffer(code)
-            self.socket.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(buffer)))
+            self.socket.setsockopt(
+                socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(buffer))
+            )
         except PermissionError:
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # nothing ever comes in here
+            self.socket = socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM
+            )  # nothing ever comes in here
         self.socket.setblocking(False)
 
     def probe(self, size: int) -> Answer:
@@ -4109,14 +5342,19 @@ class Prober(Descriptor):
             except OSError as problem:
                 return Answer("error", f"this node: {problem.strerror}")
         number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
-        sender = data[20:24] if self.family is IPV4 else data[24:40]  # in struct sockaddr_in, sockaddr_in6
+        sender = (
+            data[20:24] if self.family is IPV4 else data[24:40]
+        )  # in struct sockaddr_in, sockaddr_in6
         if number == errno.EMSGSIZE:
-            return Answer("report", str(ipaddress.ip_address(sender)), mtu or self.family.unstated_mtu)
+            return Answer(
+                "report", str(ipaddress.ip_address(sender)), mtu or self.family.unstated_mtu
+            )
         refusal = Answer("error", f"{ipaddress.ip_address(sender)}: {os.strerror(number)}")
         return Answer("reply") if sender == self.packed else refusal
 
     def _explain(self, answer: Answer) -> Answer:
-        """The answer in the light of what came in: a report that was dropped, the router behind pmtud's delivery.
+        """The answer in the light of what came in: a report that was dropped, the router behind
+        pmtud's delivery.
 
         Reports are known by the probes' port: some routers quote another length than was sent.
         """
@@ -4126,23 +5364,41 @@ class Prober(Descriptor):
             except BlockingIOError:
                 return answer
             error = parse(packet)
-            if isinstance(error, MtuError) and (error.quoted_dst, error.destination_port) == (self.packed, PROBE_PORT):
+            if isinstance(error, MtuError) and (error.quoted_dst, error.destination_port) == (
+                self.packed,
+                PROBE_PORT,
+            ):
                 router = str(ipaddress.ip_address(error.src))
-                if answer.kind in ("silence", "dropped"):  # the last one: a bond or VLAN shows up after its port
+                if answer.kind in (
+                    "silence",
+                    "dropped",
+                ):  # the last one: a bond or VLAN shows up after its port
                     answer = Answer("dropped", router, error.believed_mtu, iface)
-                elif answer.kind == "report" and error.src not in self.own and answer.router != router:
+                elif (
+                    answer.kind == "report"
+                    and error.src not in self.own
+                    and answer.router != router
+                ):
                     answer = answer._replace(router=f"{router}, through pmtud,")
 
     def measure(self) -> tuple[int, bool, list[Answer]]:
-        """The largest size answered (0: none), whether one byte more is surely lost, and the reports on the way.
+        """The largest size answered (0: none), whether one byte more is surely lost, and the
+        reports on the way.
 
-        A silence costs a moment, an answer one of the few a host gives: so sizes are tried from the upper end.
+        A silence costs a moment, an answer one of the few a host gives: so sizes are tried from the
+        upper end.
         """
         first = self.probe(PROBE_MIN_BYTES)
         first = self.probe(PROBE_MIN_BYTES) if first.kind == "silence" else first
         if first.kind == "error":
             return 0, False, [first]
-        low, high, size, reports, silent = PROBE_MIN_BYTES, self.top + 1, self.top, list[Answer](), False
+        low, high, size, reports, silent = (
+            PROBE_MIN_BYTES,
+            self.top + 1,
+            self.top,
+            list[Answer](),
+            False,
+        )
         while high - low > 1 and time.monotonic() - self.started < PROBE_SECONDS:
             answer = self.probe(size)
             if answer.kind == "reply":
@@ -4154,7 +5410,11 @@ class Prober(Descriptor):
             if silent and first.kind != "reply":  # it answers to no size
                 return 0, False, reports
             usual = max((mtu for mtu in MTU_BUCKETS if low < mtu < high), default=0)
-            size = high - 1 if not silent else usual or (low + 1 if low in MTU_BUCKETS else (low + high) // 2)
+            size = (
+                high - 1
+                if not silent
+                else usual or (low + 1 if low in MTU_BUCKETS else (low + high) // 2)
+            )
         if high - low == 1 and silent:
             time.sleep(1.0)  # by then a host that limits its answers has one left: ask again
             return low, self.probe(high).kind != "reply", reports
@@ -4164,13 +5424,18 @@ class Prober(Descriptor):
         """What a TCP handshake says about the path; raises OSError if there is none."""
         with socket.create_connection((self.host, port), 2.0) as tcp:
             info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        mss, pmtu = (int.from_bytes(info[at : at + 4], sys.byteorder) for at in (TCP_INFO_SND_MSS, TCP_INFO_PMTU))
+        mss, pmtu = (
+            int.from_bytes(info[at : at + 4], sys.byteorder)
+            for at in (TCP_INFO_SND_MSS, TCP_INFO_PMTU)
+        )
         mss += 12 if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS else 0
         return f"TCP port {port} answers: MSS {mss}, as for MTU {mss + self.headers + 12}; the kernel uses {pmtu}"
 
 
 def blame(node: Node, report: Answer) -> tuple[str, str]:
-    """What on this node dropped a router's report, and the command that gets the next one through, or finds it."""
+    """What on this node dropped a router's report, and the command that gets the next one through,
+    or finds it.
+    """
     packed, way = ipaddress.ip_address(report.router).packed, ""
     with contextlib.suppress(NetlinkError, OSError):
         zone = socket.if_nametoindex(report.iface) if is_link_local(packed) else 0
@@ -4201,10 +5466,14 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
         text = f"{host}: not measured, it answers nothing to UDP{tail}"
         return Finding("path", FAIL if refused else WARN, text, "" if port else again)
     hops = "".join(dict.fromkeys(f", {answer.router} reports {answer.mtu}" for answer in reports))
-    text = f"{host}: path MTU {low or min(told)}{hops}" + ("" if low else "; the host answers nothing to UDP")
+    text = f"{host}: path MTU {low or min(told)}{hops}" + (
+        "" if low else "; the host answers nothing to UDP"
+    )
     if dropped := [answer for answer in reports if answer.kind == "dropped"]:
         culprit, fix = blame(node, dropped[-1])
-        return Finding("path", FAIL, f"{text}; the report arrived here and was dropped by {culprit}{tail}", fix)
+        return Finding(
+            "path", FAIL, f"{text}; the report arrived here and was dropped by {culprit}{tail}", fix
+        )
     if low and not settled:
         text = f"{host}: path MTU at least {low}{hops}; the host limits its answers, ask again in ten seconds{tail}"
         return Finding("path", WARN, text)
@@ -4214,7 +5483,9 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
 
 
 def judge_black_hole(node: Node, prober: Prober, low: int, text: str, tail: str) -> Finding:
-    """The verdict on a path that loses packets over `low` bytes without a report that this process can see."""
+    """The verdict on a path that loses packets over `low` bytes without a report that this process
+    can see.
+    """
     with socket.socket(prober.family.af, socket.SOCK_DGRAM) as udp:
         udp.connect(prober.address)
         known = udp.getsockopt(prober.level, prober.options[2])
@@ -4223,12 +5494,31 @@ def judge_black_hole(node: Node, prober: Prober, low: int, text: str, tail: str)
         fix = f"sudo {program(node.config, 'check', prober.host)}"
     else:
         text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
-        gateway, (flags, hops) = prober.hop.gateway, find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
-        via = ["via", *["inet6"] * (len(gateway) > len(prober.packed)), str(ipaddress.ip_address(gateway or 0))]
+        gateway, (flags, hops) = (
+            prober.hop.gateway,
+            find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH),
+        )
+        via = [
+            "via",
+            *["inet6"] * (len(gateway) > len(prober.packed)),
+            str(ipaddress.ip_address(gateway or 0)),
+        ]
         far = flags & RTNH_F_ONLINK or len(hops) > 1 or any(hop.onlink for hop in hops)
         onlink = ["onlink"] if gateway and far else []
-        fix = shlex.join(["ip", "route", "replace", prober.host.partition("%")[0], *(via if gateway else []),
-                          "dev", prober.iface, *onlink, "mtu", str(low)])  # fmt: skip
+        fix = shlex.join(
+            [
+                "ip",
+                "route",
+                "replace",
+                prober.host.partition("%")[0],
+                *(via if gateway else []),
+                "dev",
+                prober.iface,
+                *onlink,
+                "mtu",
+                str(low),
+            ]
+        )
     if known <= low:
         return Finding("path", OK, f"{text}; this node knows, it uses {known}")
     return Finding("path", FAIL, text, fix)
@@ -4238,7 +5528,8 @@ def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
     """The path MTU to each HOST or HOST:PORT, over IPv4 and IPv6 where it has both."""
     for text in hosts:
         bracketed, port6, plain, port4, bare = re.fullmatch(  # type: ignore[union-attr]
-            r"\[(.+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?|(.*)", text, re.DOTALL).groups()  # fmt: skip
+            r"\[(.+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?|(.*)", text, re.DOTALL
+        ).groups()
         name, port = bracketed or plain or bare, int(port6 or port4 or 0)
         lookup = f"getent ahosts {shlex.quote(name)}"
         try:
@@ -4246,14 +5537,20 @@ def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
                 raise UsageError(f"{port} is not a port")
             found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
             lookup = f"ip route get {shlex.quote(name)}"
-            for address in {family: address for family, _, _, _, address in reversed(found)}.values():
+            for address in {
+                family: address for family, _, _, _, address in reversed(found)
+            }.values():
                 with Prober(node, address) as prober:
                     yield judge_path(node, prober, port)
         except UnicodeError:
             yield Finding("path", FAIL, f"{text}: not a host name")
         except (PmtudError, OSError) as problem:
-            yield Finding("path", FAIL, f"{text}: {getattr(problem, 'strerror', None) or problem}",
-                          "" if isinstance(problem, UsageError) else lookup)  # fmt: skip
+            yield Finding(
+                "path",
+                FAIL,
+                f"{text}: {getattr(problem, 'strerror', None) or problem}",
+                "" if isinstance(problem, UsageError) else lookup,
+            )
 
 
 CHECKS = (check_kernel, check_http, check_interfaces, check_settings, check_peers, check_mtu)
@@ -4264,7 +5561,9 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as problem:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains once more when it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # or the interpreter complains once more when it ends
         raise PmtudError(f"cannot write the output: {problem.strerror}") from problem
 
 
@@ -4282,37 +5581,69 @@ def render(finding: Finding, color: bool) -> str:
     lines = textwrap.wrap(words, REPORT_COLUMNS, subsequent_indent=" " * 7, break_on_hyphens=False)
     for command in printable(finding.fix).splitlines():
         line = "       fix:"
-        for word in re.findall(r"(?:'[^']*'|\S)+", command):  # broken between words, where that is enough
+        for word in re.findall(
+            r"(?:'[^']*'|\S)+", command
+        ):  # broken between words, where that is enough
             if len(f"{line} {word} \\") > REPORT_COLUMNS and line.strip():
                 lines.append(f"{line} \\")
                 line = " " * 11
             line += f" {word}"
-            while len(line) > REPORT_COLUMNS - 2:  # sh joins these lines again; a quote ends and begins anew
+            while (
+                len(line) > REPORT_COLUMNS - 2
+            ):  # sh joins these lines again; a quote ends and begins anew
                 start, rest = line[: REPORT_COLUMNS - 4], line[REPORT_COLUMNS - 4 :]
                 quote = "'" * (start.count("'") % 2)
                 lines.append(f"{start}{quote}\\")
                 line = quote + rest
         lines.append(line)
     text = "\n".join(lines)
-    return text.replace(status, f"{STATUS_COLORS[finding.status]}{status}\033[0m", 1) if color else text
+    return (
+        text.replace(status, f"{STATUS_COLORS[finding.status]}{status}\033[0m", 1)
+        if color
+        else text
+    )
 
 
-def check(config: Config, hosts: Sequence[str], as_json: bool, color: bool, cni_dir: str = "/etc/cni/net.d") -> int:
-    """Print the verdicts on this node and the paths to `hosts`; the exit code: 0 all OK, 1 warnings, 2 failures."""
+def check(
+    config: Config,
+    hosts: Sequence[str],
+    as_json: bool,
+    color: bool,
+    cni_dir: str = "/etc/cni/net.d",
+) -> int:
+    """Print the verdicts on this node and the paths to `hosts`.
+
+    The exit code: 0 all OK, 1 warnings, 2 failures.
+    """
     rules, found = list(firewall_rules()), list[Finding]()
-    ifaces, links = config.ifaces or default_route_interfaces(), {link.name: link for link in list_links()}
+    ifaces, links = (
+        config.ifaces or default_route_interfaces(),
+        {link.name: link for link in list_links()},
+    )
     node = Node(config, ifaces, links, rules, *find_daemon(config.nflog_group, rules), cni_dir)
     for probe in (*CHECKS, lambda node: check_hosts(node, hosts)):
         for finding in probe(node):
             found.append(finding)
             if not as_json:
                 show(render(finding, color and sys.stdout.isatty()))
-    summary = {status: sum(finding.status == status for finding in found) for status in (OK, WARN, FAIL)}
+    summary = {
+        status: sum(finding.status == status for finding in found) for status in (OK, WARN, FAIL)
+    }
     if as_json:
         checks = [finding._asdict() for finding in found]
-        show(json.dumps({"schema": 1, "node": config.nodename, "summary": summary, "checks": checks}, indent=2))
+        show(
+            json.dumps(
+                {"schema": 1, "node": config.nodename, "summary": summary, "checks": checks},
+                indent=2,
+            )
+        )
     else:
-        show(printable(f"{config.nodename}: " + ", ".join(f"{count} {status}" for status, count in summary.items())))
+        show(
+            printable(
+                f"{config.nodename}: "
+                + ", ".join(f"{count} {status}" for status, count in summary.items())
+            )
+        )
     return 2 if summary[FAIL] else 1 if summary[WARN] else 0
 
 
@@ -4376,46 +5707,119 @@ The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or c
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of the daemon; no defaults here, Config has them."""
     add = parser.add_argument
-    add("--peers", action="append", metavar="LIST", type=option_type(parse_peer_items),
+    add(
+        "--peers",
+        action="append",
+        metavar="LIST",
+        type=option_type(parse_peer_items),
         help="nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME (all A and AAAA, "
-             "asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; comma-separated, repeatable")
-    add("--iface", action="append", metavar="NAME", type=option_type(parse_iface),
-        help="where errors come in; repeatable (default: the interface of the default route)")
-    add("--nodename", metavar="NAME", type=option_type(parse_nodename),
-        help="this node's name in the log (default: the host name)")
-    add("--nflog-group", metavar="N", type=option_type(number_between(0, 65535)), help="NFLOG group (default: 33)")
-    add("--metrics-port", metavar="PORT", type=option_type(number_between(0, 65535)),
-        help="port of /metrics, /healthz and /readyz; 0: none (default: 30040)")
-    add("--metrics-addr", metavar="ADDR", type=option_type(lambda text: str(ipaddress.ip_address(text))),
-        help="address to serve them on (default: all)")
-    add("--ttl", metavar="N", type=option_type(number_between(1, 255)), help="TTL or hop limit of copies (default: 10)")
-    add("--ignore-networks", action="append", metavar="LIST", type=option_type(parse_networks),
-        help="networks of the cluster besides the peers: errors from there are not replicated; repeatable")
-    add("--rules", choices=("auto", "off"),
-        help="auto: install our own nftables table; off: your NFLOG rule feeds us (default: auto)")
-    add("--no-rescue", action="store_true", help="do not deliver a router's error on the node that receives it")
-    add("--service-networks", action="append", metavar="LIST", type=option_type(parse_networks),
-        help="act only on errors about packets sent from these networks (default: all); repeatable")
-    add("--ports", action="append", metavar="LIST", type=option_type(parse_ports),
-        help="act only on errors about packets sent from these ports (default: all); repeatable")
-    add("--min-mtu", metavar="V4[,V6]", type=option_type(parse_min_mtu),
-        help="smallest MTU believed, in bytes (default: 552,1280)")
-    add("--flow-interval", metavar="SECONDS", type=option_type(number_between(0, 3600, float)),
-        help="act on one error per flow and MTU in this time; 0: on each (default: 0.1)")
-    add("--source-rate", metavar="N", type=option_type(number_between(0, 1e9, float)),
-        help="errors acted on per second from one router or peer; 0: unlimited (default: 500)")
-    add("--rate", metavar="N", type=option_type(number_between(0, 1e9, float)),
-        help="errors acted on per second, from routers and from peers each; 0: unlimited (default: 1000)")
+        "asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; comma-separated, repeatable",
+    )
+    add(
+        "--iface",
+        action="append",
+        metavar="NAME",
+        type=option_type(parse_iface),
+        help="where errors come in; repeatable (default: the interface of the default route)",
+    )
+    add(
+        "--nodename",
+        metavar="NAME",
+        type=option_type(parse_nodename),
+        help="this node's name in the log (default: the host name)",
+    )
+    add(
+        "--nflog-group",
+        metavar="N",
+        type=option_type(number_between(0, 65535)),
+        help="NFLOG group (default: 33)",
+    )
+    add(
+        "--metrics-port",
+        metavar="PORT",
+        type=option_type(number_between(0, 65535)),
+        help="port of /metrics, /healthz and /readyz; 0: none (default: 30040)",
+    )
+    add(
+        "--metrics-addr",
+        metavar="ADDR",
+        type=option_type(lambda text: str(ipaddress.ip_address(text))),
+        help="address to serve them on (default: all)",
+    )
+    add(
+        "--ttl",
+        metavar="N",
+        type=option_type(number_between(1, 255)),
+        help="TTL or hop limit of copies (default: 10)",
+    )
+    add(
+        "--ignore-networks",
+        action="append",
+        metavar="LIST",
+        type=option_type(parse_networks),
+        help="networks of the cluster besides the peers: errors from there are not replicated; repeatable",
+    )
+    add(
+        "--rules",
+        choices=("auto", "off"),
+        help="auto: install our own nftables table; off: your NFLOG rule feeds us (default: auto)",
+    )
+    add(
+        "--no-rescue",
+        action="store_true",
+        help="do not deliver a router's error on the node that receives it",
+    )
+    add(
+        "--service-networks",
+        action="append",
+        metavar="LIST",
+        type=option_type(parse_networks),
+        help="act only on errors about packets sent from these networks (default: all); repeatable",
+    )
+    add(
+        "--ports",
+        action="append",
+        metavar="LIST",
+        type=option_type(parse_ports),
+        help="act only on errors about packets sent from these ports (default: all); repeatable",
+    )
+    add(
+        "--min-mtu",
+        metavar="V4[,V6]",
+        type=option_type(parse_min_mtu),
+        help="smallest MTU believed, in bytes (default: 552,1280)",
+    )
+    add(
+        "--flow-interval",
+        metavar="SECONDS",
+        type=option_type(number_between(0, 3600, float)),
+        help="act on one error per flow and MTU in this time; 0: on each (default: 0.1)",
+    )
+    add(
+        "--source-rate",
+        metavar="N",
+        type=option_type(number_between(0, 1e9, float)),
+        help="errors acted on per second from one router or peer; 0: unlimited (default: 500)",
+    )
+    add(
+        "--rate",
+        metavar="N",
+        type=option_type(number_between(0, 1e9, float)),
+        help="errors acted on per second, from routers and from peers each; 0: unlimited (default: 1000)",
+    )
     add("--dry-run", action="store_true", help="send nothing; count and log what would be done")
     add("--log-level", choices=("debug", "info", "warning", "error"), help="(default: info)")
-    add("--log-format", choices=("text", "json"), help="(default: text)")  # fmt: skip
+    add("--log-format", choices=("text", "json"), help="(default: text)")
 
 
 COMMANDS = ("run", "check", "rules")
 
 
 def build_parser() -> Parser:
-    """The whole command line; every default is SUPPRESS, so that what was given can be told from what was not."""
+    """The whole command line.
+
+    Every default is SUPPRESS, so that what was given can be told from what was not.
+    """
     parser = Parser(
         prog="pmtud.py",
         description="Make Path MTU Discovery work behind ECMP and strict reverse path filtering.",
@@ -4424,13 +5828,25 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", metavar=f"{{{','.join(COMMANDS)}}}", default="run",
-                        help="run: the daemon (default); check: what is wrong on this node, and how to repair it; "
-                        "rules: print the rules the daemon would install")  # fmt: skip
-    parser.add_argument("hosts", nargs="*", default=(), metavar="HOST[:PORT]",
-                        help="check: measure the path MTU to these, too")  # fmt: skip
+    parser.add_argument(
+        "command",
+        nargs="?",
+        metavar=f"{{{','.join(COMMANDS)}}}",
+        default="run",
+        help="run: the daemon (default); check: what is wrong on this node, and how to repair it; "
+        "rules: print the rules the daemon would install",
+    )
+    parser.add_argument(
+        "hosts",
+        nargs="*",
+        default=(),
+        metavar="HOST[:PORT]",
+        help="check: measure the path MTU to these, too",
+    )
     parser.add_argument("--json", action="store_true", help="check: JSON instead of text")
-    parser.add_argument("--no-color", action="store_true", help="check: no colours, even on a terminal")
+    parser.add_argument(
+        "--no-color", action="store_true", help="check: no colours, even on a terminal"
+    )
     parser.add_argument("--version", action="version", version=f"pmtud {__version__}")
     add_options(parser)
     return parser
@@ -4495,7 +5911,9 @@ def config_from(options: Mapping[str, Any]) -> Config:
     values.setdefault("nodename", socket.gethostname())
     values["metrics_required"] = bool(options.get("metrics_port", "metrics_addr" in options))
     if len(values["peers"]) > PEERS_MAX:
-        raise UsageError(f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet")
+        raise UsageError(
+            f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet"
+        )
     values["rescue"] = not options.get("no_rescue", False)
     return Config(**values)
 
@@ -4576,30 +5994,52 @@ def print_rules(config: Config) -> None:
     """The rules the daemon would install, as nft and as iptables commands, on standard output."""
     ifaces = config.ifaces or default_route_interfaces()
     if not ifaces:
-        raise PmtudError("there is no default route; name the interface errors come in on with --iface")
+        raise PmtudError(
+            "there is no default route; name the interface errors come in on with --iface"
+        )
     listed = {source.name: source.load() or () for source in map(open_source, config.peer_sources)}
-    senders = arrange({"static": config.peers, **listed}, local_addresses(), config.ignore_networks).senders
-    rules = [*nflog_rules(config, ifaces, senders), *guard_rules(uplinks(ifaces), True, vrfs_of(ifaces))]
+    senders = arrange(
+        {"static": config.peers, **listed}, local_addresses(), config.ignore_networks
+    ).senders
+    rules = [
+        *nflog_rules(config, ifaces, senders),
+        *guard_rules(uplinks(ifaces), True, vrfs_of(ifaces)),
+    ]
     table = f"table inet pmtud_{config.nflog_group}"
-    lines = ["# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, then start pmtud.py with --rules off"]
-    lines += [table, f"delete {table}", f"{table} {{"]  # in place of what is there, in one transaction
+    lines = [
+        "# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, then start pmtud.py with --rules off"
+    ]
+    lines += [
+        table,
+        f"delete {table}",
+        f"{table} {{",
+    ]  # in place of what is there, in one transaction
     if config.rate:
-        lines.append(f"\tset routers {{\n\t\ttype mark; size {BUCKETS_MAX}; flags dynamic,timeout; timeout 1m;\n\t}}")
+        lines.append(
+            f"\tset routers {{\n\t\ttype mark; size {BUCKETS_MAX}; flags dynamic,timeout; timeout 1m;\n\t}}"
+        )
     for family in FAMILIES:
         elements = ", ".join(str(ipaddress.ip_address(address)) for address in senders.of(family))
         if elements:
             kind = f"{family.name}_addr"
-            lines.append(f"\tset peers_{family.name} {{\n\t\ttype {kind}; elements = {{ {elements} }}\n\t}}")
+            lines.append(
+                f"\tset peers_{family.name} {{\n\t\ttype {kind}; elements = {{ {elements} }}\n\t}}"
+            )
     for chain in CHAINS:
         lines.append(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
         lines += [f"\t\t{rule.text}" for rule in rules if rule.chain == chain.name]
         lines.append("\t}")
-    lines.append("}\n\n# or iptables (nft or legacy); `-m conntrack` starts connection tracking where nothing else has")
+    lines.append(
+        "}\n\n# or iptables (nft or legacy); `-m conntrack` starts connection tracking where nothing else has"
+    )
     show("\n".join([*lines, *iptables_rules(config, ifaces, senders)]))
 
 
 def iptables_rules(config: Config, ifaces: Sequence[str], senders: Senders) -> list[str]:
-    """The same rules as iptables and ip6tables commands, without the limits; RPF verdicts by the rpfilter match."""
+    """The same rules as iptables and ip6tables commands, without the limits.
+
+    RPF verdicts by the rpfilter match.
+    """
     lines = []
     for family, command, error in (
         (IPV4, "iptables", "-p icmp -m icmp --icmp-type 3/4"),
@@ -4613,10 +6053,14 @@ def iptables_rules(config: Config, ifaces: Sequence[str], senders: Senders) -> l
         if len(ifaces) == 1:  # `! -i` cannot be given twice
             rule = f"{command} -t raw -A PREROUTING ! -i {shlex.quote(ifaces[0])} {error}"
             lines += [f"{rule} {sender} {target}" for sender in iptables_senders(family, senders)]
-        lines.append(f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack")
+        lines.append(
+            f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack"
+        )
         guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
         lines += [f"{guard} -o {shlex.quote(vrf)} -j ACCEPT" for vrf in vrfs_of(ifaces)]
-        lines.append(f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT")
+        lines.append(
+            f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT"
+        )
         lines.append(f"{guard} -o lo -m addrtype --dst-type LOCAL -j ACCEPT")
         lines += [f"{guard} -o {shlex.quote(iface)} -j DROP" for iface in ("lo", *uplinks(ifaces))]
         lines.append(f"{guard} -m conntrack ! --ctstate RELATED -j DROP")
@@ -4641,9 +6085,15 @@ def check_metrics_library(config: Config) -> None:
     """Exit 2 if metrics were asked for and prometheus-client is not there."""
     import importlib.util
 
-    if config.metrics_port and config.metrics_required and not importlib.util.find_spec("prometheus_client"):
-        raise UsageError("--metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, or "
-                         "--metrics-port 0")  # fmt: skip
+    if (
+        config.metrics_port
+        and config.metrics_required
+        and not importlib.util.find_spec("prometheus_client")
+    ):
+        raise UsageError(
+            "--metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, or "
+            "--metrics-port 0"
+        )
 
 
 def run(config: Config) -> None:
@@ -4655,7 +6105,11 @@ def run(config: Config) -> None:
     try:
         service.open()
         service.run()
-        log("info", "stopped", **{name: count for name, count in service.counters.summary().items() if count})
+        log(
+            "info",
+            "stopped",
+            **{name: count for name, count in service.counters.summary().items() if count},
+        )
     finally:
         signal.set_wakeup_fd(-1)
         service.close()

@@ -10,6 +10,7 @@ The first run makes a virtual environment beside this file (.venv) with what the
 tests need root and what the README says to install.
 Nothing outside the namespaces it makes is touched: no sysctl, no rule, no route of this machine.
 """
+
 from __future__ import annotations
 
 import os
@@ -20,10 +21,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "pmtud.py"
 VENV = Path(os.environ.get("PMTUD_VENV", HERE / ".venv"))
-REQUIREMENTS = ("pytest>=8,<10", "hypothesis>=6,<7", "scapy>=2.5,<3", "prometheus-client>=0.16,<1",
-                "kubernetes-validate==1.37.0", "PyYAML>=6,<7",
-                'atheris>=2.3,<4; platform_machine == "x86_64" and python_version >= "3.11"'  # it has wheels for these
-                ' and python_version < "3.14"')
+REQUIREMENTS = (
+    "pytest>=8,<10",
+    "hypothesis>=6,<7",
+    "scapy>=2.5,<3",
+    "prometheus-client>=0.16,<1",
+    "kubernetes-validate==1.37.0",
+    "PyYAML>=6,<7",
+    # It has wheels for these
+    'atheris>=2.3,<4; platform_machine == "x86_64" and python_version >= "3.11"'
+    ' and python_version < "3.14"',
+)
 
 
 def prepare() -> None:
@@ -34,10 +42,20 @@ def prepare() -> None:
         print(f"preparing {VENV} ...", flush=True)
         for command in (
             [sys.executable, "-m", "venv", "--clear", str(VENV)],
-            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *REQUIREMENTS],
+            [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                *REQUIREMENTS,
+            ],
         ):
             if subprocess.run(command, check=False).returncode:
-                sys.exit(f"test_pmtud.py: {' '.join(command)} failed; on Debian: apt-get install python3-venv")
+                sys.exit(
+                    f"test_pmtud.py: {' '.join(command)} failed; on Debian: apt-get install python3-venv"
+                )
         stamp.write_text(wanted)
     os.execv(python, [str(python), *sys.argv])
 
@@ -93,9 +111,13 @@ from scapy.utils import checksum as scapy_checksum
 
 sys.path.insert(0, str(HERE))
 os.umask(0o022)  # what is made here is read by other users and by root without its privileges
-for variable in list(os.environ):  # what this machine's own pmtud, service manager or cluster say is not for these
-    if re.match("PMTUD_(?!VENV|SCRIPT|TEST_|FUZZ_|SOAK_)|NOTIFY_|WATCHDOG_|KUBERNETES_|PYTHON|NO_COLOR|RES_OPTIONS",
-                variable):  # fmt: skip
+for variable in list(
+    os.environ
+):  # what this machine's own pmtud, service manager or cluster say is not for these
+    if re.match(
+        "PMTUD_(?!VENV|SCRIPT|TEST_|FUZZ_|SOAK_)|NOTIFY_|WATCHDOG_|KUBERNETES_|PYTHON|NO_COLOR|RES_OPTIONS",
+        variable,
+    ):
         del os.environ[variable]
 import pmtud
 
@@ -140,9 +162,20 @@ def internet_checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def ipv4(src: str, dst: str, protocol: int, payload: bytes, *, options: bytes = b"", length: Optional[int] = None,
-         fragment: int = DF, first: Optional[int] = None) -> bytes:  # fmt: skip
-    """RFC 791 section 3.1; `first` is the byte of version and header length, `length` the total length."""
+def ipv4(
+    src: str,
+    dst: str,
+    protocol: int,
+    payload: bytes,
+    *,
+    options: bytes = b"",
+    length: Optional[int] = None,
+    fragment: int = DF,
+    first: Optional[int] = None,
+) -> bytes:
+    """RFC 791 section 3.1; `first` is the byte of version and header length, `length` the total
+    length.
+    """
     size = 20 + len(options)
     total = size + len(payload) if length is None else length
     version_ihl = 0x40 | size // 4 if first is None else first
@@ -151,11 +184,24 @@ def ipv4(src: str, dst: str, protocol: int, payload: bytes, *, options: bytes = 
     return start + struct.pack("!H", internet_checksum(start + bytes(2) + end)) + end + payload
 
 
-def ipv6(src: str, dst: str, protocol: int, payload: bytes, *, extensions: Sequence[Extension] = (),
-         length: Optional[int] = None, first: int = 0x60) -> bytes:  # fmt: skip
+def ipv6(
+    src: str,
+    dst: str,
+    protocol: int,
+    payload: bytes,
+    *,
+    extensions: Sequence[Extension] = (),
+    length: Optional[int] = None,
+    first: int = 0x60,
+) -> bytes:
     """RFC 8200 section 3; `length` is what IPv4 calls total length, the header included."""
     kinds = [kind for kind, _ in extensions] + [protocol]
-    chain = b"".join(bytes([following]) + data[1:] for (_, data), following in zip(extensions, kinds[1:])) + payload
+    chain = (
+        b"".join(
+            bytes([following]) + data[1:] for (_, data), following in zip(extensions, kinds[1:])
+        )
+        + payload
+    )
     size = len(chain) if length is None else length - 40
     return struct.pack("!B3xHBB", first, size, kinds[0], 64) + packed(src) + packed(dst) + chain
 
@@ -167,13 +213,18 @@ def fragment_header(offset: int, more: bool) -> Extension:
 
 PADDED_OPTIONS = bytes([0, 0, 1, 4, 0, 0, 0, 0])  # PadN fills the eight bytes
 ROUTE = (ROUTING, bytes([0, 2, 4, 0]) + bytes(20))  # length 2: 24 bytes
-AUTHENTICATED = (AUTHENTICATION, bytes([0, 4, 0, 0]) + bytes(20))  # length 4: (4 + 2) * 4 bytes, RFC 4302 section 2.2
+AUTHENTICATED = (
+    AUTHENTICATION,
+    bytes([0, 4, 0, 0]) + bytes(20),
+)  # length 4: (4 + 2) * 4 bytes, RFC 4302 section 2.2
 ROUTER_ALERT = bytes([0x94, 4, 0, 0])  # IPv4 option, RFC 2113
 
 
 def tcp_start(sport: int = 443, dport: int = 40000, size: int = 20) -> bytes:
     """The first bytes of a TCP header (RFC 9293 section 3.1)."""
-    return struct.pack("!HHIIBBHHH", sport, dport, 0x01020304, 0x05060708, 0x50, 0x10, 512, 0, 0)[:size]
+    return struct.pack("!HHIIBBHHH", sport, dport, 0x01020304, 0x05060708, 0x50, 0x10, 512, 0, 0)[
+        :size
+    ]
 
 
 class Plan(NamedTuple):
@@ -192,17 +243,51 @@ class Plan(NamedTuple):
     inside_network: str
 
 
-V4 = Plan(pmtud.IPV4, ipv4, (3, 4), "198.51.100.1", "203.0.113.10", "192.0.2.77", "10.0.0.11", "10.0.0.12", "10.9.0.1",
-         "10.0.0.255", "10.9.0.0/16")  # fmt: skip
-V6 = Plan(pmtud.IPV6, ipv6, (2, 0), "2001:db8:1::1", "2001:db8:2::10", "2001:db8:3::77", "fd00::11", "fd00::12",
-         "fd09::1", "ff02::114", "fd09::/64")  # fmt: skip
+V4 = Plan(
+    pmtud.IPV4,
+    ipv4,
+    (3, 4),
+    "198.51.100.1",
+    "203.0.113.10",
+    "192.0.2.77",
+    "10.0.0.11",
+    "10.0.0.12",
+    "10.9.0.1",
+    "10.0.0.255",
+    "10.9.0.0/16",
+)
+V6 = Plan(
+    pmtud.IPV6,
+    ipv6,
+    (2, 0),
+    "2001:db8:1::1",
+    "2001:db8:2::10",
+    "2001:db8:3::77",
+    "fd00::11",
+    "fd00::12",
+    "fd09::1",
+    "ff02::114",
+    "fd09::/64",
+)
 NETS = {"ipv4": V4, "ipv6": V6}
 both_families = pytest.mark.parametrize("net", [V4, V6], ids=lambda net: str(net.family.name))
 
 
-def icmp_error(net: Plan, src: str, dst: str, quoted: bytes, *, mtu: int, kind: Optional[int] = None,
-               code: Optional[int] = None, checksum: Optional[int] = None) -> bytes:  # fmt: skip
-    """RFC 1191 section 4 and RFC 4443 section 3.2; the checksum of section 2.3 covers a pseudo-header."""
+def icmp_error(
+    net: Plan,
+    src: str,
+    dst: str,
+    quoted: bytes,
+    *,
+    mtu: int,
+    kind: Optional[int] = None,
+    code: Optional[int] = None,
+    checksum: Optional[int] = None,
+) -> bytes:
+    """RFC 1191 section 4 and RFC 4443 section 3.2.
+
+    The checksum of section 2.3 covers a pseudo-header.
+    """
     start = bytes([net.error[0] if kind is None else kind, net.error[1] if code is None else code])
     end = struct.pack("!HH" if net is V4 else "!I", *((0, mtu) if net is V4 else (mtu,))) + quoted
     size = len(start) + 2 + len(end)
@@ -211,14 +296,28 @@ def icmp_error(net: Plan, src: str, dst: str, quoted: bytes, *, mtu: int, kind: 
     return start + struct.pack("!H", summed) + end
 
 
-def mtu_error(net: Plan, *, src: str = "", dst: str = "", quoted_src: str = "", quoted_dst: str = "", mtu: int = 1400,
-          protocol: int = TCP_PROTOCOL, transport: Optional[bytes] = None, quoted_length: int = 1500,
-          quoted: Optional[bytes] = None, inner: Any = (), outer: Any = (), outer_protocol: Optional[int] = None,
-          payload: Optional[bytes] = None, **icmp: Any) -> bytes:  # fmt: skip
+def mtu_error(
+    net: Plan,
+    *,
+    src: str = "",
+    dst: str = "",
+    quoted_src: str = "",
+    quoted_dst: str = "",
+    mtu: int = 1400,
+    protocol: int = TCP_PROTOCOL,
+    transport: Optional[bytes] = None,
+    quoted_length: int = 1500,
+    quoted: Optional[bytes] = None,
+    inner: Any = (),
+    outer: Any = (),
+    outer_protocol: Optional[int] = None,
+    payload: Optional[bytes] = None,
+    **icmp: Any,
+) -> bytes:
     """A whole error, valid by default: the router tells the VIP about its packet to the client.
 
-    `quoted` replaces the quoted packet, `payload` the ICMP message; `inner` and `outer` are more arguments of the
-    quoted and outer header's builder, `icmp` of icmp_error().
+    `quoted` replaces the quoted packet, `payload` the ICMP message; `inner` and `outer` are more
+    arguments of the quoted and outer header's builder, `icmp` of icmp_error().
     """
     src, dst, quoted_src = src or net.router, dst or net.vip, quoted_src or net.vip
     if quoted is None:
@@ -250,20 +349,35 @@ def parsed(net: Plan, **fields: Any) -> pmtud.MtuError:
 def run_program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The program as a user starts it."""
     command = [sys.executable, str(PROGRAM), *argv]
-    return subprocess.run(command, env={**os.environ, **environ}, text=True,
-                          capture_output=True, check=False, timeout=20)  # fmt: skip
+    return subprocess.run(
+        command,
+        env={**os.environ, **environ},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
 
 
 # -----------------------------------------------------------------------------
 # Section: errors -- what ends the program says what failed
 
 
-@pytest.mark.parametrize(("problem", "text", "code"), [
-    (pmtud.NetlinkError("bind NFLOG group 33", 1), "bind NFLOG group 33: Operation not permitted (errno 1)", 1),
-    (pmtud.UsageError("give --peers"), "give --peers", 2),
-    (pmtud.PeerSourceError("file:x: gone"), "file:x: gone", 1),
-])  # fmt: skip
-def test_errors_are_one_line_with_an_exit_code(problem: pmtud.PmtudError, text: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("problem", "text", "code"),
+    [
+        (
+            pmtud.NetlinkError("bind NFLOG group 33", 1),
+            "bind NFLOG group 33: Operation not permitted (errno 1)",
+            1,
+        ),
+        (pmtud.UsageError("give --peers"), "give --peers", 2),
+        (pmtud.PeerSourceError("file:x: gone"), "file:x: gone", 1),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code(
+    problem: pmtud.PmtudError, text: str, code: int
+) -> None:
     assert (str(problem), problem.exit_code) == (text, code)
 
 
@@ -280,92 +394,168 @@ LABEL = "a" * 63
 LONG_NAME = ".".join((LABEL, LABEL, LABEL, "b" * 61))  # 253 characters, the most that DNS carries
 
 
-@pytest.mark.parametrize(("parse", "text", "value"), [
-    (pmtud.split_list, " a, b,,c ,", ["a", "b", "c"]),
-    (pmtud.number_between(1, 255), "1", 1),
-    (pmtud.number_between(1, 255), "255", 255),
-    (pmtud.number_between(0, 3600, float), "0.25", 0.25),
-    (pmtud.parse_networks, "10.0.0.0/8, fd00::/64", (ip_network("10.0.0.0/8"), ip_network("fd00::/64"))),
-    (pmtud.parse_networks, "10.1.2.3", (ip_network("10.1.2.3/32"),)),
-    (pmtud.parse_ports, "443,8000-8002, 65535", frozenset({443, 8000, 8001, 8002, 65535})),
-    (pmtud.parse_min_mtu, "1000", (1000, 1280)),
-    (pmtud.parse_min_mtu, "68, 1400", (68, 1400)),
-    (pmtud.parse_iface, "eth0,bond0.100, abcdefghijklmno", ("eth0", "bond0.100", "abcdefghijklmno")),
-    (pmtud.parse_peer, "10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
-    (pmtud.parse_peer, "10.0.0.255", pmtud.PeerAddress(bytes([10, 0, 0, 255]))),
-    (pmtud.parse_peer, "240.0.0.12", pmtud.PeerAddress(bytes([240, 0, 0, 12]))),
-    (pmtud.parse_peer, "fd00::12", pmtud.PeerAddress(b"\xfd" + bytes(14) + b"\x12")),
-    (pmtud.parse_peer, "fe80::1%eth0", pmtud.PeerAddress(b"\xfe\x80" + bytes(13) + b"\1", "eth0")),
-    (pmtud.parse_peer, "ff02::114%eth0", pmtud.PeerAddress(b"\xff\x02" + bytes(12) + b"\1\x14", "eth0")),
-    (pmtud.parse_peer, "::ffff:10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
-    (pmtud.parse_peer_items, "10.0.0.12,file:/a:b", [pmtud.PeerAddress(bytes([10, 0, 0, 12])), "file:/a:b"]),
-    (pmtud.parse_peer_items, "node-1, pmtud.kube-system.svc,dns:X-1.example.,dns:1.2.3.4e",
-     ["dns:node-1", "dns:pmtud.kube-system.svc", "dns:X-1.example.", "dns:1.2.3.4e"]),
-    (pmtud.parse_peer_items, "kube:nodes,kube:nodes?a=b%2Cc", ["kube:nodes", "kube:nodes?a=b%2Cc"]),
-    (pmtud.parse_peer_items, LONG_NAME, [f"dns:{LONG_NAME}"]),
-    (pmtud.parse_peer_lines, "# all\n10.0.0.12 # one\n\n fd00::12, 10.0.0.13\r\n",
-     tuple(pmtud.PeerAddress(packed(a)) for a in ("10.0.0.12", "fd00::12", "10.0.0.13"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (pmtud.split_list, " a, b,,c ,", ["a", "b", "c"]),
+        (pmtud.number_between(1, 255), "1", 1),
+        (pmtud.number_between(1, 255), "255", 255),
+        (pmtud.number_between(0, 3600, float), "0.25", 0.25),
+        (
+            pmtud.parse_networks,
+            "10.0.0.0/8, fd00::/64",
+            (ip_network("10.0.0.0/8"), ip_network("fd00::/64")),
+        ),
+        (pmtud.parse_networks, "10.1.2.3", (ip_network("10.1.2.3/32"),)),
+        (pmtud.parse_ports, "443,8000-8002, 65535", frozenset({443, 8000, 8001, 8002, 65535})),
+        (pmtud.parse_min_mtu, "1000", (1000, 1280)),
+        (pmtud.parse_min_mtu, "68, 1400", (68, 1400)),
+        (
+            pmtud.parse_iface,
+            "eth0,bond0.100, abcdefghijklmno",
+            ("eth0", "bond0.100", "abcdefghijklmno"),
+        ),
+        (pmtud.parse_peer, "10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
+        (pmtud.parse_peer, "10.0.0.255", pmtud.PeerAddress(bytes([10, 0, 0, 255]))),
+        (pmtud.parse_peer, "240.0.0.12", pmtud.PeerAddress(bytes([240, 0, 0, 12]))),
+        (pmtud.parse_peer, "fd00::12", pmtud.PeerAddress(b"\xfd" + bytes(14) + b"\x12")),
+        (
+            pmtud.parse_peer,
+            "fe80::1%eth0",
+            pmtud.PeerAddress(b"\xfe\x80" + bytes(13) + b"\1", "eth0"),
+        ),
+        (
+            pmtud.parse_peer,
+            "ff02::114%eth0",
+            pmtud.PeerAddress(b"\xff\x02" + bytes(12) + b"\1\x14", "eth0"),
+        ),
+        (pmtud.parse_peer, "::ffff:10.0.0.12", pmtud.PeerAddress(bytes([10, 0, 0, 12]))),
+        (
+            pmtud.parse_peer_items,
+            "10.0.0.12,file:/a:b",
+            [pmtud.PeerAddress(bytes([10, 0, 0, 12])), "file:/a:b"],
+        ),
+        (
+            pmtud.parse_peer_items,
+            "node-1, pmtud.kube-system.svc,dns:X-1.example.,dns:1.2.3.4e",
+            ["dns:node-1", "dns:pmtud.kube-system.svc", "dns:X-1.example.", "dns:1.2.3.4e"],
+        ),
+        (
+            pmtud.parse_peer_items,
+            "kube:nodes,kube:nodes?a=b%2Cc",
+            ["kube:nodes", "kube:nodes?a=b%2Cc"],
+        ),
+        (pmtud.parse_peer_items, LONG_NAME, [f"dns:{LONG_NAME}"]),
+        (
+            pmtud.parse_peer_lines,
+            "# all\n10.0.0.12 # one\n\n fd00::12, 10.0.0.13\r\n",
+            tuple(pmtud.PeerAddress(packed(a)) for a in ("10.0.0.12", "fd00::12", "10.0.0.13")),
+        ),
+    ],
+)
 def test_parsers_accept(parse: Callable[[str], object], text: str, value: object) -> None:
     assert parse(text) == value
 
 
-@pytest.mark.parametrize(("parse", "text", "message"), [
-    (pmtud.number_between(1, 255), "ten", "'ten' is not a whole number"),
-    (pmtud.number_between(1, 255), "", "'' is not a whole number"),
-    (pmtud.number_between(1, 255), "0", "0 is not between 1 and 255"),
-    (pmtud.number_between(1, 255), "256", "256 is not between 1 and 255"),
-    (pmtud.number_between(0, 3600, float), "nan", "'nan' is not a number"),
-    (pmtud.number_between(0, 3600, float), "-1", "-1 is not between 0 and 3600"),
-    (pmtud.number_between(0, 3600, float), "inf", "'inf' is not a number"),
-    (pmtud.parse_networks, "10.0.0.1/8", "10.0.0.1/8 has host bits set" + NETWORK_HINT),
-    (pmtud.parse_networks, "x", "'x' does not appear to be an IPv4 or IPv6 network" + NETWORK_HINT),
-    (pmtud.parse_ports, "0", "'0'" + PORT_HINT),
-    (pmtud.parse_ports, "443,65536", "'65536'" + PORT_HINT),
-    (pmtud.parse_ports, "20-10", "'20-10'" + PORT_HINT),
-    (pmtud.parse_ports, "https", "'https'" + PORT_HINT),
-    (pmtud.parse_min_mtu, "1,2,3", "'1,2,3' is not one MTU (IPv4) or two (IPv4,IPv6)"),
-    (pmtud.parse_min_mtu, "", "'' is not one MTU (IPv4) or two (IPv4,IPv6)"),
-    (pmtud.parse_min_mtu, "67", "67 is not between 68 and 65535"),
-    (pmtud.parse_min_mtu, "576,1279", "1279 is not between 1280 and 65535"),
-    (pmtud.parse_iface, "abcdefghijklmnop", "'abcdefghijklmnop' is not an interface name"),
-    (pmtud.parse_iface, "a/b", "'a/b' is not an interface name"),
-    (pmtud.parse_iface, 'a"b', "'a\"b' is not an interface name"),
-    (pmtud.parse_iface, "a b", "'a b' is not an interface name"),
-    # the kernel refuses `:` in names (dev_valid_name), eth0:1 labels an address
-    (pmtud.parse_iface, "eth0:1", "'eth0:1' is not an interface name"),
-    (pmtud.parse_peer, "node-1", "'node-1' is not an IP address"),
-    (pmtud.parse_peer, "10.0.0.0/24", "10.0.0.0/24" + BROADCAST + "10.0.0.255"),
-    (pmtud.parse_peer, "10.0.0.11/23", "10.0.0.11/23" + BROADCAST + "10.0.1.255"),
-    (pmtud.parse_peer, "10.0.0.11/255.255.255.0",
-     "10.0.0.11/255.255.255.0" + BROADCAST + "10.0.0.255"),
-    (pmtud.parse_peer, "10.0.0.12/32", "10.0.0.12/32" + ONE_NODE + "10.0.0.12"),
-    (pmtud.parse_peer, "10.0.0.12/31", "10.0.0.12/31" + ONE_NODE + "10.0.0.12"),
-    (pmtud.parse_peer, "fd00::12/128", "fd00::12/128" + ONE_NODE + "fd00::12"),
-    (pmtud.parse_peer, "fd00::/64", "fd00::/64 is a network, no peer; name its nodes, "
-     "or a multicast group of their link like ff02::114%eth0"),
-    (pmtud.parse_peer, "10.0.0.0/33", "'10.0.0.0/33' is not an IP address"),
-    (pmtud.parse_peer, "fe80::1", "fe80::1 needs its interface, like fe80::1%eth0"),
-    (pmtud.parse_peer, "ff02::1", "ff02::1 needs its interface, like ff02::1%eth0"),
-    (pmtud.parse_peer, "127.0.0.1", "127.0.0.1" + PEER_HINT),
-    (pmtud.parse_peer, "::1", "::1" + PEER_HINT),
-    (pmtud.parse_peer, "::ffff:127.0.0.1", "::ffff:127.0.0.1" + PEER_HINT),
-    (pmtud.parse_peer, "0.0.0.0", "0.0.0.0" + PEER_HINT),
-    (pmtud.parse_peer, "::", "::" + PEER_HINT),
-    (pmtud.parse_peer, "255.255.255.255", "255.255.255.255" + PEER_HINT),
-    (pmtud.parse_peer, "224.0.0.1", "224.0.0.1" + PEER_HINT),
-    *((pmtud.parse_peer_items, text, f"{text!r} is not an IP address; a peer is {KINDS}")
-      for text in ("fe::zz", "10.0.0.999", "10.0.0.0/240", "node_1", "-node", "node-", "a..b", ".", "n\u00f6de",
-                   "a" * 64, LONG_NAME + "c", "a b")),
-    *((pmtud.parse_peer_items, text, f"{text!r} is not {KINDS}")
-      for text in ("dns:", "dns:-x", "dns:10.0.0.1", "dns:fd00::1", "dns:a/b", "file:", "zoo:keeper", "kube:",
-                   "kube:pods", "kube:nodes/x")),
-    (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
-    (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
-    (pmtud.parse_peer_lines, "\n10.0.0.0/24", "line 2: 10.0.0.0/24" + BROADCAST + "10.0.0.255"),
-    (pmtud.parse_peer_lines, "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
-     "16385 peers; there must be 1 to 16384, one broadcast address reaches a subnet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (pmtud.number_between(1, 255), "ten", "'ten' is not a whole number"),
+        (pmtud.number_between(1, 255), "", "'' is not a whole number"),
+        (pmtud.number_between(1, 255), "0", "0 is not between 1 and 255"),
+        (pmtud.number_between(1, 255), "256", "256 is not between 1 and 255"),
+        (pmtud.number_between(0, 3600, float), "nan", "'nan' is not a number"),
+        (pmtud.number_between(0, 3600, float), "-1", "-1 is not between 0 and 3600"),
+        (pmtud.number_between(0, 3600, float), "inf", "'inf' is not a number"),
+        (pmtud.parse_networks, "10.0.0.1/8", "10.0.0.1/8 has host bits set" + NETWORK_HINT),
+        (
+            pmtud.parse_networks,
+            "x",
+            "'x' does not appear to be an IPv4 or IPv6 network" + NETWORK_HINT,
+        ),
+        (pmtud.parse_ports, "0", "'0'" + PORT_HINT),
+        (pmtud.parse_ports, "443,65536", "'65536'" + PORT_HINT),
+        (pmtud.parse_ports, "20-10", "'20-10'" + PORT_HINT),
+        (pmtud.parse_ports, "https", "'https'" + PORT_HINT),
+        (pmtud.parse_min_mtu, "1,2,3", "'1,2,3' is not one MTU (IPv4) or two (IPv4,IPv6)"),
+        (pmtud.parse_min_mtu, "", "'' is not one MTU (IPv4) or two (IPv4,IPv6)"),
+        (pmtud.parse_min_mtu, "67", "67 is not between 68 and 65535"),
+        (pmtud.parse_min_mtu, "576,1279", "1279 is not between 1280 and 65535"),
+        (pmtud.parse_iface, "abcdefghijklmnop", "'abcdefghijklmnop' is not an interface name"),
+        (pmtud.parse_iface, "a/b", "'a/b' is not an interface name"),
+        (pmtud.parse_iface, 'a"b', "'a\"b' is not an interface name"),
+        (pmtud.parse_iface, "a b", "'a b' is not an interface name"),
+        # the kernel refuses `:` in names (dev_valid_name), eth0:1 labels an address
+        (pmtud.parse_iface, "eth0:1", "'eth0:1' is not an interface name"),
+        (pmtud.parse_peer, "node-1", "'node-1' is not an IP address"),
+        (pmtud.parse_peer, "10.0.0.0/24", "10.0.0.0/24" + BROADCAST + "10.0.0.255"),
+        (pmtud.parse_peer, "10.0.0.11/23", "10.0.0.11/23" + BROADCAST + "10.0.1.255"),
+        (
+            pmtud.parse_peer,
+            "10.0.0.11/255.255.255.0",
+            "10.0.0.11/255.255.255.0" + BROADCAST + "10.0.0.255",
+        ),
+        (pmtud.parse_peer, "10.0.0.12/32", "10.0.0.12/32" + ONE_NODE + "10.0.0.12"),
+        (pmtud.parse_peer, "10.0.0.12/31", "10.0.0.12/31" + ONE_NODE + "10.0.0.12"),
+        (pmtud.parse_peer, "fd00::12/128", "fd00::12/128" + ONE_NODE + "fd00::12"),
+        (
+            pmtud.parse_peer,
+            "fd00::/64",
+            "fd00::/64 is a network, no peer; name its nodes, "
+            "or a multicast group of their link like ff02::114%eth0",
+        ),
+        (pmtud.parse_peer, "10.0.0.0/33", "'10.0.0.0/33' is not an IP address"),
+        (pmtud.parse_peer, "fe80::1", "fe80::1 needs its interface, like fe80::1%eth0"),
+        (pmtud.parse_peer, "ff02::1", "ff02::1 needs its interface, like ff02::1%eth0"),
+        (pmtud.parse_peer, "127.0.0.1", "127.0.0.1" + PEER_HINT),
+        (pmtud.parse_peer, "::1", "::1" + PEER_HINT),
+        (pmtud.parse_peer, "::ffff:127.0.0.1", "::ffff:127.0.0.1" + PEER_HINT),
+        (pmtud.parse_peer, "0.0.0.0", "0.0.0.0" + PEER_HINT),
+        (pmtud.parse_peer, "::", "::" + PEER_HINT),
+        (pmtud.parse_peer, "255.255.255.255", "255.255.255.255" + PEER_HINT),
+        (pmtud.parse_peer, "224.0.0.1", "224.0.0.1" + PEER_HINT),
+        *(
+            (pmtud.parse_peer_items, text, f"{text!r} is not an IP address; a peer is {KINDS}")
+            for text in (
+                "fe::zz",
+                "10.0.0.999",
+                "10.0.0.0/240",
+                "node_1",
+                "-node",
+                "node-",
+                "a..b",
+                ".",
+                "n\u00f6de",
+                "a" * 64,
+                LONG_NAME + "c",
+                "a b",
+            )
+        ),
+        *(
+            (pmtud.parse_peer_items, text, f"{text!r} is not {KINDS}")
+            for text in (
+                "dns:",
+                "dns:-x",
+                "dns:10.0.0.1",
+                "dns:fd00::1",
+                "dns:a/b",
+                "file:",
+                "zoo:keeper",
+                "kube:",
+                "kube:pods",
+                "kube:nodes/x",
+            )
+        ),
+        (pmtud.parse_peer_lines, "10.0.0.12\n\nnode-1", "line 3: 'node-1' is not an IP address"),
+        (pmtud.parse_peer_lines, "10.0.0.12,::1", "line 1: ::1" + PEER_HINT),
+        (pmtud.parse_peer_lines, "\n10.0.0.0/24", "line 2: 10.0.0.0/24" + BROADCAST + "10.0.0.255"),
+        (
+            pmtud.parse_peer_lines,
+            "10.0.0.12\n" * (pmtud.PEERS_MAX + 1),
+            "16385 peers; there must be 1 to 16384, one broadcast address reaches a subnet",
+        ),
+    ],
+)
 def test_parsers_refuse(parse: Callable[[str], object], text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse(text)
@@ -373,39 +563,62 @@ def test_parsers_refuse(parse: Callable[[str], object], text: str, message: str)
 
 
 def test_peer_addresses_print_with_their_zone() -> None:
-    assert [str(pmtud.parse_peer(text)) for text in ("10.0.0.12", "fe80::1%eth0")] == ["10.0.0.12", "fe80::1%eth0"]
+    assert [str(pmtud.parse_peer(text)) for text in ("10.0.0.12", "fe80::1%eth0")] == [
+        "10.0.0.12",
+        "fe80::1%eth0",
+    ]
 
 
 # -----------------------------------------------------------------------------
 # Section: packets -- one case for each Reason that parse() can give, and what a valid error means
 
-# Made by Linux 6.18: three namespaces A - R - B joined by veth, R's link to B with mtu 1400, offloads off. A TCP client
-# in A connected from port 40000 to port 443 of B and sent 1400 zero bytes; an AF_PACKET socket in A saw R's answer.
-# What is left out of the literals is the quoted zeros.
+# Made by Linux 6.18: three namespaces A - R - B joined by veth, R's link to B with mtu 1400,
+# offloads off. A TCP client in A connected from port 40000 to port 443 of B and sent 1400 zero
+# bytes; an AF_PACKET socket in A saw R's answer. What is left out of the literals is the quoted
+# zeros.
 GOLDEN = {
     "ipv4": bytes.fromhex(
         "45c0024030ce00004001c323c0000201c000020a0304eff300000578450005ac101c4000400638dec000020ac6336414"
         "9c4001bb7e860684edd5b9018018003ff1f000000101080ada093696b6bafb03"
-    ) + bytes(496),
+    )
+    + bytes(496),
     "ipv6": bytes.fromhex(
         "600284ce04d83a4020010db8000a0000000000000000000120010db8000a000000000000000000100200365100000578"
         "600b00410598064020010db8000a0000000000000000001020010db8000b000000000000000000209c4001bb240128de"
         "20240d3a80180040615500000101080ad063289e4cd150ec"
-    ) + bytes(1160),
-}  # fmt: skip
+    )
+    + bytes(1160),
+}
 
 
-@pytest.mark.parametrize(("name", "src", "dst", "quoted_dst", "length"), [
-    ("ipv4", "192.0.2.1", "192.0.2.10", "198.51.100.20", 1452),
-    ("ipv6", "2001:db8:a::1", "2001:db8:a::10", "2001:db8:b::20", 1472),
-])  # fmt: skip
-def test_errors_made_by_a_real_kernel(name: str, src: str, dst: str, quoted_dst: str, length: int) -> None:
-    """The addresses, the flow and the MTU of GOLDEN; A is both outer destination and quoted source."""
+@pytest.mark.parametrize(
+    ("name", "src", "dst", "quoted_dst", "length"),
+    [
+        ("ipv4", "192.0.2.1", "192.0.2.10", "198.51.100.20", 1452),
+        ("ipv6", "2001:db8:a::1", "2001:db8:a::10", "2001:db8:b::20", 1472),
+    ],
+)
+def test_errors_made_by_a_real_kernel(
+    name: str, src: str, dst: str, quoted_dst: str, length: int
+) -> None:
+    """The addresses, the flow and the MTU of GOLDEN.
+
+    A is both outer destination and quoted source.
+    """
     golden, net = GOLDEN[name], NETS[name]
     assert pmtud.parse(golden) == pmtud.MtuError(
-        net.family, packed(src), packed(dst), packed(dst), packed(quoted_dst), TCP_PROTOCOL, length, 40000, 443, 1400,
-        golden[20 if net is V4 else 40:],
-    )  # fmt: skip
+        net.family,
+        packed(src),
+        packed(dst),
+        packed(dst),
+        packed(quoted_dst),
+        TCP_PROTOCOL,
+        length,
+        40000,
+        443,
+        1400,
+        golden[20 if net is V4 else 40 :],
+    )
 
 
 class Broken(NamedTuple):
@@ -427,7 +640,9 @@ def other(net: Plan) -> Plan:
     return V6 if net is V4 else V4
 
 
-def quote(net: Plan, size: Optional[int] = None, protocol: int = TCP_PROTOCOL, **fields: Any) -> bytes:
+def quote(
+    net: Plan, size: Optional[int] = None, protocol: int = TCP_PROTOCOL, **fields: Any
+) -> bytes:
     """A quoted packet cut to `size` bytes."""
     return net.wrap(net.vip, net.client, protocol, tcp_start(), **fields)[:size]
 
@@ -440,58 +655,170 @@ PACKET_CASES = (
     Broken(Reason.TRUNCATED, "header cut", lambda n: mtu_error(n)[: HEADER[n.family.name] - 1]),
     Broken(Reason.TRUNCATED, "header only", lambda n: mtu_error(n)[: HEADER[n.family.name]]),
     Broken(Reason.TRUNCATED, "last byte missing", lambda n: mtu_error(n)[:-1]),
-    Broken(Reason.TRUNCATED, "no ICMP header", lambda n: mtu_error(n, payload=bytes([*n.error, 0, 0, 0, 0, 5]))),
-    Broken(Reason.TRUNCATED, "length beyond the packet", lambda n: mtu_error(n, outer={"length": 2000})),
+    Broken(
+        Reason.TRUNCATED,
+        "no ICMP header",
+        lambda n: mtu_error(n, payload=bytes([*n.error, 0, 0, 0, 0, 5])),
+    ),
+    Broken(
+        Reason.TRUNCATED, "length beyond the packet", lambda n: mtu_error(n, outer={"length": 2000})
+    ),
     Broken(Reason.TRUNCATED, "version 5", lambda n: mtu_error(n, outer={"first": 0x55})),
-    Broken(Reason.TRUNCATED, "length below the header", lambda n: mtu_error(n, outer={"length": 19}), (V4,)),
+    Broken(
+        Reason.TRUNCATED,
+        "length below the header",
+        lambda n: mtu_error(n, outer={"length": 19}),
+        (V4,),
+    ),
     Broken(Reason.TRUNCATED, "IHL 4", lambda n: mtu_error(n, outer={"first": 0x44}), (V4,)),
-    Broken(Reason.TRUNCATED, "IHL beyond the packet", lambda n: mtu_error(n, outer={"first": 0x4F})[:59], (V4,)),
-    Broken(Reason.TRUNCATED, "first fragment", lambda n: mtu_error(n, outer={"fragment": MF}), (V4,)),
-    Broken(Reason.TRUNCATED, "last fragment", lambda n: mtu_error(n, outer={"fragment": 185}), (V4,)),
-    Broken(Reason.TRUNCATED, "first fragment",
-               lambda n: mtu_error(n, outer={"extensions": [fragment_header(0, True)]}), (V6,)),
-    Broken(Reason.TRUNCATED, "last fragment",
-               lambda n: mtu_error(n, outer={"extensions": [fragment_header(154, False)]}), (V6,)),
-    Broken(Reason.TRUNCATED, "too many extension headers",
-               lambda n: mtu_error(n, outer={"extensions": [EIGHT] * 8}), (V6,)),
-    Broken(Reason.TRUNCATED, "extension header cut", lambda n: mtu_error(n, outer={"extensions": [EIGHT]})[:47], (V6,)),
-    Broken(Reason.TRUNCATED, "extension header beyond the packet",
-               lambda n: mtu_error(n, outer={"extensions": [(HOP_BY_HOP, b"\0\xff" + bytes(6))]}), (V6,)),
-    Broken(Reason.NOT_FRAG_NEEDED, "another protocol", lambda n: mtu_error(n, outer_protocol=UDP_PROTOCOL)),
-    Broken(Reason.NOT_FRAG_NEEDED, "the other ICMP", lambda n: mtu_error(n, outer_protocol=58 if n is V4 else 1)),
-    Broken(Reason.NOT_FRAG_NEEDED, "another type", lambda n: mtu_error(n, kind=8 if n is V4 else 128)),
+    Broken(
+        Reason.TRUNCATED,
+        "IHL beyond the packet",
+        lambda n: mtu_error(n, outer={"first": 0x4F})[:59],
+        (V4,),
+    ),
+    Broken(
+        Reason.TRUNCATED, "first fragment", lambda n: mtu_error(n, outer={"fragment": MF}), (V4,)
+    ),
+    Broken(
+        Reason.TRUNCATED, "last fragment", lambda n: mtu_error(n, outer={"fragment": 185}), (V4,)
+    ),
+    Broken(
+        Reason.TRUNCATED,
+        "first fragment",
+        lambda n: mtu_error(n, outer={"extensions": [fragment_header(0, True)]}),
+        (V6,),
+    ),
+    Broken(
+        Reason.TRUNCATED,
+        "last fragment",
+        lambda n: mtu_error(n, outer={"extensions": [fragment_header(154, False)]}),
+        (V6,),
+    ),
+    Broken(
+        Reason.TRUNCATED,
+        "too many extension headers",
+        lambda n: mtu_error(n, outer={"extensions": [EIGHT] * 8}),
+        (V6,),
+    ),
+    Broken(
+        Reason.TRUNCATED,
+        "extension header cut",
+        lambda n: mtu_error(n, outer={"extensions": [EIGHT]})[:47],
+        (V6,),
+    ),
+    Broken(
+        Reason.TRUNCATED,
+        "extension header beyond the packet",
+        lambda n: mtu_error(n, outer={"extensions": [(HOP_BY_HOP, b"\0\xff" + bytes(6))]}),
+        (V6,),
+    ),
+    Broken(
+        Reason.NOT_FRAG_NEEDED,
+        "another protocol",
+        lambda n: mtu_error(n, outer_protocol=UDP_PROTOCOL),
+    ),
+    Broken(
+        Reason.NOT_FRAG_NEEDED,
+        "the other ICMP",
+        lambda n: mtu_error(n, outer_protocol=58 if n is V4 else 1),
+    ),
+    Broken(
+        Reason.NOT_FRAG_NEEDED, "another type", lambda n: mtu_error(n, kind=8 if n is V4 else 128)
+    ),
     Broken(Reason.NOT_FRAG_NEEDED, "another code", lambda n: mtu_error(n, code=1)),
     Broken(Reason.NOT_FRAG_NEEDED, "encrypted", lambda n: mtu_error(n, outer_protocol=50)),
-    Broken(Reason.BAD_CHECKSUM, "MTU changed", lambda n: corrupt(mtu_error(n), HEADER[n.family.name] + 7), (V6,)),
-    Broken(Reason.BAD_CHECKSUM, "last byte changed", lambda n: corrupt(mtu_error(n), len(mtu_error(n)) - 1), (V6,)),
+    Broken(
+        Reason.BAD_CHECKSUM,
+        "MTU changed",
+        lambda n: corrupt(mtu_error(n), HEADER[n.family.name] + 7),
+        (V6,),
+    ),
+    Broken(
+        Reason.BAD_CHECKSUM,
+        "last byte changed",
+        lambda n: corrupt(mtu_error(n), len(mtu_error(n)) - 1),
+        (V6,),
+    ),
     Broken(Reason.BAD_CHECKSUM, "zero", lambda n: mtu_error(n, checksum=0), (V6,)),
     Broken(Reason.BAD_CHECKSUM, "address changed", lambda n: corrupt(mtu_error(n), 39), (V6,)),
-    Broken(Reason.QUOTED_FAMILY, "the other family", lambda n: mtu_error(n, quoted=quote(other(n)))),
+    Broken(
+        Reason.QUOTED_FAMILY, "the other family", lambda n: mtu_error(n, quoted=quote(other(n)))
+    ),
     Broken(Reason.QUOTED_FAMILY, "no family", lambda n: mtu_error(n, quoted=bytes(60))),
     Broken(Reason.QUOTED_SHORT, "nothing", lambda n: mtu_error(n, quoted=b"")),
-    Broken(Reason.QUOTED_SHORT, "header cut", lambda n: mtu_error(n, quoted=quote(n, HEADER[n.family.name] - 1))),
+    Broken(
+        Reason.QUOTED_SHORT,
+        "header cut",
+        lambda n: mtu_error(n, quoted=quote(n, HEADER[n.family.name] - 1)),
+    ),
     Broken(Reason.QUOTED_SHORT, "7 bytes", lambda n: mtu_error(n, transport=tcp_start(size=7))),
-    Broken(Reason.QUOTED_SHORT, "7 bytes and padding", lambda n: mtu_error(n, transport=tcp_start(size=7)) + bytes(9)),
+    Broken(
+        Reason.QUOTED_SHORT,
+        "7 bytes and padding",
+        lambda n: mtu_error(n, transport=tcp_start(size=7)) + bytes(9),
+    ),
     Broken(Reason.QUOTED_SHORT, "IHL 4", lambda n: mtu_error(n, inner={"first": 0x44}), (V4,)),
-    Broken(Reason.QUOTED_SHORT, "7 bytes after options",
-               lambda n: mtu_error(n, inner={"options": ROUTER_ALERT}, transport=tcp_start(size=7)), (V4,)),
-    Broken(Reason.QUOTED_SHORT, "options cut", lambda n: mtu_error(n, quoted=quote(n, 23, options=bytes(8))), (V4,)),
-    Broken(Reason.QUOTED_SHORT, "extension header cut",
-               lambda n: mtu_error(n, quoted=quote(n, 47, extensions=[EIGHT])), (V6,)),
-    Broken(Reason.QUOTED_SHORT, "7 bytes after the authentication header",
-               lambda n: mtu_error(n, inner={"extensions": [AUTHENTICATED]}, transport=tcp_start(size=7)), (V6,)),
-    Broken(Reason.QUOTED_SHORT, "too many extension headers",
-               lambda n: mtu_error(n, inner={"extensions": [EIGHT] * 8}), (V6,)),
-    Broken(Reason.QUOTED_FRAGMENT, "second", lambda n: mtu_error(n, inner={"fragment": 185 | MF}), (V4,)),
+    Broken(
+        Reason.QUOTED_SHORT,
+        "7 bytes after options",
+        lambda n: mtu_error(n, inner={"options": ROUTER_ALERT}, transport=tcp_start(size=7)),
+        (V4,),
+    ),
+    Broken(
+        Reason.QUOTED_SHORT,
+        "options cut",
+        lambda n: mtu_error(n, quoted=quote(n, 23, options=bytes(8))),
+        (V4,),
+    ),
+    Broken(
+        Reason.QUOTED_SHORT,
+        "extension header cut",
+        lambda n: mtu_error(n, quoted=quote(n, 47, extensions=[EIGHT])),
+        (V6,),
+    ),
+    Broken(
+        Reason.QUOTED_SHORT,
+        "7 bytes after the authentication header",
+        lambda n: mtu_error(n, inner={"extensions": [AUTHENTICATED]}, transport=tcp_start(size=7)),
+        (V6,),
+    ),
+    Broken(
+        Reason.QUOTED_SHORT,
+        "too many extension headers",
+        lambda n: mtu_error(n, inner={"extensions": [EIGHT] * 8}),
+        (V6,),
+    ),
+    Broken(
+        Reason.QUOTED_FRAGMENT,
+        "second",
+        lambda n: mtu_error(n, inner={"fragment": 185 | MF}),
+        (V4,),
+    ),
     Broken(Reason.QUOTED_FRAGMENT, "last", lambda n: mtu_error(n, inner={"fragment": 1}), (V4,)),
-    Broken(Reason.QUOTED_FRAGMENT, "second",
-               lambda n: mtu_error(n, inner={"extensions": [fragment_header(1, True)]}), (V6,)),
-    Broken(Reason.QUOTED_FRAGMENT, "last, cut, its payload no header",
-               lambda n: mtu_error(n, inner={"extensions": [EIGHT, fragment_header(154, False)]}, protocol=HOP_BY_HOP,
-                               transport=b""), (V6,)),
-)  # fmt: skip
-PACKET_ROWS = [pytest.param(case, net, id=f"{case.reason.value}-{case.name}-{net.family.name}")
-               for case in PACKET_CASES for net in case.nets]  # fmt: skip
+    Broken(
+        Reason.QUOTED_FRAGMENT,
+        "second",
+        lambda n: mtu_error(n, inner={"extensions": [fragment_header(1, True)]}),
+        (V6,),
+    ),
+    Broken(
+        Reason.QUOTED_FRAGMENT,
+        "last, cut, its payload no header",
+        lambda n: mtu_error(
+            n,
+            inner={"extensions": [EIGHT, fragment_header(154, False)]},
+            protocol=HOP_BY_HOP,
+            transport=b"",
+        ),
+        (V6,),
+    ),
+)
+PACKET_ROWS = [
+    pytest.param(case, net, id=f"{case.reason.value}-{case.name}-{net.family.name}")
+    for case in PACKET_CASES
+    for net in case.nets
+]
 
 
 @pytest.mark.parametrize(("case", "net"), PACKET_ROWS)
@@ -503,9 +830,18 @@ def test_parse_refuses(case: Broken, net: Plan) -> None:
 def test_parse_gives_every_field(net: Plan) -> None:
     packet = mtu_error(net, mtu=1371, transport=tcp_start(8443, 51234), quoted_length=1477)
     assert pmtud.parse(packet) == pmtud.MtuError(
-        net.family, packed(net.router), packed(net.vip), packed(net.vip), packed(net.client), TCP_PROTOCOL, 1477,
-        8443, 51234, 1371, packet[HEADER[net.family.name] :],
-    )  # fmt: skip
+        net.family,
+        packed(net.router),
+        packed(net.vip),
+        packed(net.vip),
+        packed(net.client),
+        TCP_PROTOCOL,
+        1477,
+        8443,
+        51234,
+        1371,
+        packet[HEADER[net.family.name] :],
+    )
 
 
 GOOD_PACKETS: tuple[tuple[str, tuple[Plan, ...], dict[str, Any]], ...] = (
@@ -514,16 +850,31 @@ GOOD_PACKETS: tuple[tuple[str, tuple[Plan, ...], dict[str, Any]], ...] = (
     ("outer options", (V4,), {"outer": {"options": ROUTER_ALERT}}),
     ("quoted options", (V4,), {"inner": {"options": ROUTER_ALERT * 10}}),
     ("quoted first fragment", (V4,), {"inner": {"fragment": MF}}),
-    ("outer extension headers", (V6,), {"outer": {"extensions": [(HOP_BY_HOP, PADDED_OPTIONS), ROUTE, EIGHT]}}),
+    (
+        "outer extension headers",
+        (V6,),
+        {"outer": {"extensions": [(HOP_BY_HOP, PADDED_OPTIONS), ROUTE, EIGHT]}},
+    ),
     ("outer AH", (V6,), {"outer": {"extensions": [AUTHENTICATED]}}),
     ("outer atomic fragment", (V6,), {"outer": {"extensions": [fragment_header(0, False)]}}),
-    ("quoted extension headers", (V6,), {"inner": {"extensions": [(HOP_BY_HOP, PADDED_OPTIONS), ROUTE, EIGHT]}}),
+    (
+        "quoted extension headers",
+        (V6,),
+        {"inner": {"extensions": [(HOP_BY_HOP, PADDED_OPTIONS), ROUTE, EIGHT]}},
+    ),
     ("quoted AH", (V6,), {"inner": {"extensions": [AUTHENTICATED]}}),
     ("quoted first fragment", (V6,), {"inner": {"extensions": [fragment_header(0, True)]}}),
-    ("seven extension headers", (V6,), {"inner": {"extensions": [EIGHT] * 7}, "outer": {"extensions": [EIGHT] * 7}}),
+    (
+        "seven extension headers",
+        (V6,),
+        {"inner": {"extensions": [EIGHT] * 7}, "outer": {"extensions": [EIGHT] * 7}},
+    ),
 )
-GOOD_ROWS = [pytest.param(net, fields, id=f"{name}-{net.family.name}") for name, nets, fields in GOOD_PACKETS
-             for net in nets]  # fmt: skip
+GOOD_ROWS = [
+    pytest.param(net, fields, id=f"{name}-{net.family.name}")
+    for name, nets, fields in GOOD_PACKETS
+    for net in nets
+]
 
 
 @pytest.mark.parametrize(("net", "fields"), GOOD_ROWS)
@@ -560,89 +911,123 @@ nla = struct.Struct("=HH").pack  # struct nlattr is in host byte order
 nlmsg = struct.Struct("=IHHII").pack  # struct nlmsghdr too
 
 
-@pytest.mark.parametrize(("built", "expected"), [
-    (pmtud.attribute(5, b""), nla(4, 5)),
-    (pmtud.attribute(5, b"abc"), nla(7, 5) + b"abc\0"),
-    (pmtud.attribute(5, b"abcd"), nla(8, 5) + b"abcd"),
-    (pmtud.nested(1, pmtud.attribute(2, b"x"), pmtud.attribute(3, b"")),
-     nla(16, 0x8001) + nla(5, 2) + b"x\0\0\0" + nla(4, 3)),
-    (pmtud.be16(6, 0x0102), nla(6, 6) + b"\1\2\0\0"),
-    (pmtud.be32(6, 0x01020304), nla(8, 6) + b"\1\2\3\4"),
-    (pmtud.be32(6, -300), nla(8, 6) + b"\xff\xff\xfe\xd4"),
-    (pmtud.be64(6, 0x0102030405060708), nla(12, 6) + b"\1\2\3\4\5\6\7\x08"),
-    (pmtud.string(1, "raw"), nla(8, 1) + b"raw\0"),
-    (pmtud.string(1, "eth0"), nla(9, 1) + b"eth0\0\0\0\0"),
-    (pmtud.message(0x401, 4, 7, b"\2\0\0\x21"), nlmsg(20, 0x401, 5, 7, 0) + b"\2\0\0\x21"),
-    (pmtud.message(22, 0x300, 1, b"x"), nlmsg(17, 22, 0x301, 1, 0) + b"x\0\0\0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        (pmtud.attribute(5, b""), nla(4, 5)),
+        (pmtud.attribute(5, b"abc"), nla(7, 5) + b"abc\0"),
+        (pmtud.attribute(5, b"abcd"), nla(8, 5) + b"abcd"),
+        (
+            pmtud.nested(1, pmtud.attribute(2, b"x"), pmtud.attribute(3, b"")),
+            nla(16, 0x8001) + nla(5, 2) + b"x\0\0\0" + nla(4, 3),
+        ),
+        (pmtud.be16(6, 0x0102), nla(6, 6) + b"\1\2\0\0"),
+        (pmtud.be32(6, 0x01020304), nla(8, 6) + b"\1\2\3\4"),
+        (pmtud.be32(6, -300), nla(8, 6) + b"\xff\xff\xfe\xd4"),
+        (pmtud.be64(6, 0x0102030405060708), nla(12, 6) + b"\1\2\3\4\5\6\7\x08"),
+        (pmtud.string(1, "raw"), nla(8, 1) + b"raw\0"),
+        (pmtud.string(1, "eth0"), nla(9, 1) + b"eth0\0\0\0\0"),
+        (pmtud.message(0x401, 4, 7, b"\2\0\0\x21"), nlmsg(20, 0x401, 5, 7, 0) + b"\2\0\0\x21"),
+        (pmtud.message(22, 0x300, 1, b"x"), nlmsg(17, 22, 0x301, 1, 0) + b"x\0\0\0"),
+    ],
+)
 def test_netlink_bytes(built: bytes, expected: bytes) -> None:
     assert built == expected
 
 
 def test_nested_attributes_come_back() -> None:
     inner = {1: b"chain\0", 2: struct.pack("!I", 5)}
-    data = pmtud.nested(4, *(pmtud.attribute(kind, value) for kind, value in inner.items())) + pmtud.be16(9, 3)
+    data = pmtud.nested(
+        4, *(pmtud.attribute(kind, value) for kind, value in inner.items())
+    ) + pmtud.be16(9, 3)
     outer = pmtud.attributes(data)
     assert pmtud.attributes(outer[4]) == inner
     assert outer[9] == b"\0\3"
     assert pmtud.attributes(b"HEAD" + data, 4) == outer
 
 
-@pytest.mark.parametrize(("data", "found"), [
-    (b"", {}),
-    (nla(4, 1)[:3], {}),
-    (nla(0, 1) * 3, {}),
-    (nla(3, 1) + bytes(8), {}),
-    (nla(9, 1) + b"four", {}),
-    (nla(8, 1) + b"good" + nla(0, 2), {1: b"good"}),
-    (nla(8, 1) + b"good" + nla(0xFFFF, 2) + b"garbage", {1: b"good"}),
-    (nla(5, 1) + b"x", {1: b"x"}),  # the last one need not be padded
-    (nla(8, 1) + b"old." + nla(8, 1) + b"new.", {1: b"new."}),
-    (nla(8, 0xC001) + b"flag", {1: b"flag"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", {}),
+        (nla(4, 1)[:3], {}),
+        (nla(0, 1) * 3, {}),
+        (nla(3, 1) + bytes(8), {}),
+        (nla(9, 1) + b"four", {}),
+        (nla(8, 1) + b"good" + nla(0, 2), {1: b"good"}),
+        (nla(8, 1) + b"good" + nla(0xFFFF, 2) + b"garbage", {1: b"good"}),
+        (nla(5, 1) + b"x", {1: b"x"}),  # the last one need not be padded
+        (nla(8, 1) + b"old." + nla(8, 1) + b"new.", {1: b"new."}),
+        (nla(8, 0xC001) + b"flag", {1: b"flag"}),
+    ],
+)
 def test_walking_attributes_ends(data: bytes, found: dict[int, bytes]) -> None:
     assert pmtud.attributes(data) == found
 
 
-@pytest.mark.parametrize(("data", "found"), [
-    (b"", []),
-    (nlmsg(16, 3, 2, 9, 0)[:15], []),
-    (nlmsg(16, 3, 2, 9, 0), [(3, 9, b"")]),
-    (nlmsg(0, 3, 0, 9, 0) * 2, []),
-    (nlmsg(15, 3, 0, 9, 0) * 2, []),
-    (nlmsg(21, 3, 0, 9, 0) + b"four", []),
-    (nlmsg(17, 3, 0, 1, 0) + b"x\0\0\0" + nlmsg(18, 4, 0, 2, 0) + b"yz", [(3, 1, b"x"), (4, 2, b"yz")]),
-    (nlmsg(20, 3, 0, 1, 0) + b"four" + nlmsg(0xFFFFFFFF, 4, 0, 2, 0), [(3, 1, b"four")]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", []),
+        (nlmsg(16, 3, 2, 9, 0)[:15], []),
+        (nlmsg(16, 3, 2, 9, 0), [(3, 9, b"")]),
+        (nlmsg(0, 3, 0, 9, 0) * 2, []),
+        (nlmsg(15, 3, 0, 9, 0) * 2, []),
+        (nlmsg(21, 3, 0, 9, 0) + b"four", []),
+        (
+            nlmsg(17, 3, 0, 1, 0) + b"x\0\0\0" + nlmsg(18, 4, 0, 2, 0) + b"yz",
+            [(3, 1, b"x"), (4, 2, b"yz")],
+        ),
+        (nlmsg(20, 3, 0, 1, 0) + b"four" + nlmsg(0xFFFFFFFF, 4, 0, 2, 0), [(3, 1, b"four")]),
+    ],
+)
 def test_walking_messages_ends(data: bytes, found: list[tuple[int, int, bytes]]) -> None:
     assert list(pmtud.messages(data)) == found
 
 
-@pytest.mark.parametrize(("payload", "number"), [
-    (struct.pack("=i", 0) + bytes(16), 0),
-    (struct.pack("=i", -1) + bytes(16), 1),
-    (struct.pack("=i", -16), 16),
-    (b"\0\0\0", 74),  # EBADMSG
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("payload", "number"),
+    [
+        (struct.pack("=i", 0) + bytes(16), 0),
+        (struct.pack("=i", -1) + bytes(16), 1),
+        (struct.pack("=i", -16), 16),
+        (b"\0\0\0", 74),  # EBADMSG
+    ],
+)
 def test_error_number(payload: bytes, number: int) -> None:
     assert pmtud.error_number(payload) == number
 
 
-def nflog_message(packet: bytes, sequence: Optional[int] = None, prefix: bytes = b"", kind: int = 0x400,
-                  between: Sequence[bytes] = (b"\0\0\0\1",)) -> bytes:  # fmt: skip
-    """What nfnetlink_log sends for one packet, its message padded; `between` stands for interface and hardware."""
+def nflog_message(
+    packet: bytes,
+    sequence: Optional[int] = None,
+    prefix: bytes = b"",
+    kind: int = 0x400,
+    between: Sequence[bytes] = (b"\0\0\0\1",),
+) -> bytes:
+    """What nfnetlink_log sends for one packet, its message padded.
+
+    `between` stands for interface and hardware.
+    """
     attrs = [(10, prefix)] * bool(prefix) + [(4, data) for data in between]
     attrs += [(12, struct.pack("!I", sequence))] if sequence is not None else []
     attrs += [(9, packet)]
     body = struct.pack("!BBH", 2, 0, 33)
-    body += b"".join(nla(4 + len(data), number) + data + bytes(-len(data) % 4) for number, data in attrs)
+    body += b"".join(
+        nla(4 + len(data), number) + data + bytes(-len(data) % 4) for number, data in attrs
+    )
     return nlmsg(16 + len(body), kind, 0, 0, 0) + body
 
 
 def test_nflog_datagram_with_several_messages() -> None:
-    data = (nflog_message(b"first", 0x01020304, b"pmtud rpf\0") + nflog_message(b"other", 5, kind=0x401)
-            + nflog_message(b"second", 6, b"pmtud\0") + nflog_message(b"third")
-            + nlmsg(20, 3, 2, 0, 0) + bytes(4))  # fmt: skip
+    data = (
+        nflog_message(b"first", 0x01020304, b"pmtud rpf\0")
+        + nflog_message(b"other", 5, kind=0x401)
+        + nflog_message(b"second", 6, b"pmtud\0")
+        + nflog_message(b"third")
+        + nlmsg(20, 3, 2, 0, 0)
+        + bytes(4)
+    )
     found = [(b"first", b"\1\2\3\4", True), (b"second", b"\0\0\0\6", False), (b"third", b"", False)]
     assert pmtud.NflogParser().parse(data) == found
     assert pmtud.NflogParser().parse(data[:-30]) == found[:2]
@@ -660,21 +1045,28 @@ def test_nflog_message_without_payload_is_an_empty_packet() -> None:
 
 
 def make_policy(net: Plan = V4, **options: Any) -> pmtud.Policy:
-    """A node that knows itself, one peer, one cluster network and a broadcast or multicast group; no limits."""
+    """A node that knows itself, one peer, one cluster network and a broadcast or multicast group.
+
+    No limits.
+    """
     view = pmtud.View(
         own=frozenset({packed(net.node), packed(net.vip)}),
         node=frozenset({packed(net.node)}),
         groups=frozenset({packed(net.group)}),
         peers=frozenset({packed(net.peer)}),
         networks=pmtud.Membership([ip_network(net.inside_network)]),
-        neighbours=pmtud.Membership([ip_network("10.77.0.0/16"), ip_network("fd77::/64"), ip_network("fe80::/64")]),
+        neighbours=pmtud.Membership(
+            [ip_network("10.77.0.0/16"), ip_network("fd77::/64"), ip_network("fe80::/64")]
+        ),
     )
     unlimited = {"flow_interval": 0.0, "source_rate": 0.0, "rate": 0.0}
     return pmtud.Policy(pmtud.Config(**{**unlimited, **options}), view)
 
 
 class WhoCase(NamedTuple):
-    """Outer source, outer destination and quoted source, as names of Plan or addresses, and what follows."""
+    """Outer source, outer destination and quoted source, as names of Plan or addresses, and what
+    follows.
+    """
 
     src: str
     dst: str
@@ -687,11 +1079,29 @@ class WhoCase(NamedTuple):
 DELIVER, REPLICATE = pmtud.DELIVER, pmtud.REPLICATE
 NEIGHBOURS = (("10.77.0.5", V4), ("fd77::5", V6), ("fe80::1", V6))  # nodes or routers
 LINK_LOCAL = ("169.254.7.7", "fe80::7", "febf::7")
-SPECIAL = [("127.0.0.1", V4), ("127.9.9.9", V4), ("0.0.0.0", V4), ("224.0.0.0", V4), ("224.0.0.5", V4),
-           ("239.255.255.255", V4), ("255.255.255.255", V4), ("169.254.7.7", V4),
-           ("::1", V6), ("::", V6), ("fe80::7", V6), ("febf::7", V6), ("ff02::1", V6), ("::ffff:127.0.0.1", V6),
-           ("::127.0.0.1", V6)]  # fmt: skip
-UNUSUAL = ("240.0.0.1", "255.255.255.254", "0.0.0.1", "0.9.9.9")  # unicast for Linux, and in use in private fabrics
+SPECIAL = [
+    ("127.0.0.1", V4),
+    ("127.9.9.9", V4),
+    ("0.0.0.0", V4),
+    ("224.0.0.0", V4),
+    ("224.0.0.5", V4),
+    ("239.255.255.255", V4),
+    ("255.255.255.255", V4),
+    ("169.254.7.7", V4),
+    ("::1", V6),
+    ("::", V6),
+    ("fe80::7", V6),
+    ("febf::7", V6),
+    ("ff02::1", V6),
+    ("::ffff:127.0.0.1", V6),
+    ("::127.0.0.1", V6),
+]
+UNUSUAL = (
+    "240.0.0.1",
+    "255.255.255.254",
+    "0.0.0.1",
+    "0.9.9.9",
+)  # unicast for Linux, and in use in private fabrics
 WHO_CASES = (
     WhoCase("router", "vip", "vip", "router", REPLICATE),
     WhoCase("client", "vip", "vip", "router", REPLICATE),
@@ -713,7 +1123,11 @@ WHO_CASES = (
     WhoCase("peer", "client", "vip", "peer", Reason.MISADDRESSED),
     *(WhoCase(a, "vip", "vip", "router", REPLICATE, (net,)) for a, net in NEIGHBOURS),
     *(WhoCase(a, "node", "vip", "peer", DELIVER, (net,)) for a, net in NEIGHBOURS),
-    *(WhoCase(a, "vip", "vip", "router", Reason.MISADDRESSED, (net,)) for a, net in SPECIAL if a not in LINK_LOCAL),
+    *(
+        WhoCase(a, "vip", "vip", "router", Reason.MISADDRESSED, (net,))
+        for a, net in SPECIAL
+        if a not in LINK_LOCAL
+    ),
     WhoCase("169.254.7.7", "vip", "vip", "router", REPLICATE, (V4,)),
     *(WhoCase(a, "vip", "vip", "router", REPLICATE, (V4,)) for a in UNUSUAL),
     *(WhoCase("router", a, a, "router", REPLICATE, (V4,)) for a in UNUSUAL),
@@ -726,11 +1140,16 @@ WHO_CASES = (
 WHO_ROWS = [(case, net) for case in WHO_CASES for net in case.nets]
 
 
-@pytest.mark.parametrize(("case", "net"), WHO_ROWS,
-                         ids=[f"{c.src}>{c.dst}-{c.quoted_src}-{n.family.name}" for c, n in WHO_ROWS])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "net"),
+    WHO_ROWS,
+    ids=[f"{c.src}>{c.dst}-{c.quoted_src}-{n.family.name}" for c, n in WHO_ROWS],
+)
 def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
     """The table of the design, section 3: only a router's error is ever replicated."""
-    src, dst, quoted_src = (getattr(net, name, name) for name in (case.src, case.dst, case.quoted_src))
+    src, dst, quoted_src = (
+        getattr(net, name, name) for name in (case.src, case.dst, case.quoted_src)
+    )
     found = parsed(net, src=src, dst=dst, quoted_src=quoted_src)
     policy = make_policy(net)
     assert pmtud.decide(found, policy, 1.0) == (case.origin, case.decision)
@@ -740,7 +1159,10 @@ def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
 
 @both_families
 def test_without_peers_an_error_is_still_a_routers(net: Plan) -> None:
-    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) == (pmtud.ROUTER, None)
+    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) == (
+        pmtud.ROUTER,
+        None,
+    )
 
 
 class InvalidCase(NamedTuple):
@@ -782,17 +1204,29 @@ INVALID_CASES = (
     InvalidCase(None, {"quoted_length": 0x0505, "mtu": 0x0505 + 59}, {}, (V4,)),
     InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 0x0505, "mtu": 0x0505 + 60}, {}, (V4,)),
     InvalidCase(None, {"quoted_length": 40 + 0x0505, "mtu": 40 + 0x0505 + 59}, {}, (V6,)),
-    InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 40 + 0x0505, "mtu": 40 + 0x0505 + 60}, {}, (V6,)),
+    InvalidCase(
+        Reason.MTU_NOT_SMALLER, {"quoted_length": 40 + 0x0505, "mtu": 40 + 0x0505 + 60}, {}, (V6,)
+    ),
     # the other byte order, of the field: IPv6 counts what follows its header
     InvalidCase(None, {"quoted_length": 0x0006, "mtu": 0x0600 - 1}, {}, (V4,)),
     InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 0x0006, "mtu": 0x0600}, {}, (V4,)),
     InvalidCase(None, {"quoted_length": 40 + 0x0006, "mtu": 40 + 0x0600 - 1}, {}, (V6,)),
-    InvalidCase(Reason.MTU_NOT_SMALLER, {"quoted_length": 40 + 0x0006, "mtu": 40 + 0x0600}, {}, (V6,)),
+    InvalidCase(
+        Reason.MTU_NOT_SMALLER, {"quoted_length": 40 + 0x0006, "mtu": 40 + 0x0600}, {}, (V6,)
+    ),
     InvalidCase(None, {}, {"ports": frozenset({443})}),
     InvalidCase(Reason.PORT_NOT_LISTED, {}, {"ports": frozenset({40000})}),
     InvalidCase(Reason.PORT_NOT_LISTED, {"protocol": 50}, {"ports": frozenset({443})}),
-    InvalidCase(None, {}, {"service_networks": (ip_network("203.0.113.0/24"), ip_network("2001:db8:2::/48"))}),
-    InvalidCase(Reason.NOT_SERVICE, {}, {"service_networks": (ip_network("192.0.2.0/24"), ip_network("fd00::/8"))}),
+    InvalidCase(
+        None,
+        {},
+        {"service_networks": (ip_network("203.0.113.0/24"), ip_network("2001:db8:2::/48"))},
+    ),
+    InvalidCase(
+        Reason.NOT_SERVICE,
+        {},
+        {"service_networks": (ip_network("192.0.2.0/24"), ip_network("fd00::/8"))},
+    ),
 )
 INVALID_ROWS = [(case, net) for case in INVALID_CASES for net in case.nets]
 
@@ -817,7 +1251,10 @@ def echo(identifier: int, sequence: int = 1, kind: int = 8) -> bytes:
 
 
 def gre(flags: int, key: int) -> bytes:
-    """The first bytes of GRE (RFC 2890); with 0x8000 in the flags the last four are a checksum, without 0x2000 data."""
+    """The first bytes of GRE (RFC 2890).
+
+    With 0x8000 in the flags the last four are a checksum, without 0x2000 data.
+    """
     return struct.pack("!HHI", flags, 0x0800, key)
 
 
@@ -827,40 +1264,110 @@ FLOWS_WITHOUT_PORTS: tuple[tuple[str, int, bytes, bytes, bytes, tuple[Plan, ...]
     ("echo id", 58, echo(7, kind=128), echo(8, kind=128), echo(7, 2, 128), (V6,)),
     ("request and reply", 1, echo(7), echo(7, kind=0), echo(7, 2), (V4,)),
     ("request and reply", 58, echo(7, kind=128), echo(7, kind=129), echo(7, 2, 128), (V6,)),
-    ("SPI", 50, struct.pack("!II", 1, 9), struct.pack("!II", 2, 9), struct.pack("!II", 1, 10), (V4, V6)),
+    (
+        "SPI",
+        50,
+        struct.pack("!II", 1, 9),
+        struct.pack("!II", 2, 9),
+        struct.pack("!II", 1, 10),
+        (V4, V6),
+    ),
     ("GRE key", 47, gre(0x2000, 1), gre(0x2000, 2), gre(0x2000, 1), (V4, V6)),
     ("PPTP call", 47, gre(0x3081, 1), gre(0x3081, 2), gre(0x3001, 1), (V4, V6)),
 )
-NO_IDENTIFIERS = ((47, gre(0, 1), gre(0, 2)), (47, gre(0xA000, 1), gre(0xA000, 2)), (4, bytes(8), b"\1" * 8),
-                  (41, bytes(8), b"\1" * 8))  # fmt: skip
+NO_IDENTIFIERS = (
+    (47, gre(0, 1), gre(0, 2)),
+    (47, gre(0xA000, 1), gre(0xA000, 2)),
+    (4, bytes(8), b"\1" * 8),
+    (41, bytes(8), b"\1" * 8),
+)
 OTHER_FLOW = {"transport": tcp_start(443, 40001)}
 COPY = {"src": "peer", "dst": "node"}
 LIMIT_CASES = {
-    "once per flow and interval": LimitCase({"flow_interval": 1.0}, (
-        (10.0, {}, None), (10.5, {}, Reason.LIMITED_FLOW), (10.9, {"src": "client"}, Reason.LIMITED_FLOW),
-        (11.0, {}, None), (11.9, {}, Reason.LIMITED_FLOW), (12.0, {}, None))),
-    "another flow or MTU": LimitCase({"flow_interval": 1.0}, (
-        (10.0, {}, None), (10.0, {"mtu": 1399}, None), (10.0, OTHER_FLOW, None), (10.0, {"protocol": 17}, None),
-        (10.0, {"quoted_dst": "router"}, None), (10.0, {}, Reason.LIMITED_FLOW))),
-    "a copy is not its router's error": LimitCase({"flow_interval": 1.0}, (
-        (10.0, {}, None), (10.0, COPY, None), (10.1, COPY, Reason.LIMITED_FLOW))),
+    "once per flow and interval": LimitCase(
+        {"flow_interval": 1.0},
+        (
+            (10.0, {}, None),
+            (10.5, {}, Reason.LIMITED_FLOW),
+            (10.9, {"src": "client"}, Reason.LIMITED_FLOW),
+            (11.0, {}, None),
+            (11.9, {}, Reason.LIMITED_FLOW),
+            (12.0, {}, None),
+        ),
+    ),
+    "another flow or MTU": LimitCase(
+        {"flow_interval": 1.0},
+        (
+            (10.0, {}, None),
+            (10.0, {"mtu": 1399}, None),
+            (10.0, OTHER_FLOW, None),
+            (10.0, {"protocol": 17}, None),
+            (10.0, {"quoted_dst": "router"}, None),
+            (10.0, {}, Reason.LIMITED_FLOW),
+        ),
+    ),
+    "a copy is not its router's error": LimitCase(
+        {"flow_interval": 1.0},
+        ((10.0, {}, None), (10.0, COPY, None), (10.1, COPY, Reason.LIMITED_FLOW)),
+    ),
     "interval 0": LimitCase({}, ((10.0, {}, None),) * 50),
-    "per source": LimitCase({"source_rate": 2.0}, (
-        (10.0, {}, None), (10.0, {}, None), (10.0, {}, Reason.LIMITED_SOURCE), (10.0, {"src": "client"}, None),
-        (10.4, {}, Reason.LIMITED_SOURCE), (10.5, {}, None), (10.5, {}, Reason.LIMITED_SOURCE),
-        (20.0, {}, None), (20.0, {}, None), (20.0, {}, Reason.LIMITED_SOURCE))),
-    "less than one a second": LimitCase({"source_rate": 0.5}, (
-        (10.0, {}, None), (11.9, {}, Reason.LIMITED_SOURCE), (12.0, {}, None), (13.0, {}, Reason.LIMITED_SOURCE))),
-    "in all": LimitCase({"rate": 2.0}, (
-        (10.0, {}, None), (10.0, {"src": "client"}, None), (10.0, {}, Reason.LIMITED_TOTAL),
-        (10.5, {}, None), (10.5, {"src": "client"}, Reason.LIMITED_TOTAL))),
-    "peers and routers apart": LimitCase({"rate": 1.0}, (
-        (10.0, {}, None), (10.0, {}, Reason.LIMITED_TOTAL), (10.0, COPY, None), (10.0, COPY, Reason.LIMITED_TOTAL))),
-    "what was limited does not start an interval": LimitCase({"rate": 1.0, "flow_interval": 5.0}, (
-        (10.0, OTHER_FLOW, None), (10.0, {}, Reason.LIMITED_TOTAL), (11.0, {}, None), (11.0, {}, Reason.LIMITED_FLOW))),
-    "an invalid error costs nothing": LimitCase({"rate": 1.0, "source_rate": 1.0, "flow_interval": 5.0}, (
-        (10.0, {"mtu": 65535}, Reason.MTU_NOT_SMALLER), (10.0, {}, None))),
-}  # fmt: skip
+    "per source": LimitCase(
+        {"source_rate": 2.0},
+        (
+            (10.0, {}, None),
+            (10.0, {}, None),
+            (10.0, {}, Reason.LIMITED_SOURCE),
+            (10.0, {"src": "client"}, None),
+            (10.4, {}, Reason.LIMITED_SOURCE),
+            (10.5, {}, None),
+            (10.5, {}, Reason.LIMITED_SOURCE),
+            (20.0, {}, None),
+            (20.0, {}, None),
+            (20.0, {}, Reason.LIMITED_SOURCE),
+        ),
+    ),
+    "less than one a second": LimitCase(
+        {"source_rate": 0.5},
+        (
+            (10.0, {}, None),
+            (11.9, {}, Reason.LIMITED_SOURCE),
+            (12.0, {}, None),
+            (13.0, {}, Reason.LIMITED_SOURCE),
+        ),
+    ),
+    "in all": LimitCase(
+        {"rate": 2.0},
+        (
+            (10.0, {}, None),
+            (10.0, {"src": "client"}, None),
+            (10.0, {}, Reason.LIMITED_TOTAL),
+            (10.5, {}, None),
+            (10.5, {"src": "client"}, Reason.LIMITED_TOTAL),
+        ),
+    ),
+    "peers and routers apart": LimitCase(
+        {"rate": 1.0},
+        (
+            (10.0, {}, None),
+            (10.0, {}, Reason.LIMITED_TOTAL),
+            (10.0, COPY, None),
+            (10.0, COPY, Reason.LIMITED_TOTAL),
+        ),
+    ),
+    "what was limited does not start an interval": LimitCase(
+        {"rate": 1.0, "flow_interval": 5.0},
+        (
+            (10.0, OTHER_FLOW, None),
+            (10.0, {}, Reason.LIMITED_TOTAL),
+            (11.0, {}, None),
+            (11.0, {}, Reason.LIMITED_FLOW),
+        ),
+    ),
+    "an invalid error costs nothing": LimitCase(
+        {"rate": 1.0, "source_rate": 1.0, "flow_interval": 5.0},
+        ((10.0, {"mtu": 65535}, Reason.MTU_NOT_SMALLER), (10.0, {}, None)),
+    ),
+}
 
 
 @both_families
@@ -868,15 +1375,27 @@ LIMIT_CASES = {
 def test_limits(name: str, net: Plan) -> None:
     policy = make_policy(net, **LIMIT_CASES[name].options)
     for step, (now, fields, reason) in enumerate(LIMIT_CASES[name].events):
-        named = {key: getattr(net, value) if isinstance(value, str) else value for key, value in fields.items()}
+        named = {
+            key: getattr(net, value) if isinstance(value, str) else value
+            for key, value in fields.items()
+        }
         action = DELIVER if fields is COPY else REPLICATE
         assert pmtud.decide(parsed(net, **named), policy, now)[1] is (reason or action), step
 
 
-@pytest.mark.parametrize(("case", "net"), [pytest.param(case, net, id=f"{case[0]}-{net.family.name}")
-                                           for case in FLOWS_WITHOUT_PORTS for net in case[5]])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "net"),
+    [
+        pytest.param(case, net, id=f"{case[0]}-{net.family.name}")
+        for case in FLOWS_WITHOUT_PORTS
+        for net in case[5]
+    ],
+)
 def test_flows_without_ports_are_told_apart(case: tuple[Any, ...], net: Plan) -> None:
-    """By their own identifier, whatever else changes from packet to packet; no port is made of it."""
+    """By their own identifier, whatever else changes from packet to packet.
+
+    No port is made of it.
+    """
     _, protocol, first, second, again, _ = case
     policy = make_policy(net, flow_interval=1.0)
     found = [parsed(net, protocol=protocol, transport=start) for start in (first, second, again)]
@@ -887,10 +1406,15 @@ def test_flows_without_ports_are_told_apart(case: tuple[Any, ...], net: Plan) ->
 
 @both_families
 @pytest.mark.parametrize(("protocol", "first", "second"), NO_IDENTIFIERS)
-def test_what_changes_with_each_packet_makes_no_flow(protocol: int, first: bytes, second: bytes, net: Plan) -> None:
+def test_what_changes_with_each_packet_makes_no_flow(
+    protocol: int, first: bytes, second: bytes, net: Plan
+) -> None:
     policy = make_policy(net, flow_interval=1.0)
     found = [parsed(net, protocol=protocol, transport=start) for start in (first, second)]
-    assert [pmtud.decide(error, policy, 1.0)[1] for error in found] == [REPLICATE, Reason.LIMITED_FLOW]
+    assert [pmtud.decide(error, policy, 1.0)[1] for error in found] == [
+        REPLICATE,
+        Reason.LIMITED_FLOW,
+    ]
 
 
 def test_memory_is_bounded_under_a_spoofed_flood() -> None:
@@ -911,7 +1435,9 @@ def test_memory_is_bounded_under_a_spoofed_flood() -> None:
 def test_the_total_holds_against_a_spoofed_flood() -> None:
     """New sources each time get past the limit per source, never past the one for all."""
     policy, template = make_policy(source_rate=1.0, rate=100.0), parsed(V4)
-    spoofed = (template._replace(src=struct.pack("!I", 0x0B000000 + number)) for number in range(20_000))
+    spoofed = (
+        template._replace(src=struct.pack("!I", 0x0B000000 + number)) for number in range(20_000)
+    )
     found = [pmtud.decide(one, policy, 5.0)[1] for one in spoofed]
     assert found.count(REPLICATE) == 100
     assert found.count(Reason.LIMITED_TOTAL) == 19_900
@@ -920,7 +1446,12 @@ def test_the_total_holds_against_a_spoofed_flood() -> None:
 @both_families
 def test_membership(net: Plan) -> None:
     members = pmtud.Membership([ip_network(net.inside_network)])
-    for address, inside in ((net.inside, True), (net.vip, False), (other(net).inside, False), (net.inside, True)):
+    for address, inside in (
+        (net.inside, True),
+        (net.vip, False),
+        (other(net).inside, False),
+        (net.inside, True),
+    ):
         assert (packed(address) in members) is inside
     assert packed(net.inside) not in pmtud.Membership(())
 
@@ -964,15 +1495,25 @@ def scrape(counters: pmtud.Counters) -> dict[tuple[str, tuple[tuple[str, str], .
 
 
 METRIC_LABELS: dict[str, set[tuple[str, ...]]] = {
-    "pmtud_received_total": {("family", "origin")}, "pmtud_dropped_total": {("reason",)},
-    "pmtud_acted_total": {("action",)}, "pmtud_copies_sent_total": {("peer",)}, "pmtud_copy_errors_total": {("peer",)},
-    "pmtud_delivered_total": {("family", "result")}, "pmtud_rpf_rescued_total": {()}, "pmtud_nflog_lost_total": {()},
-    "pmtud_peers": {("source",)}, "pmtud_peer_refresh_failures_total": {("source",)},
-    "pmtud_last_error_received_timestamp_seconds": {()}, "pmtud_build_info": {("python_version", "version")},
-    "pmtud_reported_mtu_bytes_bucket": {("le",)}, "pmtud_reported_mtu_bytes_sum": {()},
-    "pmtud_reported_mtu_bytes_count": {()}, "pmtud_batch_duration_seconds_bucket": {("le",)},
-    "pmtud_batch_duration_seconds_sum": {()}, "pmtud_batch_duration_seconds_count": {()},
-}  # fmt: skip
+    "pmtud_received_total": {("family", "origin")},
+    "pmtud_dropped_total": {("reason",)},
+    "pmtud_acted_total": {("action",)},
+    "pmtud_copies_sent_total": {("peer",)},
+    "pmtud_copy_errors_total": {("peer",)},
+    "pmtud_delivered_total": {("family", "result")},
+    "pmtud_rpf_rescued_total": {()},
+    "pmtud_nflog_lost_total": {()},
+    "pmtud_peers": {("source",)},
+    "pmtud_peer_refresh_failures_total": {("source",)},
+    "pmtud_last_error_received_timestamp_seconds": {()},
+    "pmtud_build_info": {("python_version", "version")},
+    "pmtud_reported_mtu_bytes_bucket": {("le",)},
+    "pmtud_reported_mtu_bytes_sum": {()},
+    "pmtud_reported_mtu_bytes_count": {()},
+    "pmtud_batch_duration_seconds_bucket": {("le",)},
+    "pmtud_batch_duration_seconds_sum": {()},
+    "pmtud_batch_duration_seconds_count": {()},
+}
 
 
 def test_scrape_has_the_metrics_of_the_design() -> None:
@@ -1020,7 +1561,10 @@ def test_scrape_shows_what_was_counted() -> None:
 
 def test_without_prometheus_client_there_is_no_exposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(pmtud.PmtudError, match=r"^prometheus-client is not installed: pip install prometheus-client$"):
+    with pytest.raises(
+        pmtud.PmtudError,
+        match=r"^prometheus-client is not installed: pip install prometheus-client$",
+    ):
         pmtud.render_metrics(pmtud.Counters())
 
 
@@ -1052,12 +1596,23 @@ FILE_PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "No such file or directory"),
     "directory": (Path.mkdir, "Is a directory"),
     "fifo": (os.mkfifo, "not a regular file of at most 1048576 bytes"),
-    "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file of at most 1048576 bytes"),
-    "big": (lambda path: path.write_bytes(bytes(1 << 20) + b"\n"), "not a regular file of at most 1048576 bytes"),
-    "not UTF-8": (lambda path: path.write_bytes(b"10.0.0.12\n\xff"),
-                  "'utf-8' codec can't decode byte 0xff in position 10: invalid start byte"),
-    "not an address": (lambda path: path.write_text("10.0.0.12\nnode-2\n"), "line 2: 'node-2' is not an IP address"),
-}  # fmt: skip
+    "device": (
+        lambda path: path.symlink_to("/dev/zero"),
+        "not a regular file of at most 1048576 bytes",
+    ),
+    "big": (
+        lambda path: path.write_bytes(bytes(1 << 20) + b"\n"),
+        "not a regular file of at most 1048576 bytes",
+    ),
+    "not UTF-8": (
+        lambda path: path.write_bytes(b"10.0.0.12\n\xff"),
+        "'utf-8' codec can't decode byte 0xff in position 10: invalid start byte",
+    ),
+    "not an address": (
+        lambda path: path.write_text("10.0.0.12\nnode-2\n"),
+        "line 2: 'node-2' is not an IP address",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FILE_PROBLEMS)
@@ -1115,7 +1670,9 @@ def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
 
 
-Answers = dict[int, Union[list[str], int]]  # by address family: what the name has, or the error of getaddrinfo()
+Answers = dict[
+    int, Union[list[str], int]
+]  # by address family: what the name has, or the error of getaddrinfo()
 
 
 @pytest.fixture(name="dns")
@@ -1127,8 +1684,11 @@ def fixture_dns(monkeypatch: pytest.MonkeyPatch) -> Answers:
         found = answers[family]
         if isinstance(found, int) or not found:
             code = found if isinstance(found, int) else socket.EAI_NODATA
-            raise socket.gaierror(code, {socket.EAI_AGAIN: "try again", socket.EAI_NODATA: "no data"}[code])
+            raise socket.gaierror(
+                code, {socket.EAI_AGAIN: "try again", socket.EAI_NODATA: "no data"}[code]
+            )
         return [(family, kind, 17, "", (address, 0)) for address in found]
+
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return answers
 
@@ -1150,7 +1710,10 @@ def complaint_of(source: pmtud.PeerSource) -> str:
 
 def test_dns_source_takes_all_addresses_and_keeps_none_that_left(dns: Answers) -> None:
     source = pmtud.DnsSource("nodes")
-    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.13", "10.0.0.12", "10.0.0.13"], ["fd00::12"]
+    dns[socket.AF_INET], dns[socket.AF_INET6] = (
+        ["10.0.0.13", "10.0.0.12", "10.0.0.13"],
+        ["fd00::12"],
+    )
     assert look(source) == ["10.0.0.12", "10.0.0.13", "fd00::12"]
     dns[socket.AF_INET] = ["10.0.0.12"]
     assert look(source) == ["10.0.0.12", "fd00::12"]
@@ -1160,14 +1723,19 @@ def test_dns_source_takes_all_addresses_and_keeps_none_that_left(dns: Answers) -
 
 
 def test_dns_source_takes_a_familys_last_address_away_at_the_second_look(dns: Answers) -> None:
-    """To the resolver a malformed answer and a long one without TCP are no answer: not believed at once."""
+    """To the resolver a malformed answer and a long one without TCP are no answer.
+
+    Not believed at once.
+    """
     source = pmtud.DnsSource("nodes")
     for _ in range(2):
         dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.12"], ["fd00::12"]
         assert (look(source), source.doubt) == (["10.0.0.12", "fd00::12"], "")
         dns[socket.AF_INET], dns[socket.AF_INET6] = [], ["fd00::13"]
         assert (look(source), source.doubt) == (
-            ["10.0.0.12", "fd00::13"], "dns:nodes: ipv4: no address any more, asking once more")  # fmt: skip
+            ["10.0.0.12", "fd00::13"],
+            "dns:nodes: ipv4: no address any more, asking once more",
+        )
         assert (look(source), source.doubt) == (["fd00::13"], "")
 
 
@@ -1182,13 +1750,18 @@ def test_dns_source_survives_one_family_that_cannot_be_asked(dns: Answers) -> No
     assert (look(source), source.doubt) == (["10.0.0.13", "fd00::12"], "")
 
 
-@pytest.mark.parametrize(("ipv4", "ipv6", "complaint"), [
-    (socket.EAI_AGAIN, socket.EAI_AGAIN, "try again"),
-    ([], socket.EAI_AGAIN, "try again"),
-    (["127.0.0.1"], ["::1"], "no usable address"),
-    (["0.0.0.0"], [], "no usable address"),
-])  # fmt: skip
-def test_dns_source_explains_and_goes_on(ipv4: Any, ipv6: Any, complaint: str, dns: Answers) -> None:
+@pytest.mark.parametrize(
+    ("ipv4", "ipv6", "complaint"),
+    [
+        (socket.EAI_AGAIN, socket.EAI_AGAIN, "try again"),
+        ([], socket.EAI_AGAIN, "try again"),
+        (["127.0.0.1"], ["::1"], "no usable address"),
+        (["0.0.0.0"], [], "no usable address"),
+    ],
+)
+def test_dns_source_explains_and_goes_on(
+    ipv4: Any, ipv6: Any, complaint: str, dns: Answers
+) -> None:
     source = pmtud.DnsSource("nodes")
     dns[socket.AF_INET] = ["10.0.0.12"]
     assert look(source) == ["10.0.0.12"]
@@ -1206,7 +1779,9 @@ def test_dns_source_explains_and_goes_on(ipv4: Any, ipv6: Any, complaint: str, d
 def fixture_logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The problems that are logged from now on."""
     lines: list[str] = []
-    monkeypatch.setattr(pmtud, "log", lambda level, text, **fields: lines.append(str(fields.get("problem", text))))
+    monkeypatch.setattr(
+        pmtud, "log", lambda level, text, **fields: lines.append(str(fields.get("problem", text)))
+    )
     return lines
 
 
@@ -1215,7 +1790,11 @@ def test_dns_source_leaves_unusable_addresses_out(dns: Answers, logged: list[str
     source = pmtud.DnsSource("nodes")
     dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.12", "0.0.0.0", "224.0.0.1"], ["fe80::1"]
     assert [look(source), look(source)] == [["10.0.0.12"]] * 2
-    assert logged == ["0.0.0.0" + PEER_HINT, "224.0.0.1" + PEER_HINT, "fe80::1 needs its interface, like fe80::1%eth0"]
+    assert logged == [
+        "0.0.0.0" + PEER_HINT,
+        "224.0.0.1" + PEER_HINT,
+        "fe80::1 needs its interface, like fe80::1%eth0",
+    ]
     dns[socket.AF_INET] = ["10.0.0.12"]
     assert look(source) == ["10.0.0.12"]
     dns[socket.AF_INET] = ["10.0.0.12", "0.0.0.0"]
@@ -1241,7 +1820,9 @@ def test_hundreds_of_names_need_few_threads(dns: Answers) -> None:
     until(lambda: threading.active_count() == before)
 
 
-def test_sighup_during_a_look_asks_for_another(dns: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sighup_during_a_look_asks_for_another(
+    dns: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a look that had begun before says may be old."""
     begun, free, answer = threading.Event(), threading.Event(), socket.getaddrinfo
     looks: list[int] = []
@@ -1251,6 +1832,7 @@ def test_sighup_during_a_look_asks_for_another(dns: Answers, monkeypatch: pytest
         begun.set()
         free.wait(10)
         return answer(host, port, family, kind)
+
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     dns[socket.AF_INET] = ["10.0.0.12"]
     peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), pmtud.Counters(), lambda: None)
@@ -1265,16 +1847,24 @@ def test_sighup_during_a_look_asks_for_another(dns: Answers, monkeypatch: pytest
 
 
 def test_a_name_that_is_only_this_node_is_a_good_answer(dns: Answers) -> None:
-    """Debian's /etc/hosts gives a node's own name as 127.0.1.1; a list of all names holds it on every node."""
+    """Debian's /etc/hosts gives a node's own name as 127.0.1.1.
+
+    A list of all names holds it on every node.
+    """
     source = pmtud.DnsSource("node-1")
     dns[socket.AF_INET] = ["127.0.1.1"]
     assert [look(source), look(source)] == [[], []]
 
 
 def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not ready before the first answer; a refresh at once after SIGHUP, failures counted, nothing lost."""
+    """Not ready before the first answer.
+
+    A refresh at once after SIGHUP, failures counted, nothing lost.
+    """
     counters, free, answer = pmtud.Counters(), threading.Event(), socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: (free.wait(10), answer(*arguments))[1])
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *arguments: (free.wait(10), answer(*arguments))[1]
+    )
     dns[socket.AF_INET] = ["10.0.0.12"]
     peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
     try:
@@ -1296,7 +1886,10 @@ def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPat
 
 
 class FakeApi(http.server.ThreadingHTTPServer):
-    """The nodes of a Kubernetes API server over HTTPS: pages, watches, bookmarks, expiry, and faults to order."""
+    """The nodes of a Kubernetes API server over HTTPS.
+
+    Pages, watches, bookmarks, expiry, and faults to order.
+    """
 
     daemon_threads = True
 
@@ -1311,15 +1904,54 @@ class FakeApi(http.server.ThreadingHTTPServer):
         self.watches = self.cut = self.told = 0
         self.retry_after = ""
         self.token("first")
-        (folder / "openssl.cnf").write_text("[req]\ndistinguished_name=name\n[name]\n")  # no extension by default
-        certify = ["openssl", "req", "-config", str(folder / "openssl.cnf"), "-x509", "-newkey", "ec", "-pkeyopt",
-                   "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-addext", "subjectKeyIdentifier=none", "-addext",
-                   "authorityKeyIdentifier=none"]  # fmt: skip
+        (folder / "openssl.cnf").write_text(
+            "[req]\ndistinguished_name=name\n[name]\n"
+        )  # no extension by default
+        certify = [
+            "openssl",
+            "req",
+            "-config",
+            str(folder / "openssl.cnf"),
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+            "-addext",
+            "subjectKeyIdentifier=none",
+            "-addext",
+            "authorityKeyIdentifier=none",
+        ]
         authority, key, leaf = (str(folder / name) for name in ("ca.crt", "key.pem", "leaf.pem"))
-        execute(*certify, "-keyout", key, "-out", authority, "-subj", "/CN=kubernetes", "-addext",
-                "basicConstraints=critical,CA:TRUE")  # fmt: skip
-        execute(*certify, "-CA", authority, "-CAkey", key, "-keyout", leaf, "-out", leaf + ".crt", "-subj",
-                "/CN=kube-apiserver", "-addext", f"subjectAltName=IP:{address}")  # fmt: skip
+        execute(
+            *certify,
+            "-keyout",
+            key,
+            "-out",
+            authority,
+            "-subj",
+            "/CN=kubernetes",
+            "-addext",
+            "basicConstraints=critical,CA:TRUE",
+        )
+        execute(
+            *certify,
+            "-CA",
+            authority,
+            "-CAkey",
+            key,
+            "-keyout",
+            leaf,
+            "-out",
+            leaf + ".crt",
+            "-subj",
+            "/CN=kube-apiserver",
+            "-addext",
+            f"subjectAltName=IP:{address}",
+        )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(leaf + ".crt", leaf)
         self.socket = context.wrap_socket(self.socket, server_side=True)
@@ -1344,8 +1976,10 @@ class FakeApi(http.server.ThreadingHTTPServer):
         with self.changed:
             self.version += 1
             listed = [{"type": "InternalIP", "address": address} for address in addresses]
-            node = {"metadata": {"name": name, "resourceVersion": str(self.version), "labels": labels},
-                    "status": {"addresses": [{"type": "Hostname", "address": name}, *listed]}}
+            node = {
+                "metadata": {"name": name, "resourceVersion": str(self.version), "labels": labels},
+                "status": {"addresses": [{"type": "Hostname", "address": name}, *listed]},
+            }
             self.nodes[name] = node
             if kind == "DELETED":
                 del self.nodes[name]
@@ -1361,7 +1995,9 @@ class FakeApi(http.server.ThreadingHTTPServer):
 
     def bookmark(self) -> None:
         """Say how far the server is, and no more."""
-        self.tell("BOOKMARK", {"kind": "Node", "metadata": {"resourceVersion": str(self.version + 1)}})
+        self.tell(
+            "BOOKMARK", {"kind": "Node", "metadata": {"resourceVersion": str(self.version + 1)}}
+        )
 
     def disconnect(self) -> None:
         """Break every watch that is open, in the middle of its chunked body."""
@@ -1391,7 +2027,9 @@ class FakeApiHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             self.close_connection = True
         elif fault.startswith("drip"):
-            head = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" if fault == "drip body" else b""
+            head = (
+                b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" if fault == "drip body" else b""
+            )
             for byte in head + b"{" * 200:
                 time.sleep(0.001 if byte != ord("{") else 0.1)
                 self.wfile.write(bytes([byte]))
@@ -1404,12 +2042,25 @@ class FakeApiHandler(http.server.BaseHTTPRequestHandler):
             self._list(asked)
 
     def _list(self, asked: dict[str, str]) -> None:
-        start, (key, _, value) = int(asked.get("continue", 0)), asked.get("labelSelector", "").partition("=")
-        nodes = [node for node in self.server.nodes.values() if not key or node["metadata"]["labels"].get(key) == value]
+        start, (key, _, value) = (
+            int(asked.get("continue", 0)),
+            asked.get("labelSelector", "").partition("="),
+        )
+        nodes = [
+            node
+            for node in self.server.nodes.values()
+            if not key or node["metadata"]["labels"].get(key) == value
+        ]
         end = start + int(asked["limit"])
         more = {"continue": str(end)} if end < len(nodes) else {}
-        self._answer(200, {"kind": "NodeList", "items": nodes[start:end],
-                           "metadata": {"resourceVersion": str(self.server.version), **more}})  # fmt: skip
+        self._answer(
+            200,
+            {
+                "kind": "NodeList",
+                "items": nodes[start:end],
+                "metadata": {"resourceVersion": str(self.server.version), **more},
+            },
+        )
 
     def _answer(self, code: int, body: Any) -> None:
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
@@ -1430,7 +2081,11 @@ class FakeApiHandler(http.server.BaseHTTPRequestHandler):
             api.watches += 1
             while api.cut == cut:
                 if version < api.compacted:
-                    gone = {"kind": "Status", "code": 410, "message": f"too old resource version: {version}"}
+                    gone = {
+                        "kind": "Status",
+                        "code": 410,
+                        "message": f"too old resource version: {version}",
+                    }
                     self._chunk(json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n")
                     break
                 for number, kind, content in [entry for entry in api.history if entry[0] > told]:
@@ -1441,7 +2096,9 @@ class FakeApiHandler(http.server.BaseHTTPRequestHandler):
                         api.watches -= 1
                         return
                     event = content if isinstance(content, bytes) else None
-                    self._chunk(event or json.dumps({"type": kind, "object": content}).encode() + b"\n")
+                    self._chunk(
+                        event or json.dumps({"type": kind, "object": content}).encode() + b"\n"
+                    )
                     api.told = number
                 api.changed.wait(0.05)
             api.watches -= 1
@@ -1484,8 +2141,12 @@ def watching(api: FakeApi) -> pmtud.KubeSource:
 def test_kube_source_lists_and_watches(api: FakeApi) -> None:
     source = watching(api)
     assert api.requests[0] == {"limit": "100"}
-    assert {**api.requests[1], "timeoutSeconds": ""} == {"watch": "1", "resourceVersion": "102", "timeoutSeconds": "",
-                                                         "allowWatchBookmarks": "true"}  # fmt: skip
+    assert {**api.requests[1], "timeoutSeconds": ""} == {
+        "watch": "1",
+        "resourceVersion": "102",
+        "timeoutSeconds": "",
+        "allowWatchBookmarks": "true",
+    }
     api.change("ADDED", "node-3", "10.0.0.13")
     assert look(source) == ["10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::11"]
     api.change("MODIFIED", "node-3", "10.0.0.13")
@@ -1512,13 +2173,26 @@ def test_kube_source_lists_in_pages(api: FakeApi, monkeypatch: pytest.MonkeyPatc
     assert look(source) == "kube:nodes: the API server answers 500 Internal Server Error"
     assert look(source) == "kube:nodes: the API server answers 410 Gone"
     assert len(look(source)) == 61
-    assert [request.get("continue") for request in api.requests] == [None, "20", "20", "40", None, "20", "40"]
+    assert [request.get("continue") for request in api.requests] == [
+        None,
+        "20",
+        "20",
+        "40",
+        None,
+        "20",
+        "40",
+    ]
 
 
 def test_kube_source_waits_as_long_as_the_server_wants(api: FakeApi) -> None:
     """Retry-After, up to a minute."""
     source, api.faults = pmtud.KubeSource(), ["429"] * 4
-    for seconds, low, high in (("17", 17, 17), ("86400", 60, 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 4, 8), ("", 8, 16)):
+    for seconds, low, high in (
+        ("17", 17, 17),
+        ("86400", 60, 60),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 4, 8),
+        ("", 8, 16),
+    ):
         api.retry_after = seconds
         assert look(source) == "kube:nodes: the API server answers 429 Too Many Requests"
         assert low <= source.interval <= high
@@ -1527,8 +2201,13 @@ def test_kube_source_waits_as_long_as_the_server_wants(api: FakeApi) -> None:
 
 
 @pytest.mark.parametrize("fault", ["drip headers", "drip body"])
-def test_kube_source_gives_a_stalled_answer_up(fault: str, api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte now and then is no answer, though no read of it times out; for the list and for a watch."""
+def test_kube_source_gives_a_stalled_answer_up(
+    fault: str, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then is no answer, though no read of it times out.
+
+    For the list and for a watch.
+    """
     monkeypatch.setattr(pmtud.KubeSource, "ANSWER_SECONDS", 2.0)  # the server drips for twenty
     source, api.faults = pmtud.KubeSource(), [fault]
     assert look(source) == "kube:nodes: no whole answer within a minute"
@@ -1542,7 +2221,9 @@ def test_kube_source_gives_a_stalled_answer_up(fault: str, api: FakeApi, monkeyp
     assert look(source) == ["10.0.0.12"]
 
 
-def test_kube_source_gives_a_stalled_handshake_up(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kube_source_gives_a_stalled_handshake_up(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pmtud.KubeSource, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.getsockname()[1]))
@@ -1555,6 +2236,7 @@ def test_kube_source_gives_a_stalled_handshake_up(api: FakeApi, monkeypatch: pyt
                     client.send(bytes([byte]))
                     sent.append(byte)
                     time.sleep(0.1)
+
         dripping = threading.Thread(target=drip)
         dripping.start()
         assert look(pmtud.KubeSource()) == "kube:nodes: no whole answer within a minute"
@@ -1583,8 +2265,19 @@ def test_kube_source_waits_when_watches_are_cut_at_once(api: FakeApi) -> None:
 
 def test_kube_source_takes_odd_nodes_as_they_are(api: FakeApi, logged: list[str]) -> None:
     """One that is not like the others does not hide them."""
-    odd: list[Any] = [None, {}, {"addresses": None}, {"addresses": [{"address": "10.0.0.66"}]}, {"addresses": [
-        {"type": "InternalIP", "address": 12}, {"type": "InternalIP"}, {"type": "InternalIP", "address": "10.0.0.14"}]}]
+    odd: list[Any] = [
+        None,
+        {},
+        {"addresses": None},
+        {"addresses": [{"address": "10.0.0.66"}]},
+        {
+            "addresses": [
+                {"type": "InternalIP", "address": 12},
+                {"type": "InternalIP"},
+                {"type": "InternalIP", "address": "10.0.0.14"},
+            ]
+        },
+    ]
     for number, status in enumerate(odd):
         api.nodes[f"odd-{number}"] = {"metadata": {"name": f"odd-{number}"}, "status": status}
     source = pmtud.KubeSource()
@@ -1592,7 +2285,11 @@ def test_kube_source_takes_odd_nodes_as_they_are(api: FakeApi, logged: list[str]
     assert source.load() is None
     api.change("ADDED", "node-3", "10.0.0.13", "224.0.0.1")
     assert look(source) == ["10.0.0.11", "10.0.0.12", "10.0.0.13", "10.0.0.14", "fd00::11"]
-    assert logged == ["'12' is not an IP address", "'None' is not an IP address", "224.0.0.1" + PEER_HINT]
+    assert logged == [
+        "'12' is not an IP address",
+        "'None' is not an IP address",
+        "224.0.0.1" + PEER_HINT,
+    ]
 
 
 KUBE_LOAD = r"""
@@ -1615,16 +2312,27 @@ print(most() - before)
 
 
 def interpreters() -> list[str]:
-    """Every CPython from 3.9 on that is installed here, one of each version; the one that runs the tests is tested."""
-    places = [*map(Path, os.environ["PATH"].split(os.pathsep)), *Path.home().glob(".pyenv/versions/3.*/bin")]
+    """Every CPython from 3.9 on that is installed here, one of each version.
+
+    The one that runs the tests is tested.
+    """
+    places = [
+        *map(Path, os.environ["PATH"].split(os.pathsep)),
+        *Path.home().glob(".pyenv/versions/3.*/bin"),
+    ]
     paths = [path for place in places for path in place.glob("python3.*")]
-    found = {path.name: str(path) for path in paths if re.fullmatch(r"python3\.(9|1[0-9])", path.name)}
+    found = {
+        path.name: str(path) for path in paths if re.fullmatch(r"python3\.(9|1[0-9])", path.name)
+    }
     return [found[name] for name in sorted(found) if name != f"python3.{sys.version_info.minor}"]
 
 
 @pytest.mark.parametrize("python", [sys.executable, *interpreters()])
 def test_kube_source_in_every_python(python: str, api: FakeApi) -> None:
-    """The server's certificate has no key identifiers, as in many a cluster; and 100 nodes take little memory."""
+    """The server's certificate has no key identifiers, as in many a cluster.
+
+    And 100 nodes take little memory.
+    """
     for number in range(100):
         api.change("ADDED", f"more-{number}", "10.0.0.11", images="x" * 10_000)
     command = [python, "-c", KUBE_LOAD, str(HERE), str(api.account)]
@@ -1638,11 +2346,18 @@ def test_kube_source_selects(api: FakeApi) -> None:
     assert look(pmtud.KubeSource("role=edge")) == NODES
     assert look(pmtud.KubeSource("role%3Dinner")) == ["10.0.0.13"]
     assert look(pmtud.KubeSource("role=none")) == []
-    assert [request["labelSelector"] for request in api.requests] == ["role=edge", "role=inner", "role=none"]
+    assert [request["labelSelector"] for request in api.requests] == [
+        "role=edge",
+        "role=inner",
+        "role=none",
+    ]
 
 
 def test_kube_source_goes_on_where_it_was(api: FakeApi) -> None:
-    """A watch that ended or broke is opened again from the last version, of a bookmark too; nothing is listed again."""
+    """A watch that ended or broke is opened again from the last version, of a bookmark too.
+
+    Nothing is listed again.
+    """
     source = watching(api)
     api.bookmark()
     assert source.load() is None
@@ -1700,19 +2415,28 @@ def test_kube_source_reads_a_renewed_token(api: FakeApi) -> None:
     assert look(source) == ["10.0.0.12"]
 
 
-@pytest.mark.parametrize(("fault", "complaint"), [
-    ("500", "the API server answers 500 Internal Server Error"),
-    ("403", "the API server answers 403 Forbidden"),
-    ("hang up", "Remote end closed connection without response"),
-    ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-    ("[]", "list indices must be integers or slices, not str"),
-    ('{"items": [{}], "metadata": {}}', "'metadata'"),
-    ('{"items": 5, "metadata": {}}', "'int' object is not iterable"),
-    ('{"items": null, "metadata": {}}', "'resourceVersion'"),
-    ('{"items": [{"metadata": {"name": "n"}, "status": [1]}], "metadata": {}}', "'list' object has no attribute 'get'"),
-    ('{"items": [], "metadata": {"resourceVersion": ""}}', "the API server tells no resourceVersion"),
-    ("[" * 100_000, "maximum recursion depth exceeded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        ("500", "the API server answers 500 Internal Server Error"),
+        ("403", "the API server answers 403 Forbidden"),
+        ("hang up", "Remote end closed connection without response"),
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[]", "list indices must be integers or slices, not str"),
+        ('{"items": [{}], "metadata": {}}', "'metadata'"),
+        ('{"items": 5, "metadata": {}}', "'int' object is not iterable"),
+        ('{"items": null, "metadata": {}}', "'resourceVersion'"),
+        (
+            '{"items": [{"metadata": {"name": "n"}, "status": [1]}], "metadata": {}}',
+            "'list' object has no attribute 'get'",
+        ),
+        (
+            '{"items": [], "metadata": {"resourceVersion": ""}}',
+            "the API server tells no resourceVersion",
+        ),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
+    ],
+)
 def test_kube_source_survives_a_broken_list(fault: str, complaint: str, api: FakeApi) -> None:
     source = pmtud.KubeSource()
     api.faults = [fault] * 9
@@ -1720,23 +2444,35 @@ def test_kube_source_survives_a_broken_list(fault: str, complaint: str, api: Fak
     for _ in range(9):
         assert complaint_of(source).startswith(f"kube:nodes: {complaint}")
         pauses.append(source.interval)
-    assert all(low <= pause <= 2 * low for low, pause in zip((1, 2, 4, 8, 15, 15, 15, 15, 15), pauses))
+    assert all(
+        low <= pause <= 2 * low for low, pause in zip((1, 2, 4, 8, 15, 15, 15, 15, 15), pauses)
+    )
     assert look(source) == NODES
     assert source.interval <= 1.0
 
 
-@pytest.mark.parametrize(("event", "complaint"), [
-    (b"nonsense\n", "Expecting value: line 1 column 1 (char 0)"),
-    (b"[1]\n", "list indices must be integers or slices, not str"),
-    (b'{"type": "ADDED", "object": null}\n', "'NoneType' object is not subscriptable"),
-    (b'{"type": "ERROR", "object": {"code": 500, "message": "no etcd"}}\n', "the watch ended with 500 no etcd"),
-    (b'{"type": "ERROR", "object": {}}\n', "'code'"),
-    (b'{"type": "MODIFIED", "object": {"metadata": {"name": "node-1", "resourceVersion": "103"}, "status": [1]}}\n',
-     "'list' object has no attribute 'get'"),
-    (b"x" * 5000, "an event is larger than 4096 bytes"),
-])  # fmt: skip
-def test_kube_source_survives_a_broken_event(event: bytes, complaint: str, api: FakeApi,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("event", "complaint"),
+    [
+        (b"nonsense\n", "Expecting value: line 1 column 1 (char 0)"),
+        (b"[1]\n", "list indices must be integers or slices, not str"),
+        (b'{"type": "ADDED", "object": null}\n', "'NoneType' object is not subscriptable"),
+        (
+            b'{"type": "ERROR", "object": {"code": 500, "message": "no etcd"}}\n',
+            "the watch ended with 500 no etcd",
+        ),
+        (b'{"type": "ERROR", "object": {}}\n', "'code'"),
+        (
+            b'{"type": "MODIFIED", "object": {"status": [1], '
+            b'"metadata": {"name": "node-1", "resourceVersion": "103"}}}\n',
+            "'list' object has no attribute 'get'",
+        ),
+        (b"x" * 5000, "an event is larger than 4096 bytes"),
+    ],
+)
+def test_kube_source_survives_a_broken_event(
+    event: bytes, complaint: str, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pmtud.KubeSource, "EVENT_BYTES_MAX", 4096)
     source = watching(api)
     api.change("MODIFIED", "node-1", "10.0.0.31")
@@ -1750,7 +2486,9 @@ def test_kube_source_survives_a_broken_event(event: bytes, complaint: str, api: 
 
 def test_kube_source_bounds_what_it_reads(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pmtud.KubeSource, "PAGE_BYTES_MAX", 0)
-    assert complaint_of(pmtud.KubeSource()) == "kube:nodes: Expecting value: line 1 column 1 (char 0)"
+    assert (
+        complaint_of(pmtud.KubeSource()) == "kube:nodes: Expecting value: line 1 column 1 (char 0)"
+    )
 
 
 def test_kube_source_bounds_how_many_nodes(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1764,7 +2502,10 @@ def test_kube_source_outside_a_pod(api: FakeApi, monkeypatch: pytest.MonkeyPatch
     (api.account / "ca.crt").write_text("nonsense")
     assert complaint_of(pmtud.KubeSource()).startswith("kube:nodes: [X509")
     (api.account / "token").unlink()
-    assert look(pmtud.KubeSource()) == f"kube:nodes: [Errno 2] No such file or directory: '{api.account}/token'"
+    assert (
+        look(pmtud.KubeSource())
+        == f"kube:nodes: [Errno 2] No such file or directory: '{api.account}/token'"
+    )
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
     assert look(pmtud.KubeSource()) == f"kube:nodes: {advice}"
 
@@ -1803,7 +2544,9 @@ def test_kube_source_believes_only_the_clusters_authority(api: FakeApi, tmp_path
 
 
 def test_an_hour_without_the_api_changes_nothing(api: FakeApi) -> None:
-    """The last good set stays, failures are counted, and what changed meanwhile comes with the server."""
+    """The last good set stays, failures are counted, and what changed meanwhile comes with the
+    server.
+    """
     counters = pmtud.Counters()
     peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
     try:
@@ -1839,8 +2582,13 @@ def fixture_routes(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     return table
 
 
-def test_arrange_removes_this_node_and_sends_from_its_listed_address(routes: dict[str, bytes]) -> None:
-    listed = {"static": addresses("10.0.0.11", "10.0.0.12", "fd00::11", "fd00::12"), "file:x": addresses("10.0.0.12")}
+def test_arrange_removes_this_node_and_sends_from_its_listed_address(
+    routes: dict[str, bytes],
+) -> None:
+    listed = {
+        "static": addresses("10.0.0.11", "10.0.0.12", "fd00::11", "fd00::12"),
+        "file:x": addresses("10.0.0.12"),
+    }
     found = pmtud.arrange(listed, LOCAL, [ip_network("10.9.0.0/16")])
     assert found.targets == {"ipv4": addresses("10.0.0.12"), "ipv6": addresses("fd00::12")}
     assert found.removed == addresses("10.0.0.11", "fd00::11")
@@ -1849,7 +2597,11 @@ def test_arrange_removes_this_node_and_sends_from_its_listed_address(routes: dic
     assert found.view.own == {address.packed for address in LOCAL}
     assert found.view.node == {packed("10.0.0.11"), packed("fd00::11")}
     assert found.view.peers == {packed("10.0.0.12"), packed("fd00::12")}
-    assert [packed(a) in found.view.networks for a in ("10.9.1.1", "10.0.0.13", "fd00::13")] == [True, False, False]
+    assert [packed(a) in found.view.networks for a in ("10.9.1.1", "10.0.0.13", "fd00::13")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_arrange_asks_the_kernel_where_this_node_is_not_listed(routes: dict[str, bytes]) -> None:
@@ -1860,16 +2612,25 @@ def test_arrange_asks_the_kernel_where_this_node_is_not_listed(routes: dict[str,
 
 
 def test_arrange_never_sends_from_a_service_address(routes: dict[str, bytes]) -> None:
-    """Listed by mistake, before this node's own: peers share it and would take our copies for their own."""
+    """Listed by mistake, before this node's own.
+
+    Peers share it and would take our copies for their own.
+    """
     routes.update({"10.0.0.12": packed("10.0.0.11")})
-    found = pmtud.arrange({"static": addresses("203.0.113.10", "10.0.0.11", "10.0.0.12")}, LOCAL, [])
+    found = pmtud.arrange(
+        {"static": addresses("203.0.113.10", "10.0.0.11", "10.0.0.12")}, LOCAL, []
+    )
     assert found.removed == addresses("203.0.113.10", "10.0.0.11")
     assert found.sources == {"ipv4": packed("10.0.0.11")}
     assert found.view.node == {packed("10.0.0.11")}
 
 
-def test_arrange_leaves_the_source_to_the_kernel_where_peers_are_link_local(routes: dict[str, bytes]) -> None:
-    """A raw socket cannot be bound to fe80::11 without its interface, and the kernel chooses it anyway."""
+def test_arrange_leaves_the_source_to_the_kernel_where_peers_are_link_local(
+    routes: dict[str, bytes],
+) -> None:
+    """A raw socket cannot be bound to fe80::11 without its interface, and the kernel chooses it
+    anyway.
+    """
     own = pmtud.LocalAddress(packed("fe80::11"), 64, 2, b"")
     routes.update({"fe80::12%lo": packed("fe80::11")})
     found = pmtud.arrange({"static": addresses("fe80::11%lo", "fe80::12%lo")}, [*LOCAL, own], [])
@@ -1877,7 +2638,9 @@ def test_arrange_leaves_the_source_to_the_kernel_where_peers_are_link_local(rout
     assert found.view.node == {packed("fe80::11")}
 
 
-def test_arrange_takes_the_subnet_of_a_broadcast_peer_for_the_cluster(routes: dict[str, bytes]) -> None:
+def test_arrange_takes_the_subnet_of_a_broadcast_peer_for_the_cluster(
+    routes: dict[str, bytes],
+) -> None:
     found = pmtud.arrange({"static": addresses("10.0.0.255")}, LOCAL, [])
     assert found.targets == {"ipv4": addresses("10.0.0.255"), "ipv6": ()}
     assert packed("10.0.0.255") in found.view.groups
@@ -1887,7 +2650,9 @@ def test_arrange_takes_the_subnet_of_a_broadcast_peer_for_the_cluster(routes: di
     assert packed("10.0.0.255") in routers.groups  # a peer may broadcast while this node does not
 
 
-def test_arrange_takes_the_prefixes_of_a_multicast_peers_link_for_the_cluster(routes: dict[str, bytes]) -> None:
+def test_arrange_takes_the_prefixes_of_a_multicast_peers_link_for_the_cluster(
+    routes: dict[str, bytes],
+) -> None:
     link = socket.if_nametoindex("lo")
     places = (("fd00::11", link), ("fd01::11", link + 1))
     local = [pmtud.LocalAddress(packed(address), 64, index, b"") for address, index in places]
@@ -1905,13 +2670,24 @@ def test_arrange_survives_a_peer_whose_interface_is_gone() -> None:
 # Section: command line -- options, environment, exit codes
 
 EXAMPLES = {  # two values for each option, neither the default
-    "--peers": ("10.0.0.12,file:/x", "fd00::12"), "--iface": ("eth7", "eth8"), "--nodename": ("n1", "n2"),
-    "--nflog-group": ("7", "8"), "--metrics-port": ("9000", "0"), "--metrics-addr": ("127.0.0.1", "::1"),
-    "--ttl": ("3", "4"), "--ignore-networks": ("10.0.0.0/8", "fd00::/8"), "--rules": ("off", "auto"),
-    "--service-networks": ("203.0.113.0/24", "2001:db8::/32"), "--ports": ("443,80", "8443"),
-    "--min-mtu": ("576", "600,1300"), "--flow-interval": ("0.5", "0"), "--source-rate": ("5", "0"),
-    "--rate": ("6", "0.5"), "--log-level": ("debug", "error"), "--log-format": ("json", "text"),
-}  # fmt: skip
+    "--peers": ("10.0.0.12,file:/x", "fd00::12"),
+    "--iface": ("eth7", "eth8"),
+    "--nodename": ("n1", "n2"),
+    "--nflog-group": ("7", "8"),
+    "--metrics-port": ("9000", "0"),
+    "--metrics-addr": ("127.0.0.1", "::1"),
+    "--ttl": ("3", "4"),
+    "--ignore-networks": ("10.0.0.0/8", "fd00::/8"),
+    "--rules": ("off", "auto"),
+    "--service-networks": ("203.0.113.0/24", "2001:db8::/32"),
+    "--ports": ("443,80", "8443"),
+    "--min-mtu": ("576", "600,1300"),
+    "--flow-interval": ("0.5", "0"),
+    "--source-rate": ("5", "0"),
+    "--rate": ("6", "0.5"),
+    "--log-level": ("debug", "error"),
+    "--log-format": ("json", "text"),
+}
 FLAGS = ("--no-rescue", "--dry-run")
 
 
@@ -1924,7 +2700,9 @@ def parse_options(argv: Sequence[str], **environ: str) -> pmtud.Config:
 
 def test_the_examples_name_every_option() -> None:
     actions = pmtud.build_parser()._actions
-    options = {text for action in actions for text in action.option_strings if text.startswith("--")}
+    options = {
+        text for action in actions for text in action.option_strings if text.startswith("--")
+    }
     assert options == {*EXAMPLES, *FLAGS, "--json", "--no-color", "--help", "--version"}
 
 
@@ -1935,13 +2713,28 @@ def test_every_option_has_a_variable_and_the_command_line_wins(option: str) -> N
     given = parse_options([option, first])
     assert given != parse_options([])
     assert parse_options([], **{variable: first}) == given
-    assert parse_options([f"{option}={second}"], **{variable: first}) == parse_options([option, second]) != given
+    assert (
+        parse_options([f"{option}={second}"], **{variable: first})
+        == parse_options([option, second])
+        != given
+    )
     assert parse_options([], **{variable: ""}) == parse_options([])
 
 
 @pytest.mark.parametrize("option", FLAGS)
-@pytest.mark.parametrize(("text", "on"), [("1", True), ("true", True), ("YES", True), ("on", True),
-                                          ("0", False), ("False", False), ("no", False), ("off", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "on"),
+    [
+        ("1", True),
+        ("true", True),
+        ("YES", True),
+        ("on", True),
+        ("0", False),
+        ("False", False),
+        ("no", False),
+        ("off", False),
+    ],
+)
 def test_flags_from_the_environment(option: str, text: str, on: bool) -> None:
     variable = "PMTUD_" + option[2:].replace("-", "_").upper()
     base = ["--peers", "10.0.0.12"]
@@ -1950,10 +2743,30 @@ def test_flags_from_the_environment(option: str, text: str, on: bool) -> None:
 
 
 def test_repeated_options_add_up() -> None:
-    config = parse_options(["--peers", "10.0.0.12,file:/x", "--peers", "file:/y,10.0.0.12,10.0.0.13", "--iface", "a,b",
-                            "--iface", "c", "--ports", "1-2", "--ports", "3", "--ignore-networks", "10.0.0.0/8",
-                            "--ignore-networks", "fd00::/8"])  # fmt: skip
-    assert (config.peers, config.peer_sources) == (addresses("10.0.0.12", "10.0.0.13"), ("file:/x", "file:/y"))
+    config = parse_options(
+        [
+            "--peers",
+            "10.0.0.12,file:/x",
+            "--peers",
+            "file:/y,10.0.0.12,10.0.0.13",
+            "--iface",
+            "a,b",
+            "--iface",
+            "c",
+            "--ports",
+            "1-2",
+            "--ports",
+            "3",
+            "--ignore-networks",
+            "10.0.0.0/8",
+            "--ignore-networks",
+            "fd00::/8",
+        ]
+    )
+    assert (config.peers, config.peer_sources) == (
+        addresses("10.0.0.12", "10.0.0.13"),
+        ("file:/x", "file:/y"),
+    )
     assert config.ifaces == ("a", "b", "c")
     assert config.ports == {1, 2, 3}
     assert config.ignore_networks == (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
@@ -1962,8 +2775,18 @@ def test_repeated_options_add_up() -> None:
 def test_defaults() -> None:
     config = parse_options([])
     assert config == pmtud.Config(nodename=socket.gethostname())
-    assert (config.nflog_group, config.metrics_port, config.ttl, config.min_mtu) == (33, 30040, 10, (552, 1280))
-    assert (config.flow_interval, config.source_rate, config.rate, config.rules) == (0.1, 500.0, 1000.0, "auto")
+    assert (config.nflog_group, config.metrics_port, config.ttl, config.min_mtu) == (
+        33,
+        30040,
+        10,
+        (552, 1280),
+    )
+    assert (config.flow_interval, config.source_rate, config.rate, config.rules) == (
+        0.1,
+        500.0,
+        1000.0,
+        "auto",
+    )
     assert parse_options(["--metrics-port", "30040"]).metrics_required
     assert not parse_options(["--metrics-port", "0"]).metrics_required
 
@@ -1972,9 +2795,16 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--ttl", "0"], {}, "argument --ttl: 0 is not between 1 and 255"),
     (["--nflog-group", "65536"], {}, "argument --nflog-group: 65536 is not between 0 and 65535"),
     (["--metrics-port", "x"], {}, "argument --metrics-port: 'x' is not a whole number"),
-    (["--metrics-addr", "x"], {}, "argument --metrics-addr: 'x' does not appear to be an IPv4 or IPv6 address"),
-    (["--peers", "127.0.0.1"], {},
-     "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is " + KINDS),
+    (
+        ["--metrics-addr", "x"],
+        {},
+        "argument --metrics-addr: 'x' does not appear to be an IPv4 or IPv6 address",
+    ),
+    (
+        ["--peers", "127.0.0.1"],
+        {},
+        "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is " + KINDS,
+    ),
     (["--peers", "dns:no_des"], {}, "argument --peers: 'dns:no_des' is not " + KINDS),
     (["--peers", "file:"], {}, "argument --peers: 'file:' is not " + KINDS),
     (["--iface", "a/b"], {}, "argument --iface: 'a/b' is not an interface name"),
@@ -1993,15 +2823,24 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--ttl", "5", "6"], {}, "unknown command 6; see pmtud.py --help"),
     (["--peers", "10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
     (["--peers=10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
-    (["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"], {},
-     "10.0.0.13: separate peers with commas"),
+    (
+        ["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"],
+        {},
+        "10.0.0.13: separate peers with commas",
+    ),
     (["rules", "--iface", "eth0", "eth1"], {}, "eth1: separate ifaces with commas"),
     (["--ports", "80", "443", "--ttl", "3"], {}, "443: separate ports with commas"),
-    (["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"], {},
-     "fd00::/8: separate networks with commas"),
+    (
+        ["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"],
+        {},
+        "fd00::/8: separate networks with commas",
+    ),
     (["check", "--peers", "10.0.0.12", ",10.0.0.13"], {}, ",10.0.0.13: separate peers with commas"),
-    (["--peers", "10.0.0.0/24"], {},
-     "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS),
+    (
+        ["--peers", "10.0.0.0/24"],
+        {},
+        "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS,
+    ),
     (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
     ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
     ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
@@ -2014,12 +2853,22 @@ BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
 
 
 @pytest.mark.parametrize(("argv", "environ", "message"), BAD_COMMAND_LINES)
-def test_bad_command_lines(argv: list[str], environ: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch,
-                           capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    """Exit code 2 and one line; what follows `choose from` is argparse's and changes with Python."""
+def test_bad_command_lines(
+    argv: list[str],
+    environ: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 2 and one line.
+
+    What follows `choose from` is argparse's and changes with Python.
+    """
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(pmtud, "run", lambda config: None)  # a test that fails must not start the daemon
+    monkeypatch.setattr(
+        pmtud, "run", lambda config: None
+    )  # a test that fails must not start the daemon
     assert pmtud.main(argv) == 2
     output = capsys.readouterr()
     assert (output.out, output.err.count("\n")) == ("", 1)
@@ -2045,15 +2894,18 @@ OF_KUBERNETES = {
 }
 
 
-@pytest.mark.parametrize(("name", "advice"), [
-    ("PMTUD_PEER", "did you mean PMTUD_PEERS?"),
-    ("PMTUD_Peers", "did you mean PMTUD_PEERS?"),
-    ("pmtud_dry_run", "did you mean PMTUD_DRY_RUN?"),
-    ("PMTUD_INTERFACE", "did you mean PMTUD_IFACE?"),
-    ("PMTUD_PORT", "did you mean PMTUD_PORTS?"),
-    ("PMTUD_HOSTS", "did you mean PMTUD_PORTS?"),
-    ("PMTUD_COLOUR_OF_THE_SKY", "see pmtud.py --help"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("PMTUD_PEER", "did you mean PMTUD_PEERS?"),
+        ("PMTUD_Peers", "did you mean PMTUD_PEERS?"),
+        ("pmtud_dry_run", "did you mean PMTUD_DRY_RUN?"),
+        ("PMTUD_INTERFACE", "did you mean PMTUD_IFACE?"),
+        ("PMTUD_PORT", "did you mean PMTUD_PORTS?"),
+        ("PMTUD_HOSTS", "did you mean PMTUD_PORTS?"),
+        ("PMTUD_COLOUR_OF_THE_SKY", "see pmtud.py --help"),
+    ],
+)
 @pytest.mark.parametrize("value", ["", "10.0.0.12"])
 def test_variables_that_are_no_options(name: str, advice: str, value: str) -> None:
     asked = pmtud.parse_args([], {"PATH": "/bin", **OF_KUBERNETES, name: value})
@@ -2064,7 +2916,9 @@ def test_variables_that_are_no_options(name: str, advice: str, value: str) -> No
 def test_variables_of_options_and_of_kubernetes_are_in_order() -> None:
     given = {option: examples[0] for option, examples in EXAMPLES.items()}
     given.update(dict.fromkeys((*FLAGS, "--json", "--no-color"), "yes"))
-    environ = {"PMTUD_" + option[2:].replace("-", "_").upper(): text for option, text in given.items()}
+    environ = {
+        "PMTUD_" + option[2:].replace("-", "_").upper(): text for option, text in given.items()
+    }
     assert pmtud.parse_args(["check"], environ).warnings == ()
     assert pmtud.parse_args([], OF_KUBERNETES) == pmtud.parse_args([], {})
 
@@ -2080,16 +2934,19 @@ def test_a_warning_about_a_variable_is_one_line_of_the_log() -> None:
     assert json.loads(done.stdout)["schema"] == 1
 
 
-@pytest.mark.parametrize("argv", [
-    ["check", "10.9.0.2", "fd09::2"],
-    ["check", "--peers", "10.0.0.12", "10.9.0.2"],
-    ["--iface", "eth0", "check"],
-    ["check", "--ttl", "5", "10.9.0.2"],
-    ["--peers", "10.0.0.12", "rules"],
-    ["run", "--peers", "10.0.0.12"],
-    ["--peers", "10.0.0.12,", "check"],
-    ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["check", "10.9.0.2", "fd09::2"],
+        ["check", "--peers", "10.0.0.12", "10.9.0.2"],
+        ["--iface", "eth0", "check"],
+        ["check", "--ttl", "5", "10.9.0.2"],
+        ["--peers", "10.0.0.12", "rules"],
+        ["run", "--peers", "10.0.0.12"],
+        ["--peers", "10.0.0.12,", "check"],
+        ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
+    ],
+)
 def test_words_that_are_in_their_place(argv: list[str]) -> None:
     """A command may come after options, and so may the hosts of `check`."""
     asked = pmtud.parse_args(argv, {})
@@ -2110,14 +2967,22 @@ def test_no_rescue_and_no_peers_is_nothing_to_do_for_the_daemon_only() -> None:
         pmtud.parse_args([], {"PMTUD_NO_RESCUE": "yes"})
 
 
-@pytest.mark.parametrize(("argv", "environ", "line"), [
-    (["--ttl", "256"], {}, "pmtud: argument --ttl: 256 is not between 1 and 255"),
-    ([], {"PMTUD_MIN_MTU": "67"}, "pmtud: PMTUD_MIN_MTU: 67 is not between 68 and 65535"),
-    (["--peers", "file:/nonexistent/peers", "--iface", "lo"], {},
-     "pmtud: peers: file:/nonexistent/peers: No such file or directory"),
-    (["--iface", "nosuch0"], {}, "pmtud: --iface: there is no interface nosuch0; there are lo"),
-])  # fmt: skip
-def test_bad_options_end_the_program_with_2(argv: list[str], environ: dict[str, str], line: str) -> None:
+@pytest.mark.parametrize(
+    ("argv", "environ", "line"),
+    [
+        (["--ttl", "256"], {}, "pmtud: argument --ttl: 256 is not between 1 and 255"),
+        ([], {"PMTUD_MIN_MTU": "67"}, "pmtud: PMTUD_MIN_MTU: 67 is not between 68 and 65535"),
+        (
+            ["--peers", "file:/nonexistent/peers", "--iface", "lo"],
+            {},
+            "pmtud: peers: file:/nonexistent/peers: No such file or directory",
+        ),
+        (["--iface", "nosuch0"], {}, "pmtud: --iface: there is no interface nosuch0; there are lo"),
+    ],
+)
+def test_bad_options_end_the_program_with_2(
+    argv: list[str], environ: dict[str, str], line: str
+) -> None:
     done = run_program(*argv, **environ)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(line)
@@ -2126,37 +2991,58 @@ def test_bad_options_end_the_program_with_2(argv: list[str], environ: dict[str, 
 def test_help_and_version() -> None:
     shown = run_program("--help")
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert all(option in shown.stdout for option in (*EXAMPLES, *FLAGS, "examples:", "Exit codes: 0", "PMTUD_"))
+    assert all(
+        option in shown.stdout
+        for option in (*EXAMPLES, *FLAGS, "examples:", "Exit codes: 0", "PMTUD_")
+    )
     version = run_program("--version")
     assert (version.returncode, version.stdout) == (0, f"pmtud {pmtud.__version__}\n")
 
 
 @pytest.mark.parametrize("rate", [1, 10, 100, 1000, 100_000])
 def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> None:
-    """Or a flood would use up the daemon's own limit; where the rate is low a few bursts more must come through."""
+    """Or a flood would use up the daemon's own limit.
+
+    Where the rate is low a few bursts more must come through.
+    """
     texts = [rule.text for rule in pmtud.shed_rules(rate, bursts=True) if rule.chain == "shed"]
     first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
-    assert len(bursts) == 4 and min(bursts) >= min(25, max(1, rate // 4)) and first >= max(1, rate // 2)
+    assert (
+        len(bursts) == 4
+        and min(bursts) >= min(25, max(1, rate // 4))
+        and first >= max(1, rate // 2)
+    )
     assert first + sum(bursts[::2]) == max(3, rate)  # of one family
     (alone,) = (rule.text for rule in pmtud.shed_rules(rate, bursts=False) if rule.chain == "shed")
     assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
 
 
-def test_rules_without_a_default_route(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rules_without_a_default_route(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(pmtud, "default_route_interfaces", lambda: ())
     assert pmtud.main(["rules"]) == 1
-    message = "pmtud: there is no default route; name the interface errors come in on with --iface\n"
+    message = (
+        "pmtud: there is no default route; name the interface errors come in on with --iface\n"
+    )
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize(("argv", "problem"), [
-    (["--metrics-port", "0"], None),
-    ([], None),
-    (["--metrics-port", "9000"],
-     "--metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, or --metrics-port 0"),
-])  # fmt: skip
-def test_metrics_asked_for_and_prometheus_client_missing(argv: list[str], problem: Optional[str],
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--metrics-port", "0"], None),
+        ([], None),
+        (
+            ["--metrics-port", "9000"],
+            "--metrics-port and --metrics-addr need prometheus-client: "
+            "pip install prometheus-client, or --metrics-port 0",
+        ),
+    ],
+)
+def test_metrics_asked_for_and_prometheus_client_missing(
+    argv: list[str], problem: Optional[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     try:
         pmtud.check_metrics_library(parse_options(argv))
@@ -2200,18 +3086,36 @@ def damaged(source: bytes) -> st.SearchStrategy[bytes]:
 
 @given(nets, st.data())
 def test_a_damaged_error_is_an_error_or_a_reason(net: Plan, data: st.DataObject) -> None:
-    """Bits flipped anywhere and cut anywhere; then the same in the quoted packet, with the checksum right again."""
-    inner: dict[str, Any] = {} if net is V4 else {"extensions": [EIGHT, fragment_header(0, True), AUTHENTICATED]}
-    assert isinstance(pmtud.parse(data.draw(damaged(mtu_error(net, inner=inner)))), (pmtud.MtuError, Reason))
+    """Bits flipped anywhere and cut anywhere.
+
+    Then the same in the quoted packet, with the checksum right again.
+    """
+    inner: dict[str, Any] = (
+        {} if net is V4 else {"extensions": [EIGHT, fragment_header(0, True), AUTHENTICATED]}
+    )
+    assert isinstance(
+        pmtud.parse(data.draw(damaged(mtu_error(net, inner=inner)))), (pmtud.MtuError, Reason)
+    )
     found = pmtud.parse(mtu_error(net, quoted=data.draw(damaged(quote(net, **inner)))))
     assert isinstance(found, pmtud.MtuError) or found.value.startswith("quoted")
 
 
-@given(st.sampled_from([6, 17, 33, 132, 1, 4, 41, 47, 50, 89]), st.binary(min_size=8, max_size=30), ports, st.data())
-def test_the_short_way_finds_what_the_long_way_finds(protocol: int, start: bytes, mtu: int,
-                                                     data: st.DataObject) -> None:  # fmt: skip
-    """plain_ipv4_error() leaves a packet to walk_error() or agrees with it; most of the usual ones it takes itself."""
-    whole = mtu_error(V4, protocol=protocol, transport=start, mtu=mtu, quoted_length=data.draw(ports))
+@given(
+    st.sampled_from([6, 17, 33, 132, 1, 4, 41, 47, 50, 89]),
+    st.binary(min_size=8, max_size=30),
+    ports,
+    st.data(),
+)
+def test_the_short_way_finds_what_the_long_way_finds(
+    protocol: int, start: bytes, mtu: int, data: st.DataObject
+) -> None:
+    """plain_ipv4_error() leaves a packet to walk_error() or agrees with it.
+
+    Most of the usual ones it takes itself.
+    """
+    whole = mtu_error(
+        V4, protocol=protocol, transport=start, mtu=mtu, quoted_length=data.draw(ports)
+    )
     assert (pmtud.plain_ipv4_error(whole) is None) is (protocol not in (6, 17, 33, 132))
     for packet in (whole, data.draw(damaged(whole))):
         assert pmtud.plain_ipv4_error(packet) in (None, pmtud.walk_error(packet))
@@ -2227,8 +3131,13 @@ def test_nflog_survives_damage(net: Plan, prefix: bytes, data: st.DataObject) ->
 
 
 sizes = st.lists(st.binary(max_size=9), max_size=3)
-nflog_messages = st.builds(nflog_message, st.binary(max_size=40), st.none() | st.integers(0, 2**32 - 1),
-                           st.sampled_from([b"", b"\0", b"pmtud rpf\0", b"pmtud rpg\0", b"mine\0"]), between=sizes)
+nflog_messages = st.builds(
+    nflog_message,
+    st.binary(max_size=40),
+    st.none() | st.integers(0, 2**32 - 1),
+    st.sampled_from([b"", b"\0", b"pmtud rpf\0", b"pmtud rpg\0", b"mine\0"]),
+    between=sizes,
+)
 
 
 @given(st.lists(nflog_messages, max_size=8))
@@ -2240,27 +3149,47 @@ def test_nflog_layout_memory_changes_nothing(messages: list[bytes]) -> None:
 
 
 @given(nets, st.binary(min_size=8, max_size=600), st.binary(max_size=30), st.booleans())
-def test_icmp_is_exactly_the_bytes_of_the_packet(net: Plan, transport: bytes, padding: bytes, more: bool) -> None:
+def test_icmp_is_exactly_the_bytes_of_the_packet(
+    net: Plan, transport: bytes, padding: bytes, more: bool
+) -> None:
     outer: dict[str, Any] = {"options": ROUTER_ALERT} if net is V4 else {"extensions": [EIGHT]}
     packet = mtu_error(net, transport=transport, outer=outer if more else {})
     found = pmtud.parse(packet + padding)
     assert isinstance(found, pmtud.MtuError)
-    assert found.icmp == packet[HEADER[net.family.name] + (len(packet) > 0 and more) * (4 if net is V4 else 8) :]
+    assert (
+        found.icmp
+        == packet[HEADER[net.family.name] + (len(packet) > 0 and more) * (4 if net is V4 else 8) :]
+    )
 
 
 @given(nets, st.tuples(numbers, numbers), st.tuples(ports, ports), ports, st.booleans())
-def test_parse_agrees_with_scapy(net: Plan, pair: tuple[bytes, ...], flow: Sequence[int], mtu: int, tcp: bool) -> None:
+def test_parse_agrees_with_scapy(
+    net: Plan, pair: tuple[bytes, ...], flow: Sequence[int], mtu: int, tcp: bool
+) -> None:
     (sport, dport), size = flow, 4 if net is V4 else 16
     router, host = (str(ip_address(number[:size])) for number in pair)
-    layer, upper = (IP, ICMP(type=3, code=4, nexthopmtu=mtu)) if net is V4 else (IPv6, ICMPv6PacketTooBig(mtu=mtu))
+    layer, upper = (
+        (IP, ICMP(type=3, code=4, nexthopmtu=mtu))
+        if net is V4
+        else (IPv6, ICMPv6PacketTooBig(mtu=mtu))
+    )
     segment = (TCP if tcp else UDP)(sport=sport, dport=dport)
     dropped = layer(src=host, dst=net.client) / segment / bytes(100)
     found = pmtud.parse(bytes(layer(src=router, dst=host) / upper / dropped))
     assert isinstance(found, pmtud.MtuError)
     assert found[:11] == (
-        net.family, packed(router), packed(host), packed(host), packed(net.client), 6 if tcp else 17,
-        len(bytes(dropped)), sport, dport, mtu, found.icmp,
-    )  # fmt: skip
+        net.family,
+        packed(router),
+        packed(host),
+        packed(host),
+        packed(net.client),
+        6 if tcp else 17,
+        len(bytes(dropped)),
+        sport,
+        dport,
+        mtu,
+        found.icmp,
+    )
 
 
 @given(nets, st.binary(min_size=2, max_size=200), st.booleans())
@@ -2281,9 +3210,14 @@ def test_checksum_agrees_with_scapy(net: Plan, data: bytes, right: bool) -> None
 pauses = st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 1.0, 5.0])
 
 
-@given(st.sampled_from([0.25, 1.0, 3.0, 7.5]), st.lists(st.tuples(pauses, st.sampled_from("abc")), max_size=80))
+@given(
+    st.sampled_from([0.25, 1.0, 3.0, 7.5]),
+    st.lists(st.tuples(pauses, st.sampled_from("abc")), max_size=80),
+)
 def test_no_key_gets_more_than_its_rate(rate: float, events: list[tuple[float, str]]) -> None:
-    """In any span of t seconds at most rate * t + burst, and never less than one for a key that waited."""
+    """In any span of t seconds at most rate * t + burst, and never less than one for a key that
+    waited.
+    """
     buckets, now = pmtud.TokenBuckets(rate), 100.0
     passed: dict[str, list[float]] = {}
     for pause, key in events:
@@ -2297,11 +3231,15 @@ def test_no_key_gets_more_than_its_rate(rate: float, events: list[tuple[float, s
     for times in passed.values():
         for first in range(len(times)):
             for last in range(first, len(times)):
-                assert last - first + 1 <= rate * (times[last] - times[first]) + max(rate, 1.0) + 1e-6
+                assert (
+                    last - first + 1 <= rate * (times[last] - times[first]) + max(rate, 1.0) + 1e-6
+                )
 
 
 @given(st.integers(1, 8), st.lists(st.tuples(pauses, st.integers(0, 12)), max_size=80))
-def test_recent_is_bounded_and_remembers_long_enough(capacity: int, events: list[tuple[float, int]]) -> None:
+def test_recent_is_bounded_and_remembers_long_enough(
+    capacity: int, events: list[tuple[float, int]]
+) -> None:
     """A key is there for `seconds` unless more than `capacity` others came since."""
     recent, now, history = pmtud.Recent(1.0, capacity), 50.0, []
     for pause, key in events:
@@ -2323,9 +3261,33 @@ def test_recent_is_bounded_and_remembers_long_enough(capacity: int, events: list
 
 SOURCE = PROGRAM.read_text()
 TREE = ast.parse(SOURCE)
-FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-IMPURE = {"socket", "time", "random", "os", "select", "signal", "threading", "logging", "http", "sys", "open", "print",
-          "input", "log", "LOGGER", "exec", "eval", "globals", "__import__", "Netlink", "Nflog", "ctypes"}  # fmt: skip
+FUNCTIONS = [
+    node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+]
+IMPURE = {
+    "socket",
+    "time",
+    "random",
+    "os",
+    "select",
+    "signal",
+    "threading",
+    "logging",
+    "http",
+    "sys",
+    "open",
+    "print",
+    "input",
+    "log",
+    "LOGGER",
+    "exec",
+    "eval",
+    "globals",
+    "__import__",
+    "Netlink",
+    "Nflog",
+    "ctypes",
+}
 PURE_ATTRIBUTES = re.compile(r"socket\.(AF|IPPROTO)_\w+|os\.strerror|sys\.byteorder")
 
 
@@ -2340,9 +3302,16 @@ def section_lines(name: str) -> range:
 
 def impurities(lines: range) -> Iterator[str]:
     """What in these lines could touch a socket, a clock, a file, the log or chance."""
-    nodes = [node for node in ast.walk(TREE) if isinstance(node, (ast.expr, ast.stmt)) and node.lineno in lines]
-    allowed = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)
-               and PURE_ATTRIBUTES.fullmatch(ast.unparse(node))}  # fmt: skip
+    nodes = [
+        node
+        for node in ast.walk(TREE)
+        if isinstance(node, (ast.expr, ast.stmt)) and node.lineno in lines
+    ]
+    allowed = {
+        id(node.value)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and PURE_ATTRIBUTES.fullmatch(ast.unparse(node))
+    }
     for node in nodes:
         name = isinstance(node, ast.Name) and id(node) not in allowed and node.id in IMPURE
         if name or isinstance(node, (ast.Import, ast.ImportFrom, ast.Global)):
@@ -2362,8 +3331,21 @@ def test_the_purity_scan_sees_what_it_looks_for() -> None:
 
 
 def test_sections_are_in_the_order_of_the_charter() -> None:
-    names = ["constants", "errors", "configuration", "packets", "netlink codec", "policy", "counters", "log", "kernel",
-             "peers", "service", "check", "command line"]  # fmt: skip
+    names = [
+        "constants",
+        "errors",
+        "configuration",
+        "packets",
+        "netlink codec",
+        "policy",
+        "counters",
+        "log",
+        "kernel",
+        "peers",
+        "service",
+        "check",
+        "command line",
+    ]
     assert re.findall(r"^# Section: ([\w ]+) -- ", SOURCE, re.MULTILINE) == names
 
 
@@ -2392,16 +3374,22 @@ def test_only_the_standard_library_at_the_top() -> None:
         spec = importlib.util.find_spec(name)
         assert spec is not None, name
         origin = spec.origin or ""
-        assert origin in ("built-in", "frozen") or (origin.startswith(library) and "-packages" not in origin), name
+        assert origin in ("built-in", "frozen") or (
+            origin.startswith(library) and "-packages" not in origin
+        ), name
 
 
 def test_functions_are_short() -> None:
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in FUNCTIONS}
-    assert {name: size for name, size in lengths.items() if size > 60 and name != "add_options"} == {}
+    assert {
+        name: size for name, size in lengths.items() if size > 60 and name != "add_options"
+    } == {}
 
 
 def test_python_3_9_reads_it() -> None:
     ast.parse(SOURCE, feature_version=(3, 9))
+
+
 # -----------------------------------------------------------------------------
 # Section: namespaces -- hosts and links, processes, captures, and an ECMP cluster with a black hole in it
 
@@ -2412,19 +3400,30 @@ CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 ETH_P_ALL = 0x0003  # <linux/if_ether.h>
 SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
 SOL_PACKET, PACKET_STATISTICS = 263, 6  # <linux/if_packet.h>
-NETLINK_NETFILTER, NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE = 12, 1, 2  # <linux/netfilter/nfnetlink*.h>
+NETLINK_NETFILTER, NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE = (
+    12,
+    1,
+    2,
+)  # <linux/netfilter/nfnetlink*.h>
 NLM_F_REQUEST, NLM_F_ACK = 1, 4  # <linux/netlink.h>
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.setns.argtypes, libc.setns.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-libc.bind.argtypes, libc.bind.restype = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32), ctypes.c_int
+libc.bind.argtypes, libc.bind.restype = (
+    (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32),
+    ctypes.c_int,
+)
 
 
-PATIENCE = 4  # how many times as slow as the machine on which these tests were written another one may be
+PATIENCE = (
+    4  # how many times as slow as the machine on which these tests were written another one may be
+)
 
 
 def poll(condition: Callable[[], T], timeout: float) -> T:
-    """The first true value of condition(), or its last value once PATIENCE times the timeout (seconds) has passed."""
+    """The first true value of condition(), or its last value once PATIENCE times the timeout
+    (seconds) has passed.
+    """
     deadline = time.monotonic() + PATIENCE * timeout
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -2438,13 +3437,24 @@ class CommandFailed(RuntimeError):
 def execute(*argv: str, check: bool = True, timeout: float = 20, input: str | None = None) -> str:
     """What the command wrote to its standard output."""
     try:
-        done = subprocess.run(argv, input=input or "", capture_output=True, encoding="utf-8", errors="replace",
-                              timeout=PATIENCE * timeout, check=False)
+        done = subprocess.run(
+            argv,
+            input=input or "",
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PATIENCE * timeout,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
         printed = (error.stdout or b"") + (error.stderr or b"")
-        raise CommandFailed(f"{' '.join(argv)}: not finished after {timeout} s\n{printed!r}") from None
+        raise CommandFailed(
+            f"{' '.join(argv)}: not finished after {timeout} s\n{printed!r}"
+        ) from None
     if check and done.returncode:
-        raise CommandFailed(f"{' '.join(argv)}: exit status {done.returncode}\n{input or ''}{done.stdout}{done.stderr}")
+        raise CommandFailed(
+            f"{' '.join(argv)}: exit status {done.returncode}\n{input or ''}{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 
@@ -2455,9 +3465,16 @@ class Process:
         self._file = tempfile.TemporaryFile()
         self._final = ""
         self._name = " ".join(argv)[:200]
-        # A session of its own: Ctrl-C in a terminal reaches the tests only, and they stop what they started.
-        self._popen = subprocess.Popen(argv, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
-                                       stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True)
+        # A session of its own: Ctrl-C in a terminal reaches the tests only, and they stop what they
+        # started.
+        self._popen = subprocess.Popen(
+            argv,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self.pid = self._popen.pid
 
     def output(self) -> str:
@@ -2465,14 +3482,19 @@ class Process:
         if self._file.closed:
             return self._final
         # pread, because the file offset is shared with the process
-        return os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0).decode(errors="replace")
+        return os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0).decode(
+            errors="replace"
+        )
 
     def returncode(self) -> int | None:
         """None while it runs."""
         return self._popen.poll()
 
     def wait_for(self, text: str, timeout: float = 10) -> str:
-        """The output, as soon as text is in it. TimeoutError if the process ends or time runs out first."""
+        """The output, as soon as text is in it.
+
+        TimeoutError if the process ends or time runs out first.
+        """
         poll(lambda: text in self.output() or self.returncode() is not None, timeout)
         if text not in (output := self.output()):
             state = "running" if self.returncode() is None else f"ended with {self.returncode()}"
@@ -2480,7 +3502,10 @@ class Process:
         return output
 
     def stop(self, sig: int = signal.SIGTERM, timeout: float = 10) -> int:
-        """Its exit status after sig. TimeoutError if it outlives timeout; it has been killed by then."""
+        """Its exit status after sig.
+
+        TimeoutError if it outlives timeout; it has been killed by then.
+        """
         if self._popen.poll() is None:
             self._popen.send_signal(sig)
         try:
@@ -2488,7 +3513,9 @@ class Process:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
-            raise TimeoutError(f"{self._name} outlived signal {sig} by {timeout} s:\n{self.output()}") from None
+            raise TimeoutError(
+                f"{self._name} outlived signal {sig} by {timeout} s:\n{self.output()}"
+            ) from None
 
     def close(self) -> None:
         """Kill it if need be; output() keeps working."""
@@ -2507,9 +3534,13 @@ class Host:
     def __repr__(self) -> str:
         return self.namespace
 
-    def run(self, *argv: str, check: bool = True, timeout: float = 20, input: str | None = None) -> str:
+    def run(
+        self, *argv: str, check: bool = True, timeout: float = 20, input: str | None = None
+    ) -> str:
         """What the command, run in here, wrote to its standard output."""
-        return execute("ip", "netns", "exec", self.namespace, *argv, check=check, timeout=timeout, input=input)
+        return execute(
+            "ip", "netns", "exec", self.namespace, *argv, check=check, timeout=timeout, input=input
+        )
 
     def ip(self, *commands: str) -> None:
         """Each string is an `ip` command line without the word ip; one process runs them all."""
@@ -2523,12 +3554,16 @@ class Host:
 
     def inside(self, function: Callable[[], T]) -> T:
         """function() called by a thread in this namespace; a socket opened there stays in it."""
+
         def task() -> T:
             with open(f"/run/netns/{self.namespace}", "rb") as handle:
                 if libc.setns(handle.fileno(), CLONE_NEWNET):
                     raise OSError(ctypes.get_errno(), f"setns {self.namespace}")
             return function()
-        with ThreadPoolExecutor(1) as pool:  # the thread ends with the block; it never serves another namespace
+
+        with ThreadPoolExecutor(
+            1
+        ) as pool:  # the thread ends with the block; it never serves another namespace
             return pool.submit(task).result()
 
     def sysctl(self, key: str, value: object) -> None:
@@ -2537,10 +3572,12 @@ class Host:
 
     def sysctls(self, values: dict[str, object]) -> None:
         """/proc/sys/net belongs to the namespace of the task that opens it, hence inside()."""
+
         def write() -> None:
             for key, value in values.items():
                 with open(f"/proc/sys/{key if '/' in key else key.replace('.', '/')}", "w") as file:
                     file.write(f"{value}\n")
+
         self.inside(write)
 
     def read(self, path: str) -> str:
@@ -2549,7 +3586,10 @@ class Host:
 
 
 class Net:
-    """Owns hosts and processes; removes them on leaving the `with` block or the interpreter. May close twice."""
+    """Owns hosts and processes.
+
+    Removes them on leaving the `with` block or the interpreter. May close twice.
+    """
 
     made = 0
 
@@ -2568,7 +3608,12 @@ class Net:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.close()
 
     def build(self) -> None:
@@ -2577,7 +3622,8 @@ class Net:
     def close(self) -> None:
         for process in self.processes:
             process.close()
-        # Whoever is left in our namespaces is a child of ours, or one that an interrupt kept off the list.
+        # Whoever is left in our namespaces is a child of ours, or one that an interrupt kept off
+        # the list.
         for pid in self._for_each_host("netns pids").split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -2586,19 +3632,30 @@ class Net:
         atexit.unregister(self.close)
 
     def _for_each_host(self, command: str) -> str:
-        lines = "".join(f"{command} {host.namespace}\n" for host in self.hosts)  # -force: some may not exist
+        lines = "".join(
+            f"{command} {host.namespace}\n" for host in self.hosts
+        )  # -force: some may not exist
         return execute("ip", "-force", "-batch", "-", check=False, input=lines)
 
     def host(self, name: str, forward: bool = False) -> Host:
-        """A new namespace: loopback up, no reverse path filter, no duplicate address detection, no redirects."""
+        """A new namespace: loopback up, no reverse path filter, no duplicate address detection, no
+        redirects.
+        """
         host = Host(self, name)
         self.hosts.append(host)  # before it is made, so that an interrupt cannot lose it
         execute("ip", "netns", "add", host.namespace)
-        settings: dict[str, object] = {f"net.ipv4.conf.{scope}.{key}": 0  # a new namespace inherits these
-                                       for scope in ("all", "default") for key in ("rp_filter", "send_redirects")}
+        settings: dict[str, object] = {
+            f"net.ipv4.conf.{scope}.{key}": 0  # a new namespace inherits these
+            for scope in ("all", "default")
+            for key in ("rp_filter", "send_redirects")
+        }
         settings.update({f"net.ipv6.conf.{scope}.accept_dad": 0 for scope in ("all", "default")})
-        settings.update({"net.ipv4.ip_forward": int(forward), "net.ipv6.conf.all.forwarding": int(forward)})
-        settings["net.ipv4.tcp_no_metrics_save"] = 1  # or the last test's hung flows slow the next test's
+        settings.update(
+            {"net.ipv4.ip_forward": int(forward), "net.ipv6.conf.all.forwarding": int(forward)}
+        )
+        settings["net.ipv4.tcp_no_metrics_save"] = (
+            1  # or the last test's hung flows slow the next test's
+        )
         host.sysctls(settings)
         host.ip("link set lo up")
         return host
@@ -2610,8 +3667,10 @@ class Net:
         """
         name_a, name_b = names[0] or f"to-{b.name}", names[1] or f"to-{a.name}"
         settings = f"mtu {mtu} gso_max_segs 1"
-        a.ip(f"link add {name_a} {settings} type veth peer name {name_b} {settings} netns {b.namespace}",
-             f"link set {name_a} up")
+        a.ip(
+            f"link add {name_a} {settings} type veth peer name {name_b} {settings} netns {b.namespace}",
+            f"link set {name_a} up",
+        )
         b.ip(f"link set {name_b} up")
 
 
@@ -2623,19 +3682,33 @@ class Seen(NamedTuple):
     packet: bytes  # from the IP header on
 
 
-# Classic BPF (code, jump if true, jump if false, operand): IPv4 ICMP 3/4 and ICMPv6 2, so data cannot fill the buffer.
+# Classic BPF (code, jump if true, jump if false, operand): IPv4 ICMP 3/4 and ICMPv6 2, so data
+# cannot fill the buffer.
 ICMP_ERRORS = (
-    (0x30, 0, 0, 0), (0x54, 0, 0, 0xF0), (0x15, 0, 6, 0x40),  # 0: A = version; not 4: go to 9
-    (0x30, 0, 0, 9), (0x15, 0, 10, 1),  # 3: protocol is ICMP
-    (0xB1, 0, 0, 0), (0x48, 0, 0, 0), (0x15, 0, 7, 0x0304), (0x06, 0, 0, 0xFFFF),  # 5: X = header length; type, code
-    (0x15, 0, 5, 0x60), (0x30, 0, 0, 6), (0x15, 0, 3, 58),  # 9: version 6, next header ICMPv6
-    (0x30, 0, 0, 40), (0x15, 0, 1, 2), (0x06, 0, 0, 0xFFFF),  # 12: type
+    (0x30, 0, 0, 0),
+    (0x54, 0, 0, 0xF0),
+    (0x15, 0, 6, 0x40),  # 0: A = version; not 4: go to 9
+    (0x30, 0, 0, 9),
+    (0x15, 0, 10, 1),  # 3: protocol is ICMP
+    (0xB1, 0, 0, 0),
+    (0x48, 0, 0, 0),
+    (0x15, 0, 7, 0x0304),
+    (0x06, 0, 0, 0xFFFF),  # 5: X = header length; type, code
+    (0x15, 0, 5, 0x60),
+    (0x30, 0, 0, 6),
+    (0x15, 0, 3, 58),  # 9: version 6, next header ICMPv6
+    (0x30, 0, 0, 40),
+    (0x15, 0, 1, 2),
+    (0x06, 0, 0, 0xFFFF),  # 12: type
     (0x06, 0, 0, 0),  # 15: not wanted
 )
 
 
 class Capture:
-    """Every ICMP "packet too big" error on one interface, or on all ("": a forwarded packet then counts on each)."""
+    """Every ICMP "packet too big" error on one interface, or on all ("".
+
+    A forwarded packet then counts on each).
+    """
 
     def __init__(self, host: Host, interface: str = "") -> None:
         self._host, self._interface = host, interface
@@ -2649,20 +3722,33 @@ class Capture:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._stop.set()
         self._thread.join()
         self._lost += self._dropped()
         self._socket.close()
 
     def _open(self) -> socket.socket:
-        sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)  # protocol 0: nothing arrives before bind()
+        sock = socket.socket(
+            socket.AF_PACKET, socket.SOCK_DGRAM, 0
+        )  # protocol 0: nothing arrives before bind()
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
-        code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in ICMP_ERRORS))
+        code = ctypes.create_string_buffer(
+            b"".join(struct.pack("=HBBI", *line) for line in ICMP_ERRORS)
+        )
         program = struct.pack("@HP", len(ICMP_ERRORS), ctypes.addressof(code))
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-        index = socket.if_nametoindex(self._interface) if self._interface else 0  # 0: Python's bind() cannot say "all"
-        address = struct.pack("=HHiHBB8s", socket.AF_PACKET, socket.htons(ETH_P_ALL), index, 0, 0, 0, b"")
+        index = (
+            socket.if_nametoindex(self._interface) if self._interface else 0
+        )  # 0: Python's bind() cannot say "all"
+        address = struct.pack(
+            "=HHiHBB8s", socket.AF_PACKET, socket.htons(ETH_P_ALL), index, 0, 0, 0, b""
+        )
         if libc.bind(sock.fileno(), address, len(address)):
             raise OSError(ctypes.get_errno(), f"capture on {self._host} {self._interface}")
         sock.settimeout(0.05)
@@ -2682,14 +3768,18 @@ class Capture:
 
     def _dropped(self) -> int:
         """Packets the kernel had no room for since the last call."""
-        return int(struct.unpack("=II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1])
+        return int(
+            struct.unpack("=II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
+        )
 
     def packets(self) -> list[Seen]:
         """All so far, also after the `with` block. RuntimeError if any was lost."""
         if self._socket.fileno() >= 0:
             self._lost += self._dropped()
         if self._lost or not (self._thread.is_alive() or self._stop.is_set()):
-            raise RuntimeError(f"capture on {self._host} {self._interface} lost {self._lost} packets or its thread")
+            raise RuntimeError(
+                f"capture on {self._host} {self._interface} lost {self._lost} packets or its thread"
+            )
         return list(self._seen)
 
     def settle(self, quiet: float = 0.3, timeout: float = 10) -> list[Seen]:
@@ -2701,6 +3791,7 @@ class Capture:
             if len(self._seen) != count:
                 count, since = len(self._seen), time.monotonic()
             return time.monotonic() - since >= quiet
+
         if not poll(is_quiet, timeout):
             raise TimeoutError(f"{count} packets and more on {self._host} after {timeout} s")
         return self.packets()
@@ -2723,7 +3814,8 @@ while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 """
 
-# A refused, reset or never opened connection is a broken test bed, not a black hole: it ends the program.
+# A refused, reset or never opened connection is a broken test bed, not a black hole: it ends the
+# program.
 CLIENT = """
 import json, selectors, socket, struct, sys, time
 target, (port, size), deadline = sys.argv[1], map(int, sys.argv[2:4]), float(sys.argv[4])
@@ -2753,7 +3845,8 @@ for key in list(waiting.get_map().values()):
 print(json.dumps(seconds))
 """
 
-# {i} this node, {j} the next one; clients reach `cross` through one node and are served by the pod of the next.
+# {i} this node, {j} the next one; clients reach `cross` through one node and are served by the pod
+# of the next.
 NAT_RULES = """
 table ip nat {{
   chain prerouting {{ type nat hook prerouting priority dstnat;
@@ -2770,31 +3863,39 @@ table ip6 nat {{
   chain postrouting {{ type nat hook postrouting priority srcnat; ct original ip6 daddr fd96::3 masquerade; }}
 }}
 """
-INVALID_DROP_RULES = "table inet invalid {\n" + "".join(
-    f"chain {hook} {{ type filter hook {hook} priority filter; ct state invalid drop; }}\n"
-    for hook in ("input", "forward", "output")) + "}\n"
+INVALID_DROP_RULES = (
+    "table inet invalid {\n"
+    + "".join(
+        f"chain {hook} {{ type filter hook {hook} priority filter; ct state invalid drop; }}\n"
+        for hook in ("input", "forward", "output")
+    )
+    + "}\n"
+)
 
 
 class Cluster(Net):
     """An ECMP cluster whose clients sit behind a thin link.
 
-    client --1500/1400-- router --1500-- fabric --+-- node1 -- pod1      fabric hashes on addresses and ports
-    10.9.0.1..23   10.8.0.1     10.8.0.2 10.0.0.1 +-- node2 -- pod2      node i: eth0 10.0.0.1i, mgmt 172.20.20.1i
-    (router .254)  172.20.20.2 on mgmt            +-- node3 -- pod3      pod i: 10.244.i.2
-    IPv6: fd09::k, fd08::1 and ::2, fd00::1 and ::1i, fd20::2 and ::1i, fd44:i::2.
+    client --1500/1400-- router --1500-- fabric --+-- node1 -- pod1      fabric hashes on addresses
+    and ports 10.9.0.1..23   10.8.0.1     10.8.0.2 10.0.0.1 +-- node2 -- pod2      node i: eth0
+    10.0.0.1i, mgmt 172.20.20.1i (router .254)  172.20.20.2 on mgmt            +-- node3 -- pod3
+    pod i: 10.244.i.2 IPv6: fd09::k, fd08::1 and ::2, fd00::1 and ::1i, fd20::2 and ::1i, fd44:i::2.
 
-    The router's interface towards the client has MTU 1400, the client's own 1500 (its SYN says mss 1460), so the router
-    sends errors to the service's address, and the fabric takes all those of one service to one node.
-    Services, routed to every node: `host` (a socket of the node), `pod` (DNAT to the node's own pod), `cross` (DNAT to
-    the next node's pod and masquerade). A `cross` pod learns the path MTU of the *node's* address, once for all clients
-    that come through that node. An error about a pod's flow that lands on a wrong node is routed back to the fabric,
-    and from there to the same node, until its TTL ends (unless invalid_drop).
+    The router's interface towards the client has MTU 1400, the client's own 1500 (its SYN says mss
+    1460), so the router sends errors to the service's address, and the fabric takes all those of
+    one service to one node. Services, routed to every node: `host` (a socket of the node), `pod`
+    (DNAT to the node's own pod), `cross` (DNAT to the next node's pod and masquerade). A `cross`
+    pod learns the path MTU of the *node's* address, once for all clients that come through that
+    node. An error about a pod's flow that lands on a wrong node is routed back to the fabric, and
+    from there to the same node, until its TTL ends (unless invalid_drop).
     """
 
     SERVICES: ClassVar[dict[str, int]] = {"host": 1, "pod": 2, "cross": 3}
 
     def __init__(self, nodes: int = 3, invalid_drop: bool = False, conntrack: bool = True) -> None:
-        """Without conntrack: the `host` service only, and no rule that tracks connections on any node."""
+        """Without conntrack: the `host` service only, and no rule that tracks connections on any
+        node.
+        """
         super().__init__()
         self.size, self.invalid_drop, self.conntrack = nodes, invalid_drop, conntrack
 
@@ -2813,7 +3914,10 @@ class Cluster(Net):
 
     def build(self) -> None:
         self.client, self.mgmt = self.host("client"), self.host("mgmt")
-        self.router, self.fabric = self.host("router", forward=True), self.host("fabric", forward=True)
+        self.router, self.fabric = (
+            self.host("router", forward=True),
+            self.host("fabric", forward=True),
+        )
         numbers = range(1, self.size + 1)
         self.nodes = [self.host(f"node{i}", forward=True) for i in numbers]
         self.pods = [self.host(f"pod{i}") for i in numbers if self.conntrack]
@@ -2821,8 +3925,10 @@ class Cluster(Net):
         self._build_fabric()
         for i in numbers:
             self._build_node(i)
-        servers = [host.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES))
-                   for host in self.nodes + self.pods]
+        servers = [
+            host.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES))
+            for host in self.nodes + self.pods
+        ]
         for server in servers:
             server.wait_for("listening")
 
@@ -2833,27 +3939,51 @@ class Cluster(Net):
         self.link(self.router, self.fabric)
         self.link(self.mgmt, self.router, names=("to-router", "mgmt"))
         self.mgmt.ip("link set to-router master mgmt")
-        self.client.ip(*(f"addr add {self.client_address(k)}/24 dev to-router" for k in range(1, 24)),
-                       *(f"addr add {self.client_address(k, 6)}/64 dev to-router" for k in range(1, 24)),
-                       "route add default via 10.9.0.254", "route add ::/0 via fd09::fe")
-        self.router.ip("addr add 10.9.0.254/24 dev to-client", "addr add fd09::fe/64 dev to-client",
-                       "addr add 10.8.0.1/24 dev to-fabric", "addr add fd08::1/64 dev to-fabric",
-                       "addr add 172.20.20.2/24 dev mgmt", "addr add fd20::2/64 dev mgmt",
-                       "route add default via 10.8.0.2", "route add ::/0 via fd08::2")
+        self.client.ip(
+            *(f"addr add {self.client_address(k)}/24 dev to-router" for k in range(1, 24)),
+            *(f"addr add {self.client_address(k, 6)}/64 dev to-router" for k in range(1, 24)),
+            "route add default via 10.9.0.254",
+            "route add ::/0 via fd09::fe",
+        )
+        self.router.ip(
+            "addr add 10.9.0.254/24 dev to-client",
+            "addr add fd09::fe/64 dev to-client",
+            "addr add 10.8.0.1/24 dev to-fabric",
+            "addr add fd08::1/64 dev to-fabric",
+            "addr add 172.20.20.2/24 dev mgmt",
+            "addr add fd20::2/64 dev mgmt",
+            "route add default via 10.8.0.2",
+            "route add ::/0 via fd08::2",
+        )
         self.router_mtu(1400)
-        known = self.router.inside(lambda: os.listdir("/proc/sys/net/ipv4"))  # older kernels: global, not in here
+        known = self.router.inside(
+            lambda: os.listdir("/proc/sys/net/ipv4")
+        )  # older kernels: global, not in here
         budget = [key for key in ("icmp_msgs_per_sec", "icmp_msgs_burst") if key in known]
-        self.router.sysctls({"net.ipv4.icmp_ratelimit": 0, "net.ipv6.icmp.ratelimit": 0,
-                             **{f"net.ipv4.{key}": 1_000_000 for key in budget}})
+        self.router.sysctls(
+            {
+                "net.ipv4.icmp_ratelimit": 0,
+                "net.ipv6.icmp.ratelimit": 0,
+                **{f"net.ipv4.{key}": 1_000_000 for key in budget},
+            }
+        )
 
     def _build_fabric(self) -> None:
         self.fabric.sysctls({f"net.{ip}.fib_multipath_hash_policy": 1 for ip in ("ipv4", "ipv6")})
-        hops = [" ".join(f"nexthop via {self.node_address(i, family)}" for i in range(1, self.size + 1))
-                for family in (4, 6)]
-        self.fabric.ip("addr add 10.8.0.2/24 dev to-router", "addr add fd08::2/64 dev to-router",
-                       "addr add 10.0.0.1/24 dev nodes", "addr add fd00::1/64 dev nodes",
-                       "route add default via 10.8.0.1", "route add ::/0 via fd08::1",
-                       f"route add 10.96.0.0/24 {hops[0]}", f"route add fd96::/64 {hops[1]}")
+        hops = [
+            " ".join(f"nexthop via {self.node_address(i, family)}" for i in range(1, self.size + 1))
+            for family in (4, 6)
+        ]
+        self.fabric.ip(
+            "addr add 10.8.0.2/24 dev to-router",
+            "addr add fd08::2/64 dev to-router",
+            "addr add 10.0.0.1/24 dev nodes",
+            "addr add fd00::1/64 dev nodes",
+            "route add default via 10.8.0.1",
+            "route add ::/0 via fd08::1",
+            f"route add 10.96.0.0/24 {hops[0]}",
+            f"route add fd96::/64 {hops[1]}",
+        )
 
     def _build_node(self, i: int) -> None:
         node = self.nodes[i - 1]
@@ -2861,32 +3991,53 @@ class Cluster(Net):
         self.link(self.mgmt, node, names=("", "mgmt"))
         self.fabric.ip(f"link set to-{node.name} master nodes")
         self.mgmt.ip(f"link set to-{node.name} master mgmt")
-        node.ip(f"addr add {self.node_address(i)}/24 brd + dev eth0", f"addr add {self.node_address(i, 6)}/64 dev eth0",
-                f"addr add 172.20.20.{10 + i}/24 dev mgmt", f"addr add fd20::{10 + i}/64 dev mgmt",
-                f"addr add {self.vip('host')}/32 dev lo", f"addr add {self.vip('host', 6)}/128 dev lo",
-                "route add default via 10.0.0.1", "route add ::/0 via fd00::1")
+        node.ip(
+            f"addr add {self.node_address(i)}/24 brd + dev eth0",
+            f"addr add {self.node_address(i, 6)}/64 dev eth0",
+            f"addr add 172.20.20.{10 + i}/24 dev mgmt",
+            f"addr add fd20::{10 + i}/64 dev mgmt",
+            f"addr add {self.vip('host')}/32 dev lo",
+            f"addr add {self.vip('host', 6)}/128 dev lo",
+            "route add default via 10.0.0.1",
+            "route add ::/0 via fd00::1",
+        )
         if self.conntrack:
             self._build_pod(i)
 
     def _build_pod(self, i: int) -> None:
         node, pod = self.nodes[i - 1], self.pods[i - 1]
         self.link(node, pod, names=("to-pod", "eth0"))
-        pod.ip(f"addr add 10.244.{i}.2/24 dev eth0", f"addr add fd44:{i}::2/64 dev eth0",
-               f"route add default via 10.244.{i}.1", f"route add ::/0 via fd44:{i}::1")
+        pod.ip(
+            f"addr add 10.244.{i}.2/24 dev eth0",
+            f"addr add fd44:{i}::2/64 dev eth0",
+            f"route add default via 10.244.{i}.1",
+            f"route add ::/0 via fd44:{i}::1",
+        )
         others = [j for j in range(1, self.size + 1) if j != i]
-        node.ip(f"addr add 10.244.{i}.1/24 dev to-pod", f"addr add fd44:{i}::1/64 dev to-pod",
-                *(f"route add 10.244.{j}.0/24 via {self.node_address(j)}" for j in others),
-                *(f"route add fd44:{j}::/64 via {self.node_address(j, 6)}" for j in others))
+        node.ip(
+            f"addr add 10.244.{i}.1/24 dev to-pod",
+            f"addr add fd44:{i}::1/64 dev to-pod",
+            *(f"route add 10.244.{j}.0/24 via {self.node_address(j)}" for j in others),
+            *(f"route add fd44:{j}::/64 via {self.node_address(j, 6)}" for j in others),
+        )
         rules = NAT_RULES.format(i=i, j=i % self.size + 1)
         node.run("nft", "-f", "-", input=rules + (INVALID_DROP_RULES if self.invalid_drop else ""))
 
     def router_mtu(self, mtu: int) -> None:
-        """On the router's link to the client: 1400 makes the black hole, 1500 removes it, below 1280 ends IPv6."""
+        """On the router's link to the client.
+
+        1400 makes the black hole, 1500 removes it, below 1280 ends IPv6.
+        """
         self.router.ip(f"link set to-client mtu {mtu}")
 
     def error_from_management(self, on: bool = True) -> None:
-        """The router's errors then come from 172.20.20.2, which nodes reach over mgmt, but still arrive on eth0."""
-        for service, via, source in (("10.96.0.0/24", "10.8.0.2", "172.20.20.2"), ("fd96::/64", "fd08::2", "fd20::2")):
+        """The router's errors then come from 172.20.20.2, which nodes reach over mgmt, but still
+        arrive on eth0.
+        """
+        for service, via, source in (
+            ("10.96.0.0/24", "10.8.0.2", "172.20.20.2"),
+            ("fd96::/64", "fd08::2", "fd20::2"),
+        ):
             self.router.ip(f"route replace {service} via {via}" + (f" src {source}" if on else ""))
 
     def strict_rpf(self, on: bool = True) -> None:
@@ -2895,14 +4046,20 @@ class Cluster(Net):
             scopes = node.inside(lambda: os.listdir("/proc/sys/net/ipv4/conf"))
             node.sysctls({f"net/ipv4/conf/{scope}/rp_filter": int(on) for scope in scopes})
 
-    def download(self, service: str, family: int = 4, count: int = 23, deadline: float = 10) -> list[float]:
-        """The seconds each completed transfer took, of count started at once, each from an address of its own.
+    def download(
+        self, service: str, family: int = 4, count: int = 23, deadline: float = 10
+    ) -> list[float]:
+        """The seconds each completed transfer took, of count started at once, each from an address
+        of its own.
 
-        Where all of them complete, as with the daemon they must, it is over long before the deadline.
+        Where all of them complete, as with the daemon they must, it is over long before the
+        deadline.
         """
         sources = [self.client_address(k, family) for k in range(1, count + 1)]
         options = [self.vip(service, family), str(PORT), str(DOWNLOAD_BYTES), str(deadline)]
-        printed = self.client.run(sys.executable, "-ISc", CLIENT, *options, *sources, timeout=deadline + 20)
+        printed = self.client.run(
+            sys.executable, "-ISc", CLIENT, *options, *sources, timeout=deadline + 20
+        )
         return [float(seconds) for seconds in json.loads(printed)]
 
     def flush(self) -> None:
@@ -2915,25 +4072,43 @@ class Cluster(Net):
 
     def learned(self, host: Host, address: str) -> int | None:
         """The path MTU that host has learned for address."""
-        routes: list[dict[str, Any]] = json.loads(execute("ip", "-j", "-n", host.namespace, "route", "get", address))
+        routes: list[dict[str, Any]] = json.loads(
+            execute("ip", "-j", "-n", host.namespace, "route", "get", address)
+        )
         mtu = [metric["mtu"] for metric in routes[0].get("metrics", ()) if "mtu" in metric]
         return int(mtu[0]) if mtu else None
 
 
 def flush_conntrack() -> None:
-    """What `conntrack -F` does: IPCTNL_MSG_CT_DELETE without a tuple, in the namespace of the calling thread."""
-    header = struct.pack("=IHHIIBBH", 20, NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK,
-                         1, 0, socket.AF_UNSPEC, 0, 0)
+    """What `conntrack -F` does.
+
+    IPCTNL_MSG_CT_DELETE without a tuple, in the namespace of the calling thread.
+    """
+    header = struct.pack(
+        "=IHHIIBBH",
+        20,
+        NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE,
+        NLM_F_REQUEST | NLM_F_ACK,
+        1,
+        0,
+        socket.AF_UNSPEC,
+        0,
+        0,
+    )
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
         netlink.send(header)
         (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
     if code:
         raise OSError(-code, "flush conntrack")
+
+
 # -----------------------------------------------------------------------------
 # Section: daemon in namespaces -- the whole promise, on real traffic
 
-PEER_LISTS = {4: ",".join(Cluster.node_address(i, 4) for i in (1, 2, 3)),
-              6: ",".join(Cluster.node_address(i, 6) for i in (1, 2, 3))}  # fmt: skip
+PEER_LISTS = {
+    4: ",".join(Cluster.node_address(i, 4) for i in (1, 2, 3)),
+    6: ",".join(Cluster.node_address(i, 6) for i in (1, 2, 3)),
+}
 ALL_PEERS = ",".join(PEER_LISTS.values())
 CASES = [(family, service) for family in (4, 6) for service in Cluster.SERVICES]
 ERRORS = 23
@@ -2972,11 +4147,15 @@ def metrics(host: Host, port: int = 30040) -> dict[str, float]:
 
 
 def received(host: Host, at_least: int) -> dict[str, float]:
-    """The metrics once the daemon has received this many errors, and has counted what became of them."""
+    """The metrics once the daemon has received this many errors, and has counted what became of
+    them.
+    """
+
     def arrived() -> Optional[dict[str, float]]:
         now = metrics(host)
         got, judged = account(now)
         return now if got == judged >= at_least else None
+
     found = poll(arrived, 5)
     assert found is not None, metrics(host)
     return found
@@ -2990,6 +4169,7 @@ def drops(samples: dict[str, float]) -> dict[str, int]:
 
 def inject(host: Host, family: int, packets: Sequence[bytes], gap: float = 0.002) -> None:
     """Send raw IP packets from a host, as they are, one after the other."""
+
     def send() -> None:
         af = socket.AF_INET if family == 4 else socket.AF_INET6
         with socket.socket(af, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
@@ -2997,15 +4177,31 @@ def inject(host: Host, family: int, packets: Sequence[bytes], gap: float = 0.002
                 destination = packet[16:20] if family == 4 else packet[24:40]
                 sender.sendto(packet, (socket.inet_ntop(af, destination), 0))
                 time.sleep(gap)
+
     host.inside(send)
 
 
-def flow_errors(family: int, service: str = "host", count: int = ERRORS, **fields: Any) -> list[bytes]:
+def flow_errors(
+    family: int, service: str = "host", count: int = ERRORS, **fields: Any
+) -> list[bytes]:
     """Errors of the cluster's router about `count` flows from a service's address."""
     net, vip = (V4, V6)[family == 6], Cluster.vip(service, family)
-    fields = {"src": {4: "10.8.0.1", 6: "fd08::1"}[family], "dst": vip, "quoted_src": vip, "mtu": 1400, **fields}
-    return [mtu_error(net, quoted_dst=Cluster.client_address(1 + n % 23, family),
-                      transport=tcp_start(80, 40000 + n), **fields) for n in range(count)]  # fmt: skip
+    fields = {
+        "src": {4: "10.8.0.1", 6: "fd08::1"}[family],
+        "dst": vip,
+        "quoted_src": vip,
+        "mtu": 1400,
+        **fields,
+    }
+    return [
+        mtu_error(
+            net,
+            quoted_dst=Cluster.client_address(1 + n % 23, family),
+            transport=tcp_start(80, 40000 + n),
+            **fields,
+        )
+        for n in range(count)
+    ]
 
 
 def rulesets(cluster: Cluster) -> list[str]:
@@ -3015,14 +4211,20 @@ def rulesets(cluster: Cluster) -> list[str]:
 
 @pytest.fixture(scope="module")
 def shared_cluster() -> Iterator[tuple[Cluster, list[str]]]:
-    """Three nodes behind an ECMP fabric, and their rules as built; shared, because every test starts with flush()."""
+    """Three nodes behind an ECMP fabric, and their rules as built.
+
+    Shared, because every test starts with flush().
+    """
     with Cluster() as cluster:
         yield cluster, rulesets(cluster)
 
 
 @pytest.fixture
 def cluster(shared_cluster: tuple[Cluster, list[str]]) -> Iterator[Cluster]:
-    """The shared cluster, as if nothing had happened yet; what a test starts ends with it, and its rules must too."""
+    """The shared cluster, as if nothing had happened yet.
+
+    What a test starts ends with it, and its rules must too.
+    """
     cluster, rules = shared_cluster
     cluster.strict_rpf(False)
     cluster.error_from_management(False)
@@ -3049,13 +4251,20 @@ def assert_learned(cluster: Cluster, service: str, family: int) -> None:
         clients = [Cluster.client_address(k, family) for k in range(1, 24)]
         needed = 23
     owners = learners(cluster, service, family)
-    learned = [client for client in clients if any(cluster.learned(host, client) == 1400 for host in owners)]
+    learned = [
+        client
+        for client in clients
+        if any(cluster.learned(host, client) == 1400 for host in owners)
+    ]
     assert len(learned) >= needed, f"{len(learned)} of {len(clients)} learned"
 
 
 @pytest.mark.parametrize("family,service", CASES)
 def test_without_the_daemon_transfers_hang(cluster: Cluster, family: int, service: str) -> None:
-    """The negative control of every test below: the fabric takes the router's errors to one node only."""
+    """The negative control of every test below.
+
+    The fabric takes the router's errors to one node only.
+    """
     finished = cluster.download(service, family, deadline=2.5)
     assert len(finished) < 20, f"{len(finished)} of 23 finished: there is no black hole here"
 
@@ -3065,7 +4274,10 @@ def test_without_the_daemon_transfers_hang(cluster: Cluster, family: int, servic
 def test_with_the_daemon_all_transfers_finish(
     cluster: Cluster, family: int, service: str, drop_invalid: bool
 ) -> None:
-    """Socket, DNAT to the own pod, DNAT + MASQUERADE to another node's pod; also where conntrack INVALID is dropped."""
+    """Socket, DNAT to the own pod, DNAT + MASQUERADE to another node's pod.
+
+    Also where conntrack INVALID is dropped.
+    """
     with contextlib.ExitStack() as stack:
         if drop_invalid:
             stack.enter_context(invalid_dropped(cluster))
@@ -3078,8 +4290,8 @@ def test_with_the_daemon_all_transfers_finish(
 def invalid_dropped(cluster: Cluster) -> Iterator[None]:
     """Nodes that drop what conntrack calls INVALID in input, forward and output.
 
-    Without that, a node that does not own a pod's flow routes the router's error back to the fabric, which hashes
-    it to the same node again, until its TTL ends: 300 errors became 9,000.
+    Without that, a node that does not own a pod's flow routes the router's error back to the
+    fabric, which hashes it to the same node again, until its TTL ends: 300 errors became 9,000.
     """
     for node in cluster.nodes:
         node.run("nft", "-f", "-", input=INVALID_DROP_RULES)
@@ -3107,7 +4319,10 @@ def test_strict_rpf_and_an_error_from_a_management_address(cluster: Cluster, ser
 
 
 def test_standalone_rescues_from_strict_rpf(cluster: Cluster) -> None:
-    """Without peers: what reaches the right node and fails RPF is delivered there; nothing is sent to others."""
+    """Without peers: what reaches the right node and fails RPF is delivered there.
+
+    Nothing is sent to others.
+    """
     cluster.strict_rpf()
     cluster.error_from_management()
     with Capture(cluster.fabric) as wire, daemons(cluster.nodes):
@@ -3118,7 +4333,10 @@ def test_standalone_rescues_from_strict_rpf(cluster: Cluster) -> None:
 
 
 def test_standalone_without_rescue_option(cluster: Cluster) -> None:
-    """--no-rescue leaves the receiving node alone: with strict RPF only the peers' copies are delivered."""
+    """--no-rescue leaves the receiving node alone.
+
+    With strict RPF only the peers' copies are delivered.
+    """
     cluster.strict_rpf()
     cluster.error_from_management()
     with daemons(cluster.nodes, "--peers", PEER_LISTS[4], "--no-rescue"):
@@ -3128,10 +4346,15 @@ def test_standalone_without_rescue_option(cluster: Cluster) -> None:
 
 
 def node_packets(seen: Sequence[Seen], family: int) -> list[Seen]:
-    """Of a capture on all of the fabric's interfaces: the errors that nodes sent from their own addresses."""
+    """Of a capture on all of the fabric's interfaces.
+
+    The errors that nodes sent from their own addresses.
+    """
     sources = {socket.inet_pton(AF[family], Cluster.node_address(i, family)) for i in (1, 2, 3)}
     at = slice(12, 16) if family == 4 else slice(8, 24)
-    arrived = (s for s in seen if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING)
+    arrived = (
+        s for s in seen if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING
+    )
     return [s for s in arrived if s.packet[at] in sources]
 
 
@@ -3156,29 +4379,48 @@ def ingress(cluster: Cluster, family: int, service: str = "host") -> int:
 def test_exact_copies_and_no_echo(
     cluster: Cluster, family: int, service: str, options: list[str], size: int
 ) -> None:
-    """23 errors make 23 copies to each peer, none to a VIP, and nothing answers a copy, with 2 and with 3 daemons."""
+    """23 errors make 23 copies to each peer, none to a VIP, and nothing answers a copy, with 2 and
+    with 3 daemons.
+    """
     first = ingress(cluster, family, service)
     running = [cluster.nodes[(first + n) % 3] for n in range(size)]
     listed = [Cluster.node_address(1 + (first + n) % 3, family) for n in range(size)]
-    with invalid_dropped(cluster), daemons(running, "--peers", ",".join(listed), *options) as processes:
+    with (
+        invalid_dropped(cluster),
+        daemons(running, "--peers", ",".join(listed), *options) as processes,
+    ):
         with Capture(cluster.fabric) as wire:
             inject(cluster.router, family, flow_errors(family, service))
             for host in running[1:]:
                 received(host, ERRORS)
             seen = node_packets(wire.settle(1.0), family)
         destinations = Counter(socket.inet_ntop(AF[family], s.packet[DST[family]]) for s in seen)
-        sources = {node.name for node, samples in ((h, metrics(h)) for h in running)
-                   if sum(v for k, v in samples.items() if "copies_sent" in k)}  # fmt: skip
+        sources = {
+            node.name
+            for node, samples in ((h, metrics(h)) for h in running)
+            if sum(v for k, v in samples.items() if "copies_sent" in k)
+        }
         assert sources == {running[0].name}
     assert destinations == dict.fromkeys(listed[1:], ERRORS), processes[0].output()
 
 
-@pytest.mark.parametrize("lists", [
-    ("10.0.0.12,10.0.0.13", "", ""), ("10.0.0.12", "10.0.0.13", "10.0.0.11"), ("10.0.0.255",) * 3,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lists",
+    [
+        ("10.0.0.12,10.0.0.13", "", ""),
+        ("10.0.0.12", "10.0.0.13", "10.0.0.11"),
+        ("10.0.0.255",) * 3,
+    ],
+)
 def test_no_loop_with_odd_peer_lists(cluster: Cluster, lists: tuple[str, str, str]) -> None:
-    """One-sided lists, a ring of lists, broadcast: no packet to a VIP, and no more copies than errors x peers."""
-    processes = [daemon(node, *(["--peers", peers] if peers else [])) for node, peers in zip(cluster.nodes, lists)]
+    """One-sided lists, a ring of lists, broadcast.
+
+    No packet to a VIP, and no more copies than errors x peers.
+    """
+    processes = [
+        daemon(node, *(["--peers", peers] if peers else []))
+        for node, peers in zip(cluster.nodes, lists)
+    ]
     with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
         inject(cluster.router, 4, flow_errors(4, "pod"))
         seen = wire.settle(1.0)
@@ -3190,25 +4432,37 @@ def test_no_loop_with_odd_peer_lists(cluster: Cluster, lists: tuple[str, str, st
 
 
 def test_delivered_counts_tell_the_owner(cluster: Cluster) -> None:
-    """Every error is owned exactly once in the cluster: the EPERM of the guard says so, per error."""
+    """Every error is owned exactly once in the cluster.
+
+    The EPERM of the guard says so, per error.
+    """
     with invalid_dropped(cluster), daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
         assert len(cluster.download("pod")) == 23
         delivered = 'pmtud_delivered_total{{family="ipv4",result="{}"}}'
 
         def counts() -> list[int]:
             samples = [metrics(node) for node in cluster.nodes]
-            names = (*map(delivered.format, ("owner", "not_owner", "error")), 'pmtud_acted_total{action="replicate"}')
+            names = (
+                *map(delivered.format, ("owner", "not_owner", "error")),
+                'pmtud_acted_total{action="replicate"}',
+            )
             return [int(sum(sample[name] for sample in samples)) for name in names]
 
-        def agree() -> bool:  # the kernel serves its own flows at once; the daemon hears of these a little later
+        def agree() -> (
+            bool
+        ):  # the kernel serves its own flows at once; the daemon hears of these a little later
             owner, other, error, acted = counts()
             return owner == acted >= 23 and other == 2 * acted and error == 0
+
         assert poll(agree, 5), counts()
 
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_conntrack_not_in_use_stays_so(family: int) -> None:
-    """Host services only, no rule that tracks: all transfers finish, and not one connection gets tracked."""
+    """Host services only, no rule that tracks.
+
+    All transfers finish, and not one connection gets tracked.
+    """
     with Cluster(conntrack=False) as plain:
         count = "/proc/sys/net/netfilter/nf_conntrack_count"
         with daemons(plain.nodes, "--peers", ALL_PEERS):
@@ -3220,16 +4474,23 @@ def test_conntrack_not_in_use_stays_so(family: int) -> None:
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_conntrack_that_comes_later_is_noticed(cluster: Cluster, family: int) -> None:
-    """kube-proxy may start after us: the guard asks conntrack from the first refused delivery on."""
+    """kube-proxy may start after us.
+
+    The guard asks conntrack from the first refused delivery on.
+    """
     with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
         assert len(cluster.download("pod", family)) == 23
         assert any("conntrack came into use" in process.output() for process in processes)
-        assert any("ct state related" in node.run("nft", "list", "ruleset") for node in cluster.nodes)
+        assert any(
+            "ct state related" in node.run("nft", "list", "ruleset") for node in cluster.nodes
+        )
 
 
 def open_sender(family: int) -> socket.socket:
     """A UDP socket from the VIP to a client, with DF."""
-    level, discover, do = ((socket.IPPROTO_IP, 10, 2), (socket.IPPROTO_IPV6, 23, 2))[family == 6]  # IP_PMTUDISC_DO
+    level, discover, do = ((socket.IPPROTO_IP, 10, 2), (socket.IPPROTO_IPV6, 23, 2))[
+        family == 6
+    ]  # IP_PMTUDISC_DO
     sender = socket.socket(AF[family], socket.SOCK_DGRAM)
     sender.setsockopt(level, discover, do)
     sender.bind((Cluster.vip("host", family), 0))
@@ -3245,21 +4506,44 @@ def known_mtu(sender: socket.socket) -> int:
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_corrupt_error_teaches_nobody(cluster: Cluster, family: int) -> None:
-    """IPv4: passed on with its wrong checksum, which the owner's kernel refuses. IPv6: dropped, not mended."""
+    """IPv4: passed on with its wrong checksum, which the owner's kernel refuses.
+
+    IPv6: dropped, not mended.
+    """
     node = cluster.nodes[0]
-    with daemons([node], "--peers", PEER_LISTS[family]), node.inside(partial(open_sender, family)) as sender:
+    with (
+        daemons([node], "--peers", PEER_LISTS[family]),
+        node.inside(partial(open_sender, family)) as sender,
+    ):
+
         def report(**fields: Any) -> None:
             ports = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
-            packet = mtu_error((V4, V6)[family == 6], src={4: "10.8.0.1", 6: "fd08::1"}[family], mtu=1400,
-                               dst=Cluster.vip("host", family), quoted_src=Cluster.vip("host", family),
-                               quoted_dst=Cluster.client_address(5, family), protocol=UDP_PROTOCOL, transport=ports,
-                               **fields)  # fmt: skip
+            packet = mtu_error(
+                (V4, V6)[family == 6],
+                src={4: "10.8.0.1", 6: "fd08::1"}[family],
+                mtu=1400,
+                dst=Cluster.vip("host", family),
+                quoted_src=Cluster.vip("host", family),
+                quoted_dst=Cluster.client_address(5, family),
+                protocol=UDP_PROTOCOL,
+                transport=ports,
+                **fields,
+            )
             blast(cluster.fabric, f"to-{node.name}", node, "eth0", [packet])
+
         report(checksum=1)
         samples = received(node, 1)
         assert drops(samples) == ({} if family == 4 else {"bad_checksum": 1})
         if family == 4:
-            refused = dict(zip(*(line.split() for line in node.read("/proc/net/snmp").splitlines() if "Icmp:" in line)))
+            refused = dict(
+                zip(
+                    *(
+                        line.split()
+                        for line in node.read("/proc/net/snmp").splitlines()
+                        if "Icmp:" in line
+                    )
+                )
+            )
             assert int(refused["InCsumErrors"]) >= 2  # the router's own packet, and our delivery
         assert known_mtu(sender) == 1500
         time.sleep(0.2)  # the flow's interval
@@ -3280,7 +4564,10 @@ table inet deaf {
 
 @contextlib.contextmanager
 def deaf_to_the_wire(node: Host) -> Iterator[None]:
-    """A node whose stack hears no error that comes in: what it learns, it learns from a delivery."""
+    """A node whose stack hears no error that comes in.
+
+    What it learns, it learns from a delivery.
+    """
     node.run("nft", "-f", "-", input=DEAF_RULES)
     try:
         yield
@@ -3292,23 +4579,44 @@ def deaf_to_the_wire(node: Host) -> Iterator[None]:
 ODD_ERRORS: dict[str, tuple[Callable[[Plan], dict[str, int]], int, tuple[Plan, ...]]] = {
     "no length": (lambda net: {"quoted_length": UNCOUNTED[net.family.name]}, 1400, (V4, V6)),
     "a header left out": (lambda net: {"quoted_length": 1380}, 1400, (V4, V6)),
-    "other byte order": (lambda net: {"quoted_length": UNCOUNTED[net.family.name] + 0x0006}, 1400, (V4, V6)),
+    "other byte order": (
+        lambda net: {"quoted_length": UNCOUNTED[net.family.name] + 0x0006},
+        1400,
+        (V4, V6),
+    ),
     "no MTU": (lambda net: {"mtu": 0}, 552, (V4,)),
 }
 
 
-@pytest.mark.parametrize(("name", "net"), [pytest.param(name, net, id=f"{name}-{net.family.name}")
-                                           for name, row in ODD_ERRORS.items() for net in row[2]])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "net"),
+    [
+        pytest.param(name, net, id=f"{name}-{net.family.name}")
+        for name, row in ODD_ERRORS.items()
+        for net in row[2]
+    ],
+)
 def test_a_socket_learns_from_odd_errors(cluster: Cluster, name: str, net: Plan) -> None:
-    """What the kernel believes we pass on; the same with a length that cannot be meant teaches nobody."""
+    """What the kernel believes we pass on.
+
+    The same with a length that cannot be meant teaches nobody.
+    """
     changes, learned, _ = ODD_ERRORS[name]
     family, node = net.family.version, cluster.nodes[0]
     vip, client = Cluster.vip("host", family), Cluster.client_address(5, family)
     with deaf_to_the_wire(node), node.inside(partial(open_sender, family)) as sender:
+
         def report(**fields: Any) -> None:
             transport = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
-            packet = mtu_error(net, dst=vip, quoted_src=vip, quoted_dst=client, protocol=UDP_PROTOCOL,
-                               transport=transport, **fields)  # fmt: skip
+            packet = mtu_error(
+                net,
+                dst=vip,
+                quoted_src=vip,
+                quoted_dst=client,
+                protocol=UDP_PROTOCOL,
+                transport=transport,
+                **fields,
+            )
             blast(cluster.fabric, f"to-{node.name}", node, "eth0", [packet])
 
         report()
@@ -3323,12 +4631,20 @@ def test_a_socket_learns_from_odd_errors(cluster: Cluster, name: str, net: Plan)
             assert samples["pmtud_reported_mtu_bytes_sum"] == learned
 
 
-IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, IFLA_GSO_IPV4_MAX_SIZE, IFLA_GRO_IPV4_MAX_SIZE = 41, 58, 63, 64  # linux/if_link.h
+IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, IFLA_GSO_IPV4_MAX_SIZE, IFLA_GRO_IPV4_MAX_SIZE = (
+    41,
+    58,
+    63,
+    64,
+)  # linux/if_link.h
 BIG_TCP_BYTES = 200_000
 
 
 def allow_big_tcp(host: Host, interface: str) -> None:
-    """Let packets of more than 64 kB through; raises KeyError where the kernel knows none (before 6.3)."""
+    """Let packets of more than 64 kB through.
+
+    Raises KeyError where the kernel knows none (before 6.3).
+    """
     kinds = (IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, IFLA_GSO_IPV4_MAX_SIZE, IFLA_GRO_IPV4_MAX_SIZE)
     wanted = struct.pack("=I", BIG_TCP_BYTES)
 
@@ -3340,18 +4656,27 @@ def allow_big_tcp(host: Host, interface: str) -> None:
             answer = netlink.request("read sizes", pmtud.RTM_GETLINK, 0, link)[0][1]
         found = pmtud.attributes(answer, pmtud.IFINFOMSG.size)
         assert [found[kind] for kind in kinds] == [wanted] * 4
+
     host.inside(set_sizes)
 
 
 def test_big_tcp_quotes_no_length() -> None:
-    """A router that aggregates over 64 kB quotes the length 0: its report is acted on like any other."""
+    """A router that aggregates over 64 kB quotes the length 0.
+
+    Its report is acted on like any other.
+    """
     size = 300_000_000
     with TwoNodes(10) as net:
         client, node = net.host("client"), net.nodes[0]
         net.link(net.router, client, names=("to-client", "eth0"))
         net.router.ip("addr add 10.9.0.1/24 dev to-client")
         client.ip(f"addr add {net.client_address}/24 dev eth0", "route add default via 10.9.0.1")
-        links = ((client, "eth0"), (net.router, "to-client"), (net.router, "to-node1"), (node, "eth0"))
+        links = (
+            (client, "eth0"),
+            (net.router, "to-client"),
+            (net.router, "to-node1"),
+            (node, "eth0"),
+        )
         for host, interface in links:
             host.ip(f"link set {interface} gso_max_segs 65535")
             allow_big_tcp(host, interface)
@@ -3367,8 +4692,11 @@ def test_big_tcp_quotes_no_length() -> None:
                         break
                 while left > 0 and (data := transfer.recv(1 << 20)):
                     left -= len(data)
-            quoted = [struct.unpack_from("!H", s.packet, 30)[0] for s in wire.settle()
-                      if s.packet[16:20] == packed(net.vip)]  # fmt: skip
+            quoted = [
+                struct.unpack_from("!H", s.packet, 30)[0]
+                for s in wire.settle()
+                if s.packet[16:20] == packed(net.vip)
+            ]
             samples = received(node, len(quoted))
         assert left == 0
         assert 0 in quoted, quoted
@@ -3377,19 +4705,35 @@ def test_big_tcp_quotes_no_length() -> None:
 
 @pytest.mark.parametrize("service", Cluster.SERVICES)
 def test_routers_that_report_no_mtu(cluster: Cluster, service: str) -> None:
-    """Next-hop MTU 0: sockets and pods learn 552, the copies say 0 like the router, and so does the log."""
+    """Next-hop MTU 0: sockets and pods learn 552, the copies say 0 like the router, and so does the
+    log.
+    """
     cluster.strict_rpf()
     cluster.error_from_management()
-    cluster.router.run("nft", "-f", "-", input="table ip old {\nchain output { type filter hook output priority 0\n"
-                                              "icmp type destination-unreachable icmp mtu set 0\n}\n}\n")
+    cluster.router.run(
+        "nft",
+        "-f",
+        "-",
+        input="table ip old {\nchain output { type filter hook output priority 0\n"
+        "icmp type destination-unreachable icmp mtu set 0\n}\n}\n",
+    )
     try:
         assert cluster.download(service) == []
         cluster.flush()
-        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes, Capture(cluster.fabric) as wire:
+        with (
+            daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes,
+            Capture(cluster.fabric) as wire,
+        ):
             assert len(cluster.download(service)) == 23
             copies = [s.packet for s in node_packets(wire.settle(), 4)]
-            assert [drops(metrics(node)).get("mtu_too_small", 0) for node in cluster.nodes] == [0, 0, 0]
-            assert any("a router reports an MTU router=172.20.20.2" in p.output() for p in processes)
+            assert [drops(metrics(node)).get("mtu_too_small", 0) for node in cluster.nodes] == [
+                0,
+                0,
+                0,
+            ]
+            assert any(
+                "a router reports an MTU router=172.20.20.2" in p.output() for p in processes
+            )
             assert all(f" mtu={mtu}\n" not in p.output() for mtu in (552, 1400) for p in processes)
     finally:
         cluster.router.run("nft", "delete", "table", "ip", "old")
@@ -3398,13 +4742,18 @@ def test_routers_that_report_no_mtu(cluster: Cluster, service: str) -> None:
     if service == "cross":
         clients = [Cluster.node_address(i) for i in (1, 2, 3)]
     owners = learners(cluster, service, 4)
-    learned = [client for client in clients if any(cluster.learned(host, client) == 552 for host in owners)]
+    learned = [
+        client for client in clients if any(cluster.learned(host, client) == 552 for host in owners)
+    ]
     assert len(learned) >= (1 if service == "cross" else 23), learned
 
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_udp_socket_gets_emsgsize(cluster: Cluster, family: int) -> None:
-    """A connected UDP socket that sends DF datagrams from the VIP learns the MTU on whichever node it is."""
+    """A connected UDP socket that sends DF datagrams from the VIP learns the MTU on whichever node
+    it is.
+    """
+
     def refused(sender: socket.socket) -> bool:
         try:
             sender.send(bytes(1410))
@@ -3414,26 +4763,48 @@ def test_udp_socket_gets_emsgsize(cluster: Cluster, family: int) -> None:
         return False
 
     with contextlib.ExitStack() as stack:
+
         def open_senders() -> list[socket.socket]:
-            return [stack.enter_context(node.inside(partial(open_sender, family))) for node in cluster.nodes]
-        assert sum([poll(partial(refused, s), 0.5) for s in open_senders()]) == 1, "only the node the fabric chose"
+            return [
+                stack.enter_context(node.inside(partial(open_sender, family)))
+                for node in cluster.nodes
+            ]
+
+        assert sum([poll(partial(refused, s), 0.5) for s in open_senders()]) == 1, (
+            "only the node the fabric chose"
+        )
         cluster.flush()
         with daemons(cluster.nodes, "--peers", PEER_LISTS[family]):
             for sender in open_senders():
                 assert poll(partial(refused, sender), 2.5)
                 assert known_mtu(sender) == 1400
-                sender.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # a second report of the same error
+                sender.getsockopt(
+                    socket.SOL_SOCKET, socket.SO_ERROR
+                )  # a second report of the same error
                 assert sender.send(bytes(1400 - (28 if family == 4 else 48))) > 0
 
 
 @pytest.mark.parametrize("family,peer", [(4, "10.0.0.255"), (6, "ff02::7074%eth0")])
 @pytest.mark.parametrize("service", Cluster.SERVICES)
-def test_one_group_copy_reaches_every_node(cluster: Cluster, family: int, peer: str, service: str) -> None:
-    """A subnet broadcast or link multicast peer: one copy per error on the wire, and every owner learns."""
+def test_one_group_copy_reaches_every_node(
+    cluster: Cluster, family: int, peer: str, service: str
+) -> None:
+    """A subnet broadcast or link multicast peer.
+
+    One copy per error on the wire, and every owner learns.
+    """
     group = socket.inet_pton(AF[family], peer.partition("%")[0])
-    with invalid_dropped(cluster), daemons(cluster.nodes, "--peers", peer), Capture(cluster.fabric) as wire:
+    with (
+        invalid_dropped(cluster),
+        daemons(cluster.nodes, "--peers", peer),
+        Capture(cluster.fabric) as wire,
+    ):
         assert len(cluster.download(service, family)) == 23
-        arrived = [s for s in wire.settle() if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING]
+        arrived = [
+            s
+            for s in wire.settle()
+            if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING
+        ]
         samples = [metrics(node) for node in cluster.nodes]
     copies = sum(s.packet[DST[family]] == group for s in arrived)
     assert copies == sum(s[f'pmtud_copies_sent_total{{peer="{peer}"}}'] for s in samples)
@@ -3454,7 +4825,10 @@ def test_own_addresses_with_nonlocal_bind(cluster: Cluster) -> None:
 
 
 def test_nodes_with_several_addresses(cluster: Cluster) -> None:
-    """Peers listed by their management addresses: copies leave from the listed address and are taken for copies."""
+    """Peers listed by their management addresses.
+
+    Copies leave from the listed address and are taken for copies.
+    """
     peers = ",".join(f"172.20.20.{10 + i}" for i in (1, 2, 3))
     with daemons(cluster.nodes, "--peers", peers, "--iface", "eth0,mgmt"):
         assert len(cluster.download("pod")) == 23
@@ -3467,7 +4841,9 @@ def test_a_peers_other_address_is_named_once(cluster: Cluster) -> None:
     receiver = cluster.nodes[(first + 1) % 3]
     stranger = cluster.nodes[first]
     with daemons([receiver], "--peers", "172.20.20.254") as [process]:
-        copy = flow_errors(4, src=Cluster.node_address(first + 1), dst=Cluster.node_address((first + 1) % 3 + 1))
+        copy = flow_errors(
+            4, src=Cluster.node_address(first + 1), dst=Cluster.node_address((first + 1) % 3 + 1)
+        )
         inject(stranger, 4, copy)
         assert drops(received(receiver, ERRORS)) == {"misaddressed": ERRORS}
         lines = [line for line in process.output().splitlines() if "add it to --peers" in line]
@@ -3479,48 +4855,76 @@ class TwoNodes(Net):
 
     router .5.0.1 --+-- node1 eth0 .5.0.11       all of one /8; the service .96.0.1 is on each node's lo,
                     +-- node2 eth0 .5.0.12       the client .9.0.5 somewhere behind the router
+
     """
 
     def __init__(self, first_octet: int) -> None:
         super().__init__()
         self.router_address, *self.addresses, self.vip, self.client_address = (
-            f"{first_octet}.{rest}" for rest in ("5.0.1", "5.0.11", "5.0.12", "96.0.1", "9.0.5"))  # fmt: skip
+            f"{first_octet}.{rest}" for rest in ("5.0.1", "5.0.11", "5.0.12", "96.0.1", "9.0.5")
+        )
 
     def build(self) -> None:
         self.router = self.host("router", forward=True)
         self.nodes = [self.host(name) for name in ("node1", "node2")]
-        self.router.ip("link add nodes type bridge mcast_snooping 0", "link set nodes up",
-                       f"addr add {self.router_address}/24 dev nodes")
+        self.router.ip(
+            "link add nodes type bridge mcast_snooping 0",
+            "link set nodes up",
+            f"addr add {self.router_address}/24 dev nodes",
+        )
         for node, address in zip(self.nodes, self.addresses):
             self.link(self.router, node, names=("", "eth0"))
             self.router.ip(f"link set to-{node.name} master nodes")
-            node.ip(f"addr add {address}/24 brd + dev eth0", f"addr add {self.vip}/32 dev lo",
-                    f"route add default via {self.router_address}")
+            node.ip(
+                f"addr add {address}/24 brd + dev eth0",
+                f"addr add {self.vip}/32 dev lo",
+                f"route add default via {self.router_address}",
+            )
         self.router.ip(f"route add {self.vip} via {self.addresses[0]}")
 
     def open_sender(self, node: Host) -> socket.socket:
         """A UDP socket of a node from the service's address to the client, with DF."""
+
         def dial() -> socket.socket:
             sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             sender.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER, IP_PMTUDISC_DO
             sender.bind((self.vip, 0))
             sender.connect((self.client_address, 9))
             return sender
+
         return node.inside(dial)
 
 
-@pytest.mark.parametrize(("first_octet", "peers", "seen_again"), [
-    (10, "unicast", {}), (240, "unicast", {}), (240, "broadcast", {"own": 1}), (0, "unicast", {}),
-])  # fmt: skip
-def test_addresses_that_only_private_fabrics_use(first_octet: int, peers: str, seen_again: dict[str, int]) -> None:
-    """Routers, peers and services in 240.0.0.0/4 and 0.0.0.0/8: the node whose flow it is learns from the other."""
+@pytest.mark.parametrize(
+    ("first_octet", "peers", "seen_again"),
+    [
+        (10, "unicast", {}),
+        (240, "unicast", {}),
+        (240, "broadcast", {"own": 1}),
+        (0, "unicast", {}),
+    ],
+)
+def test_addresses_that_only_private_fabrics_use(
+    first_octet: int, peers: str, seen_again: dict[str, int]
+) -> None:
+    """Routers, peers and services in 240.0.0.0/4 and 0.0.0.0/8.
+
+    The node whose flow it is learns from the other.
+    """
     with TwoNodes(first_octet) as net, contextlib.ExitStack() as stack:
         sender = stack.enter_context(net.open_sender(net.nodes[1]))
         listed = ",".join(net.addresses) if peers == "unicast" else f"{first_octet}.5.0.255"
         stack.enter_context(daemons(net.nodes, "--peers", listed))
         udp = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
-        packet = mtu_error(V4, src=f"{first_octet}.8.0.1", dst=net.vip, quoted_src=net.vip, protocol=UDP_PROTOCOL,
-                           quoted_dst=net.client_address, transport=udp)  # fmt: skip
+        packet = mtu_error(
+            V4,
+            src=f"{first_octet}.8.0.1",
+            dst=net.vip,
+            quoted_src=net.vip,
+            protocol=UDP_PROTOCOL,
+            quoted_dst=net.client_address,
+            transport=udp,
+        )
         assert known_mtu(sender) == 1500
         inject(net.router, 4, [packet])
         assert poll(lambda: known_mtu(sender) == 1400, 2)
@@ -3542,7 +4946,10 @@ def test_dry_run_sends_nothing(cluster: Cluster) -> None:
         assert process.output().count("dry run: would replicate") == ERRORS
         samples = metrics(node)
         assert sum(v for k, v in samples.items() if "copies_sent" in k or "delivered" in k) == 0
-    for options, joined in ((["--dry-run"], False), ([], True)):  # to join a group is to send reports about it
+    for options, joined in (
+        (["--dry-run"], False),
+        ([], True),
+    ):  # to join a group is to send reports about it
         with daemons([node], "--peers", "ff02::7074%eth0", *options):
             assert ("ff02::7074" in node.run("ip", "maddress", "show", "dev", "eth0")) is joined
     with daemons([node], "--dry-run") as [process]:
@@ -3583,14 +4990,25 @@ def test_option_effects(
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_pings_from_one_address_are_flows_of_their_own(cluster: Cluster, family: int) -> None:
-    """Echo requests from the service's address on three nodes: all errors reach one node, and each is acted on."""
-    net, vip, client = (V4, V6)[family == 6], Cluster.vip("host", family), Cluster.client_address(5, family)
+    """Echo requests from the service's address on three nodes.
+
+    All errors reach one node, and each is acted on.
+    """
+    net, vip, client = (
+        (V4, V6)[family == 6],
+        Cluster.vip("host", family),
+        Cluster.client_address(5, family),
+    )
     with daemons(cluster.nodes, "--peers", PEER_LISTS[family], "--flow-interval", "60"):
-        for number, node in enumerate(cluster.nodes):  # as frames: whatever the kernel has learned by then, they leave
+        for number, node in enumerate(
+            cluster.nodes
+        ):  # as frames: whatever the kernel has learned by then, they leave
             request = echo(number, kind={4: 8, 6: 128}[family]) + bytes(1400)
             packet = net.wrap(vip, client, net.family.icmp_protocol, request)
             blast(node, "eth0", cluster.fabric, "nodes", [packet])
-        assert poll(lambda: acted(cluster) == 9, 5), [drops(metrics(node)) for node in cluster.nodes]
+        assert poll(lambda: acted(cluster) == 9, 5), [
+            drops(metrics(node)) for node in cluster.nodes
+        ]
         samples = [metrics(node) for node in cluster.nodes]
     assert [drops(s) for s in samples] == [{}, {}, {}]
     assert sorted(s['pmtud_acted_total{action="replicate"}'] for s in samples) == [0, 0, 3]
@@ -3601,9 +5019,14 @@ def test_pings_from_one_address_are_flows_of_their_own(cluster: Cluster, family:
 def test_what_an_interval_of_0_costs_where_service_addresses_loop(
     cluster: Cluster, interval: str, copies: int
 ) -> None:
-    """As the README says: an error circles between node and fabric until its TTL ends, and each round is one more."""
+    """As the README says: an error circles between node and fabric until its TTL ends, and each
+    round is one more.
+    """
     node = cluster.nodes[ingress(cluster, 4, "pod")]
-    with daemons([node], "--peers", PEER_LISTS[4], "--flow-interval", interval), Capture(cluster.fabric) as wire:
+    with (
+        daemons([node], "--peers", PEER_LISTS[4], "--flow-interval", interval),
+        Capture(cluster.fabric) as wire,
+    ):
         inject(cluster.router, 4, flow_errors(4, "pod", 1))
         sent = node_packets(wire.settle(), 4)
         assert sum(drops(metrics(node)).values()) == 32 - copies
@@ -3621,11 +5044,16 @@ def test_total_rate(cluster: Cluster) -> None:
         more = 10 * (time.monotonic() - begun)  # what is allowed meanwhile, after the first ten
         assert set(drops(samples)) <= {"limited_total"}
         assert 10 <= samples['pmtud_acted_total{action="replicate"}'] <= 11 + more
-        assert sum(v for k, v in samples.items() if k.startswith("pmtud_received_total")) <= 25 + more
+        assert (
+            sum(v for k, v in samples.items() if k.startswith("pmtud_received_total")) <= 25 + more
+        )
 
 
 def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
-    """--ttl is on the wire; the outer source is the node, and the ICMP message is byte for byte the router's."""
+    """--ttl is on the wire.
+
+    The outer source is the node, and the ICMP message is byte for byte the router's.
+    """
     for family in (4, 6):
         first = ingress(cluster, family)
         node, peer = cluster.nodes[first], Cluster.node_address((first + 1) % 3 + 1, family)
@@ -3640,15 +5068,20 @@ def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
         own = socket.inet_pton(AF[family], Cluster.node_address(first + 1, family))
         assert {copy[12:16] if family == 4 else copy[8:24] for copy in copies} == {own}
         start = 20 if family == 4 else 40
-        without_checksum = {copy[start:start + 2] + copy[start + 4:] for copy in copies}
-        assert without_checksum == {packet[start:start + 2] + packet[start + 4:] for packet in packets}
+        without_checksum = {copy[start : start + 2] + copy[start + 4 :] for copy in copies}
+        assert without_checksum == {
+            packet[start : start + 2] + packet[start + 4 :] for packet in packets
+        }
         if family == 4:
             assert {copy[20:] for copy in copies} == {packet[20:] for packet in packets}
 
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_families_do_not_mix(cluster: Cluster, family: int) -> None:
-    """Peers of both families: an error goes to those of its own family, and not one packet to the others."""
+    """Peers of both families.
+
+    An error goes to those of its own family, and not one packet to the others.
+    """
     node = cluster.nodes[ingress(cluster, family)]
     with daemons([node], "--peers", ALL_PEERS), Capture(node, "eth0") as wire:
         inject(cluster.router, family, flow_errors(family))
@@ -3662,12 +5095,18 @@ def test_families_do_not_mix(cluster: Cluster, family: int) -> None:
 
 @pytest.mark.parametrize("peers", [PEER_LISTS[6], "ff02::7074%eth0"])
 def test_error_from_a_link_local_router_address(cluster: Cluster, peers: str) -> None:
-    """The first-hop router may report from fe80::/10; also where link-local neighbours are trusted for copies."""
+    """The first-hop router may report from fe80::/10.
+
+    Also where link-local neighbours are trusted for copies.
+    """
     with daemons(cluster.nodes, "--peers", peers):
         inject(cluster.fabric, 6, flow_errors(6, src="fe80::1"))
 
         def acted() -> list[float]:
-            return sorted(metrics(node)['pmtud_acted_total{action="replicate"}'] for node in cluster.nodes)
+            return sorted(
+                metrics(node)['pmtud_acted_total{action="replicate"}'] for node in cluster.nodes
+            )
+
         assert poll(lambda: acted() == [0, 0, ERRORS], 3), acted()
         assert [drops(metrics(node)) for node in cluster.nodes] == [{}] * 3
 
@@ -3697,29 +5136,49 @@ def test_node_without_ipv6(cluster: Cluster) -> None:
             assert get(four.nodes[0], "/readyz") == ("200", "ok\n")
 
 
-@pytest.mark.parametrize(("family", "peer", "gateway"), [
-    (4, "10.0.0.255", "10.0.0.1"), (6, "ff02::7074%eth0", "fd00::1"),
-    (4, "10.0.0.255", "10.0.0.77"), (6, "ff02::7074%eth0", "fd00::77"),  # not the default route's: VRRP, advertisements
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "peer", "gateway"),
+    [
+        (4, "10.0.0.255", "10.0.0.1"),
+        (6, "ff02::7074%eth0", "fd00::1"),
+        (4, "10.0.0.255", "10.0.0.77"),
+        (6, "ff02::7074%eth0", "fd00::77"),  # not the default route's: VRRP, advertisements
+    ],
+)
 def test_the_gateway_of_a_group_peers_subnet_is_a_router(
     cluster: Cluster, family: int, peer: str, gateway: str
 ) -> None:
-    """A top-of-rack switch reports from an address of the very subnet that the group peer stands for."""
+    """A top-of-rack switch reports from an address of the very subnet that the group peer stands
+    for.
+    """
     with daemons(cluster.nodes, "--peers", peer):
         inject(cluster.fabric, family, flow_errors(family, src=gateway))
 
         def acted() -> list[float]:
-            return sorted(metrics(node)['pmtud_acted_total{action="replicate"}'] for node in cluster.nodes)
+            return sorted(
+                metrics(node)['pmtud_acted_total{action="replicate"}'] for node in cluster.nodes
+            )
+
         assert poll(lambda: acted() == [0, 0, ERRORS], 3), acted()
 
 
 def test_broadcast_without_a_configured_broadcast_address() -> None:
-    """`ip addr add` without `brd +`: the kernel receives the subnet's broadcasts all the same, and so do we."""
+    """`ip addr add` without `brd +`.
+
+    The kernel receives the subnet's broadcasts all the same, and so do we.
+    """
     with Cluster() as cluster:
         for i, node in enumerate(cluster.nodes, 11):
-            node.ip(f"addr del 10.0.0.{i}/24 dev eth0", f"addr add 10.0.0.{i}/24 dev eth0",
-                    "route add default via 10.0.0.1", *(f"route add 10.244.{j}.0/24 via 10.0.0.{10 + j}"
-                                                        for j in (1, 2, 3) if j != i - 10))  # fmt: skip
+            node.ip(
+                f"addr del 10.0.0.{i}/24 dev eth0",
+                f"addr add 10.0.0.{i}/24 dev eth0",
+                "route add default via 10.0.0.1",
+                *(
+                    f"route add 10.244.{j}.0/24 via 10.0.0.{10 + j}"
+                    for j in (1, 2, 3)
+                    if j != i - 10
+                ),
+            )
         with daemons(cluster.nodes, "--peers", "10.0.0.255"):
             for service in Cluster.SERVICES:
                 assert len(cluster.download(service)) == 23
@@ -3733,7 +5192,9 @@ def test_guard_leaves_other_traffic_with_its_mark_alone(cluster: Cluster) -> Non
 
 
 def test_a_flow_that_is_only_forwarded_is_not_owned(cluster: Cluster) -> None:
-    """A node that tracks a flow because it routes it must not send the error back out to the flow's address."""
+    """A node that tracks a flow because it routes it must not send the error back out to the flow's
+    address.
+    """
     node = cluster.nodes[0]
     cluster.fabric.ip("route add 203.0.113.9 via 10.0.0.11")
     try:
@@ -3743,12 +5204,23 @@ def test_a_flow_that_is_only_forwarded_is_not_owned(cluster: Cluster) -> None:
             tracked = node.run("conntrack", "-L", "-p", "udp")
             client, port = re.findall(r"src=(\S+) dst=203.0.113.9 sport=(\d+)", tracked)[0]
             udp = struct.pack("!HHHH", 80, int(port), 1480, 0)
-            packet = mtu_error(V4, src="10.8.0.1", dst="203.0.113.9", quoted_src="203.0.113.9", quoted_dst=client,
-                               protocol=17, transport=udp)  # fmt: skip
+            packet = mtu_error(
+                V4,
+                src="10.8.0.1",
+                dst="203.0.113.9",
+                quoted_src="203.0.113.9",
+                quoted_dst=client,
+                protocol=17,
+                transport=udp,
+            )
             with Capture(cluster.fabric) as wire:
                 inject(cluster.router, 4, [packet])
                 samples = received(node, 1)
-                assert not [s for s in node_packets(wire.settle(), 4) if s.packet[16:20] == bytes([203, 0, 113, 9])]
+                assert not [
+                    s
+                    for s in node_packets(wire.settle(), 4)
+                    if s.packet[16:20] == bytes([203, 0, 113, 9])
+                ]
         assert samples['pmtud_delivered_total{family="ipv4",result="not_owner"}'] == 1
     finally:
         cluster.fabric.ip("route del 203.0.113.9 via 10.0.0.11")
@@ -3787,17 +5259,24 @@ MANAGEMENT_PEERS = {4: "172.20.20.11,172.20.20.12,172.20.20.13", 6: "fd20::11,fd
 
 
 def add_discard_route(node: Host, kind: str) -> None:
-    """What a BGP speaker keeps for the service networks, or a node that has routes to its clients only."""
+    """What a BGP speaker keeps for the service networks, or a node that has routes to its clients
+    only.
+    """
     for family in (4, 6):
         if kind == "no default route":
-            node.ip(f"route del {EVERYWHERE[family]}",
-                    f"route add {CLIENT_NETWORKS[family]} via {FABRIC[family]} dev eth0")  # fmt: skip
+            node.ip(
+                f"route del {EVERYWHERE[family]}",
+                f"route add {CLIENT_NETWORKS[family]} via {FABRIC[family]} dev eth0",
+            )
         else:
             node.ip(f"route add {kind} {SERVICE_NETWORKS[family]} proto bird")
 
 
 def worst_case(cluster: Cluster) -> None:
-    """Strict reverse path filtering, and errors from a management address: by itself no IPv4 socket ever learns."""
+    """Strict reverse path filtering, and errors from a management address.
+
+    By itself no IPv4 socket ever learns.
+    """
     cluster.strict_rpf()
     cluster.error_from_management()
 
@@ -3806,26 +5285,37 @@ def service_packets(wire: Capture, family: int) -> list[Seen]:
     """The errors that nodes sent to service addresses: there must be none."""
     prefix = packed(Cluster.vip("host", family))[:-1]
     at = DST[family].start
-    return [s for s in node_packets(wire.settle(), family) if s.packet[at : at + len(prefix)] == prefix]
+    return [
+        s for s in node_packets(wire.settle(), family) if s.packet[at : at + len(prefix)] == prefix
+    ]
 
 
 def results(hosts: Sequence[Host], family: int) -> dict[str, int]:
     """How deliveries ended on these hosts, by result."""
     samples = [metrics(host) for host in hosts]
     name = 'pmtud_delivered_total{family="ipv%d",result="%s"}'
-    return {result: sum(int(s[name % (family, result)]) for s in samples) for result in pmtud.DELIVERY_RESULTS}
+    return {
+        result: sum(int(s[name % (family, result)]) for s in samples)
+        for result in pmtud.DELIVERY_RESULTS
+    }
 
 
 @pytest.mark.parametrize("kind", ["blackhole", "unreachable", "prohibit", "no default route"])
 def test_discard_routes_and_no_route_refuse_no_delivery(kind: str) -> None:
-    """The kernel routes what a node sends before NAT translates it: a pod behind such a route would never learn."""
+    """The kernel routes what a node sends before NAT translates it.
+
+    A pod behind such a route would never learn.
+    """
     with Cluster(invalid_drop=True) as cluster:
         for node in cluster.nodes:
             add_discard_route(node, kind)
         worst_case(cluster)
         for service in Cluster.SERVICES:
             assert cluster.download(service, deadline=1.5) == []
-        with daemons(cluster.nodes, "--iface", "eth0", "--peers", ALL_PEERS), Capture(cluster.fabric) as wire:
+        with (
+            daemons(cluster.nodes, "--iface", "eth0", "--peers", ALL_PEERS),
+            Capture(cluster.fabric) as wire,
+        ):
             for family, service in CASES:
                 cluster.flush()
                 assert len(cluster.download(service, family)) == 23, f"{service} over IPv{family}"
@@ -3834,7 +5324,9 @@ def test_discard_routes_and_no_route_refuse_no_delivery(kind: str) -> None:
                 before = results(cluster.nodes, family)
                 assert before["error"] == 0
                 assert before["owner"] > 2 * 20 and before["not_owner"] > 20
-                inject(cluster.router, family, flow_errors(family, "pod"))  # about flows that nobody has
+                inject(
+                    cluster.router, family, flow_errors(family, "pod")
+                )  # about flows that nobody has
                 refused = {**before, "not_owner": before["not_owner"] + 3 * ERRORS}
                 assert poll(lambda f=family, r=refused: results(cluster.nodes, f) == r, 5)  # type: ignore[misc]
                 assert service_packets(wire, family) == []
@@ -3842,7 +5334,10 @@ def test_discard_routes_and_no_route_refuse_no_delivery(kind: str) -> None:
 
 @pytest.mark.parametrize("place", ["eth0", "lo", "a socket bound to eth0"])
 def test_wherever_the_service_address_is(place: str) -> None:
-    """On a NIC, on lo, and for a socket that takes only what comes in on its device: it does come in there."""
+    """On a NIC, on lo, and for a socket that takes only what comes in on its device.
+
+    It does come in there.
+    """
     with Cluster() as cluster:
         port = PORT
         for node in cluster.nodes:
@@ -3850,9 +5345,19 @@ def test_wherever_the_service_address_is(place: str) -> None:
                 node.ip("addr del 10.96.0.1/32 dev lo", "addr add 10.96.0.1/32 dev eth0")
             if place == "a socket bound to eth0":
                 port = 81
-                node.start(sys.executable, "-ISc", BOUND_SERVER, "81", str(DOWNLOAD_BYTES)).wait_for("listening")
+                node.start(
+                    sys.executable, "-ISc", BOUND_SERVER, "81", str(DOWNLOAD_BYTES)
+                ).wait_for("listening")
         worst_case(cluster)
-        command = (sys.executable, "-ISc", CLIENT, cluster.vip("host"), str(port), str(DOWNLOAD_BYTES), "2.5")
+        command = (
+            sys.executable,
+            "-ISc",
+            CLIENT,
+            cluster.vip("host"),
+            str(port),
+            str(DOWNLOAD_BYTES),
+            "2.5",
+        )
         sources = [cluster.client_address(k) for k in range(1, 24)]
         assert json.loads(cluster.client.run(*command, *sources)) == []
         cluster.flush()
@@ -3863,19 +5368,41 @@ def test_wherever_the_service_address_is(place: str) -> None:
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("conntrack", [True, False])
 def test_a_service_address_that_is_routed_to_a_pod(conntrack: bool, family: int) -> None:
-    """Without translation the pod has the service address itself; with and without connection tracking."""
+    """Without translation the pod has the service address itself.
+
+    With and without connection tracking.
+    """
     with Cluster(conntrack=conntrack) as cluster:
         for i, node in enumerate(cluster.nodes, 1):
             pod = cluster.host(f"routed{i}")
             cluster.link(node, pod, names=("routed", "eth0"))
-            node.ip(f"addr add 10.245.{i}.1/24 dev routed", f"addr add fd45:{i}::1/64 dev routed",
-                    f"route add 10.96.0.7 via 10.245.{i}.2", f"route add fd96::7 via fd45:{i}::2")  # fmt: skip
-            pod.ip(f"addr add 10.245.{i}.2/24 dev eth0", f"addr add fd45:{i}::2/64 dev eth0",
-                   "addr add 10.96.0.7/32 dev lo", "addr add fd96::7/128 dev lo",
-                   f"route add default via 10.245.{i}.1", f"route add ::/0 via fd45:{i}::1")  # fmt: skip
-            pod.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES)).wait_for("listening")
-        command = [sys.executable, "-ISc", CLIENT, {4: "10.96.0.7", 6: "fd96::7"}[family], str(PORT),
-                   str(DOWNLOAD_BYTES), "2.5", *(cluster.client_address(k, family) for k in range(1, 24))]  # fmt: skip
+            node.ip(
+                f"addr add 10.245.{i}.1/24 dev routed",
+                f"addr add fd45:{i}::1/64 dev routed",
+                f"route add 10.96.0.7 via 10.245.{i}.2",
+                f"route add fd96::7 via fd45:{i}::2",
+            )
+            pod.ip(
+                f"addr add 10.245.{i}.2/24 dev eth0",
+                f"addr add fd45:{i}::2/64 dev eth0",
+                "addr add 10.96.0.7/32 dev lo",
+                "addr add fd96::7/128 dev lo",
+                f"route add default via 10.245.{i}.1",
+                f"route add ::/0 via fd45:{i}::1",
+            )
+            pod.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES)).wait_for(
+                "listening"
+            )
+        command = [
+            sys.executable,
+            "-ISc",
+            CLIENT,
+            {4: "10.96.0.7", 6: "fd96::7"}[family],
+            str(PORT),
+            str(DOWNLOAD_BYTES),
+            "2.5",
+            *(cluster.client_address(k, family) for k in range(1, 24)),
+        ]
         assert len(json.loads(cluster.client.run(*command))) < 20
         with daemons(cluster.nodes, "--peers", ALL_PEERS), Capture(cluster.fabric) as wire:
             for pod in cluster.hosts[-3:]:
@@ -3892,9 +5419,14 @@ def test_pods_whose_source_is_translated_to_an_address_on_no_interface(discard: 
         for i, node in enumerate(cluster.nodes, 1):
             egress = f"10.96.0.{50 + i}"
             cluster.fabric.ip(f"route add {egress} via {cluster.node_address(i)}")
-            node.run("nft", "-f", "-", input="table ip egress {\nchain out {\n"
-                     "type nat hook postrouting priority srcnat - 1;\n"
-                     f"ip saddr {pod_address(i)} ip daddr 10.9.0.0/24 snat to {egress}\n}}\n}}\n")  # fmt: skip
+            node.run(
+                "nft",
+                "-f",
+                "-",
+                input="table ip egress {\nchain out {\n"
+                "type nat hook postrouting priority srcnat - 1;\n"
+                f"ip saddr {pod_address(i)} ip daddr 10.9.0.0/24 snat to {egress}\n}}\n}}\n",
+            )
             if discard:
                 add_discard_route(node, "blackhole")
         cluster.client.start(sys.executable, "-ISc", DOWNLOADS_TAKEN).wait_for("listening")
@@ -3902,8 +5434,11 @@ def test_pods_whose_source_is_translated_to_an_address_on_no_interface(discard: 
 
         def uploads() -> int:
             argv = (sys.executable, "-ISc", UPLOAD)
-            running = [pod.start(*argv, cluster.client_address(k), "8080", "3")
-                       for k in range(1, 9) for pod in cluster.pods]  # fmt: skip
+            running = [
+                pod.start(*argv, cluster.client_address(k), "8080", "3")
+                for k in range(1, 9)
+                for pod in cluster.pods
+            ]
             poll(lambda: all(process.returncode() is not None for process in running), 8)
             return sum("done" in process.output() for process in running)
 
@@ -3920,7 +5455,10 @@ def pod_address(i: int) -> str:
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
-    """Internal addresses on an interface of their own: copies are heard there, without any option; routers are not."""
+    """Internal addresses on an interface of their own.
+
+    Copies are heard there, without any option; routers are not.
+    """
     worst_case(cluster)
     with daemons(cluster.nodes, "--peers", MANAGEMENT_PEERS[family]):
         for service in Cluster.SERVICES:
@@ -3931,8 +5469,10 @@ def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
         stranger = {4: "172.20.20.99", 6: "fd20::99"}[family]
         for node in cluster.nodes:
             cluster.mgmt.ip(f"addr replace {stranger}/{24 if family == 4 else 64} dev mgmt")
-            cluster.mgmt.ip(f"route replace {cluster.vip('host', family)} via "
-                            f"{MANAGEMENT_PEERS[family].split(',')[cluster.nodes.index(node)]}")  # fmt: skip
+            cluster.mgmt.ip(
+                f"route replace {cluster.vip('host', family)} via "
+                f"{MANAGEMENT_PEERS[family].split(',')[cluster.nodes.index(node)]}"
+            )
             inject(cluster.mgmt, family, flow_errors(family, "host", src=stranger))
         time.sleep(2 * pmtud.Nflog.GATHER_SECONDS)
         assert sum(sum(row.values()) for row in map(received_by_origin, cluster.nodes)) == before
@@ -3942,17 +5482,22 @@ def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
 def received_by_origin(host: Host) -> dict[str, int]:
     """Errors that a host's daemon took from NFLOG, by who sent them."""
     samples = metrics(host)
-    return {origin: sum(int(value) for name, value in samples.items()
-                        if name.startswith("pmtud_received_total") and origin in name)
-            for origin in pmtud.ORIGINS}  # fmt: skip
+    return {
+        origin: sum(
+            int(value)
+            for name, value in samples.items()
+            if name.startswith("pmtud_received_total") and origin in name
+        )
+        for origin in pmtud.ORIGINS
+    }
 
 
 FILTERS_LOADED_LATER = {
     "nft raw": "nft add table ip late; nft add chain ip late pre '{ type filter hook prerouting priority raw; }'; "
-               "nft add rule ip late pre fib saddr . iif oif 0 drop",
+    "nft add rule ip late pre fib saddr . iif oif 0 drop",
     "iptables-nft": "iptables-nft -t raw -A PREROUTING -m rpfilter --invert -j DROP",
     "iptables-legacy": "iptables-legacy -t raw -A PREROUTING -m rpfilter --invert -j DROP",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("tool", FILTERS_LOADED_LATER)
@@ -3971,16 +5516,29 @@ def test_a_reverse_path_filter_loaded_after_us_drops_nothing_before_us(tool: str
 
 
 def drop_invalid_forwards(node: Host) -> None:
-    """What kube-proxy does, too: an error about another node's flow is not routed back to the fabric."""
-    node.run("nft", "-f", "-", input="table inet invalid {\nchain forward {\n"
-             "type filter hook forward priority filter;\nct state invalid drop\n}\n}\n")  # fmt: skip
+    """What kube-proxy does, too.
+
+    An error about another node's flow is not routed back to the fabric.
+    """
+    node.run(
+        "nft",
+        "-f",
+        "-",
+        input="table inet invalid {\nchain forward {\n"
+        "type filter hook forward priority filter;\nct state invalid drop\n}\n}\n",
+    )
 
 
 def mark_icmp(node: Host, priority: str) -> None:
     """Traffic shaping that marks ICMP in OUTPUT."""
-    node.run("nft", "-f", "-", input="table inet shaping {\nchain out {\n"
-             f"type filter hook output priority {priority};\n"
-             "meta l4proto { icmp, ipv6-icmp } meta mark set 1\n}\n}\n")  # fmt: skip
+    node.run(
+        "nft",
+        "-f",
+        "-",
+        input="table inet shaping {\nchain out {\n"
+        f"type filter hook output priority {priority};\n"
+        "meta l4proto { icmp, ipv6-icmp } meta mark set 1\n}\n}\n",
+    )
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -4002,11 +5560,17 @@ def test_a_mark_overwritten_after_us_lets_nothing_out(family: int) -> None:
 
 
 def test_a_mark_overwritten_before_the_guard_is_noticed() -> None:
-    """Earlier than conntrack nobody can guard: deliveries to pods end, own addresses are served, the log says why."""
+    """Earlier than conntrack nobody can guard.
+
+    Deliveries to pods end, own addresses are served, the log says why.
+    """
     with Cluster() as cluster:
         for node in cluster.nodes:
             drop_invalid_forwards(node)
-        with quick_daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes, Capture(cluster.fabric) as wire:
+        with (
+            quick_daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes,
+            Capture(cluster.fabric) as wire,
+        ):
             for node in cluster.nodes:
                 mark_icmp(node, "raw")
             for process in processes:
@@ -4021,31 +5585,58 @@ def test_a_mark_overwritten_before_the_guard_is_noticed() -> None:
             assert poll(lambda: all(map(is_ready, cluster.nodes)), 5)
             cluster.flush()
             assert len(cluster.download("pod")) == 23
-            assert [process.output().count("overruled") for process in processes] == [2, 2, 2]  # once a family
+            assert [process.output().count("overruled") for process in processes] == [
+                2,
+                2,
+                2,
+            ]  # once a family
 
 
 def test_a_delivery_that_the_stack_refuses_is_said_once(cluster: Cluster) -> None:
-    """A pod that cannot be reached after translation: an operator's problem, in the log and in the metrics."""
+    """A pod that cannot be reached after translation.
+
+    An operator's problem, in the log and in the metrics.
+    """
     with daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes:
-        cluster.client.run("bash", "-c", "for i in 1 2 3 4 5 6; do echo > /dev/udp/10.96.0.2/80; done")
+        cluster.client.run(
+            "bash", "-c", "for i in 1 2 3 4 5 6; do echo > /dev/udp/10.96.0.2/80; done"
+        )
         for i, node in enumerate(cluster.nodes, 1):
             node.ip(f"route add prohibit {pod_address(i)}")
         try:
-            tracked = [node.run("conntrack", "-L", "-p", "udp", "-d", "10.96.0.2") for node in cluster.nodes]
+            tracked = [
+                node.run("conntrack", "-L", "-p", "udp", "-d", "10.96.0.2")
+                for node in cluster.nodes
+            ]
             ports = [re.findall(r"dst=10.96.0.2 sport=(\d+)", text) for text in tracked]
             assert sum(map(len, ports)) == 6
             for port in (port for found in ports for port in found):
                 udp = struct.pack("!HHHH", 80, int(port), 1480, 0)
                 vip = cluster.vip("pod")
-                inject(cluster.router, 4, [mtu_error(V4, src="10.8.0.1", dst=vip, quoted_src=vip, protocol=17,
-                                                     quoted_dst=cluster.client_address(1), transport=udp)])  # fmt: skip
-            assert poll(lambda: results(cluster.nodes, 4)["error"] == 6, 3), results(cluster.nodes, 4)
+                inject(
+                    cluster.router,
+                    4,
+                    [
+                        mtu_error(
+                            V4,
+                            src="10.8.0.1",
+                            dst=vip,
+                            quoted_src=vip,
+                            protocol=17,
+                            quoted_dst=cluster.client_address(1),
+                            transport=udp,
+                        )
+                    ],
+                )
+            assert poll(lambda: results(cluster.nodes, 4)["error"] == 6, 3), results(
+                cluster.nodes, 4
+            )
         finally:
             for i, node in enumerate(cluster.nodes, 1):
                 node.ip(f"route del prohibit {pod_address(i)}")
         said = [process.output().count("stack refuses a delivery") for process in processes]
         assert said == [int(bool(found)) for found in ports]
-        assert any("problem=\"Permission denied\"" in process.output() for process in processes)
+        assert any('problem="Permission denied"' in process.output() for process in processes)
 
 
 def test_lo_that_is_down(node: Host) -> None:
@@ -4063,10 +5654,18 @@ def test_lo_that_is_down(node: Host) -> None:
 def test_a_rule_that_drops_deliveries_in_output(node: Host, family: int) -> None:
     """To the daemon it looks like another node's flow; check tells the difference."""
     table = f"inet firewall{family}"
-    node.run("nft", "-f", "-", input=f"table {table} {{\nchain out {{\ntype filter hook output priority 0;\n"
-             f"meta l4proto {'icmp' if family == 4 else 'ipv6-icmp'} drop\n}}\n}}\n")  # fmt: skip
+    node.run(
+        "nft",
+        "-f",
+        "-",
+        input=f"table {table} {{\nchain out {{\ntype filter hook output priority 0;\n"
+        f"meta l4proto {'icmp' if family == 4 else 'ipv6-icmp'} drop\n}}\n}}\n",
+    )
     found = diagnose(node).of("delivery")
-    assert found["status"] == "FAIL" and f"drops ipv{family} errors that pmtud delivers" in found["found"]
+    assert (
+        found["status"] == "FAIL"
+        and f"drops ipv{family} errors that pmtud delivers" in found["found"]
+    )
     node.run("nft", "delete", "table", *table.split())
     assert diagnose(node).of("delivery")["status"] == "OK"
 
@@ -4079,8 +5678,13 @@ SEED_RULE = "-t raw -A PREROUTING -i eth0 -p icmp -m icmp --icmp-type 3/4 -j NFL
 
 def feed_by_nft(node: Host) -> None:
     """The operator's own rule, nftables."""
-    node.run("nft", "-f", "-", input="table ip operator { chain raw { type filter hook prerouting priority raw; "
-             'iifname "eth0" icmp type destination-unreachable icmp code frag-needed log group 33; }; }')  # fmt: skip
+    node.run(
+        "nft",
+        "-f",
+        "-",
+        input="table ip operator { chain raw { type filter hook prerouting priority raw; "
+        'iifname "eth0" icmp type destination-unreachable icmp code frag-needed log group 33; }; }',
+    )
 
 
 FEEDS = {
@@ -4092,16 +5696,25 @@ FEEDS = {
 
 @pytest.mark.parametrize("tool", FEEDS)
 def test_rules_off_with_the_operators_own_rule(tool: str) -> None:
-    """The seed's one rule and no other option: every service is served, and our guard is the only thing beside it."""
+    """The seed's one rule and no other option.
+
+    Every service is served, and our guard is the only thing beside it.
+    """
     with Cluster() as cluster:
         for node in cluster.nodes:
             FEEDS[tool](node)
-        with daemons_keeping_rules(cluster, "--peers", PEER_LISTS[4], "--rules", "off") as processes:
+        with daemons_keeping_rules(
+            cluster, "--peers", PEER_LISTS[4], "--rules", "off"
+        ) as processes:
             assert "table inet pmtud_33_guard" in processes[0].output()
             with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
                 for service in Cluster.SERVICES:
                     assert len(cluster.download(service)) == 23
-                assert not [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
+                assert not [
+                    s
+                    for s in node_packets(wire.settle(), 4)
+                    if s.packet[16:19] == bytes([10, 96, 0])
+                ]
 
 
 NAME_TAKEN = """
@@ -4116,17 +5729,26 @@ time.sleep(60)
 
 
 def test_rules_off_where_no_guard_can_be_installed() -> None:
-    """Sockets on nodes are served; pods are not, nothing leaks to a VIP, and the log says what to do."""
+    """Sockets on nodes are served.
+
+    Pods are not, nothing leaks to a VIP, and the log says what to do.
+    """
     with Cluster() as cluster:
         for node in cluster.nodes:
             feed_by_nft(node)
-            node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for("up")
-        processes = [daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes]
+            node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for(
+                "up"
+            )
+        processes = [
+            daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes
+        ]
         assert len(cluster.download("host")) == 23
         # with this the operator guards, but the daemon has not looked again yet
         with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
             assert len(cluster.download("pod", deadline=1.0)) < 20
-            leaked = [s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])]
+            leaked = [
+                s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])
+            ]
         assert not leaked
         for process in processes:
             assert process.stop() == 0
@@ -4152,7 +5774,10 @@ def daemons_keeping_rules(cluster: Cluster, *options: str) -> Iterator[list[Proc
 @pytest.mark.parametrize("tool", ["nft", "iptables-nft", "iptables-legacy"])
 @pytest.mark.parametrize("family", [4, 6])
 def test_printed_rules_do_what_the_daemons_own_do(tool: str, family: int) -> None:
-    """`pmtud.py rules`, pasted: with --rules off everything works, the rescue from strict RPF included."""
+    """`pmtud.py rules`, pasted.
+
+    With --rules off everything works, the rescue from strict RPF included.
+    """
     with Cluster() as cluster:
         for node in cluster.nodes:
             paste_rules(node, tool)
@@ -4181,13 +5806,22 @@ def paste_rules(node: Host, tool: str) -> None:
 
 
 def test_installed_rules_are_the_printed_rules(cluster: Cluster) -> None:
-    """What the daemon installs over netlink lists exactly as the printed text does once loaded by nft."""
+    """What the daemon installs over netlink lists exactly as the printed text does once loaded by
+    nft.
+    """
     node = cluster.nodes[0]
     node.run("ping", "-c1", "127.0.0.1")  # so that conntrack is in use
-    options = ("--peers", "10.0.0.12,fd00::12,10.0.0.255,ff02::7074%eth0", "--ignore-networks", "10.7.0.0/16,fd07::/64")
+    options = (
+        "--peers",
+        "10.0.0.12,fd00::12,10.0.0.255,ff02::7074%eth0",
+        "--ignore-networks",
+        "10.7.0.0/16,fd07::/64",
+    )
     with daemons([node], *options):
         installed = node.run("nft", "list", "table", "inet", "pmtud_33")
-        printed = node.run(sys.executable, str(PROGRAM), "rules", *options).partition("# or iptables")[0]
+        printed = node.run(sys.executable, str(PROGRAM), "rules", *options).partition(
+            "# or iptables"
+        )[0]
     node.run("nft", "-f", "-", input=printed)
     loaded = node.run("nft", "list", "table", "inet", "pmtud_33")
     node.run("nft", "delete", "table", "inet", "pmtud_33")
@@ -4232,7 +5866,9 @@ def cluster_of_its_own() -> Iterator[Cluster]:
 
 
 def test_table_without_ownership_is_replaced_and_removed(cluster_of_its_own: Cluster) -> None:
-    """Kernels before 5.12: what SIGKILL leaves behind is replaced by the next start and removed by its end."""
+    """Kernels before 5.12: what SIGKILL leaves behind is replaced by the next start and removed by
+    its end.
+    """
     node = cluster_of_its_own.nodes[0]
     env = {"PYTHONPATH": str(HERE)}
     killed = node.start(sys.executable, "-c", OLD_KERNEL, "wait", env=env)
@@ -4244,7 +5880,9 @@ def test_table_without_ownership_is_replaced_and_removed(cluster_of_its_own: Clu
     again.wait_for("up False")
     assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
     again.stop(signal.SIGKILL)
-    with daemons([node]):  # its own, owned table takes the place of the stale one, and daemons() sees it go
+    with daemons(
+        [node]
+    ):  # its own, owned table takes the place of the stale one, and daemons() sees it go
         assert "flags owner" in node.run("nft", "list", "table", "inet", "pmtud_33")
     node.run("nft", "flush", "ruleset")
     flushed = node.start(sys.executable, "-c", FLUSHED, env=env)
@@ -4290,7 +5928,10 @@ def as_init(host: Host, *options: str, env: dict[str, str] | None = None) -> tup
 
 
 def handles_sigterm(pid: int) -> bool:
-    """Whether a process has a handler for it: without one the kernel drops what process 1 is sent."""
+    """Whether a process has a handler for it.
+
+    Without one the kernel drops what process 1 is sent.
+    """
     (mask,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(mask, 16) >> signal.SIGTERM - 1 & 1)
 
@@ -4330,10 +5971,14 @@ def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Pa
             os.kill(pid, number)
 
 
-@pytest.mark.parametrize("command,code", [
-    ("run", 0), ("check", -signal.SIGTERM), ("rules", -signal.SIGTERM)])  # fmt: skip
+@pytest.mark.parametrize(
+    "command,code", [("run", 0), ("check", -signal.SIGTERM), ("rules", -signal.SIGTERM)]
+)
 def test_signals_before_the_command_is_known(command: str, code: int, tmp_path: Path) -> None:
-    """SIGHUP, then SIGTERM, while modules are imported; an interrupted doctor never says "all well"."""
+    """SIGHUP, then SIGTERM, while modules are imported.
+
+    An interrupted doctor never says "all well".
+    """
     loading = tmp_path / "loading"
     (tmp_path / "argparse.py").write_text(SLOW_IMPORT.format(str(loading)))
     with Net() as net:
@@ -4358,8 +6003,9 @@ def test_sigkill_leaves_nothing(cluster: Cluster) -> None:
         pass
 
 
-def run_to_end(host: Host, *options: str, python: Sequence[str] = (sys.executable,),
-               program: Path = PROGRAM) -> tuple[int, str]:  # fmt: skip
+def run_to_end(
+    host: Host, *options: str, python: Sequence[str] = (sys.executable,), program: Path = PROGRAM
+) -> tuple[int, str]:
     """Exit code and whole output of a program run that ends by itself."""
     process = host.start(*python, str(program), *options)
     assert poll(lambda: process.returncode() is not None, 10), process.output()
@@ -4377,11 +6023,14 @@ def test_second_daemon_names_the_first(cluster: Cluster) -> None:
             assert run_to_end(node, "--nflog-group", "34") == (1, line.format(other.pid))
 
 
-@pytest.mark.parametrize("start", [
-    (sys.executable, "-c", "import pmtud, sys; sys.exit(pmtud.main())", "--rules", "off"),
-    (sys.executable, "-m", "pmtud", "--rules", "off"),
-    (sys.executable, "-m", "pmtud"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "start",
+    [
+        (sys.executable, "-c", "import pmtud, sys; sys.exit(pmtud.main())", "--rules", "off"),
+        (sys.executable, "-m", "pmtud", "--rules", "off"),
+        (sys.executable, "-m", "pmtud"),
+    ],
+)
 def test_second_daemon_knows_the_first_however_that_was_started(
     cluster: Cluster, start: tuple[str, ...]
 ) -> None:
@@ -4427,8 +6076,11 @@ START_FAILURES = [
     (["--iface", "eth7"], 2, "--iface: there is no interface eth7; there are lo"),
     (["--peers", "file:/nonexistent"], 2, "peers: file:/nonexistent: No such file or directory"),
     (["--no-rescue"], 2, "--no-rescue without --peers leaves nothing to do; give --peers"),
-    (["--iface", "lo", "--peers", "10.0.0.12,kube:nodes"], 2,
-     "peers: kube:nodes: KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster"),
+    (
+        ["--iface", "lo", "--peers", "10.0.0.12,kube:nodes"],
+        2,
+        "peers: kube:nodes: KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster",
+    ),
     ([], 1, "there is no default route; name the interface errors come in on with --iface"),
 ]
 
@@ -4443,24 +6095,37 @@ def test_start_failures_are_one_line(options: list[str], code: int, text: str) -
 @pytest.mark.parametrize("limit", [7, 9, 11])
 def test_too_few_file_descriptors_is_one_line(limit: int) -> None:
     with Net() as net:
-        process = net.host("bare").start("sh", "-c", f"ulimit -n {limit}; exec {sys.executable} {SCRIPT} --iface lo")
+        process = net.host("bare").start(
+            "sh", "-c", f"ulimit -n {limit}; exec {sys.executable} {SCRIPT} --iface lo"
+        )
         assert poll(lambda: process.returncode() is not None, 10)
         assert process.returncode() == 1
-        assert re.fullmatch("pmtud: .*(Too many open files).*\n", process.output()), process.output()
+        assert re.fullmatch("pmtud: .*(Too many open files).*\n", process.output()), (
+            process.output()
+        )
 
 
 def test_a_bridge_port_is_pointed_out() -> None:
     """Its packets come in on the bridge as far as the rules can see."""
     with Net() as net:
         node = net.host("bare")
-        node.ip("link add br0 type bridge", "link add eth0 type veth peer name far", "link set eth0 master br0 up")
+        node.ip(
+            "link add br0 type bridge",
+            "link add eth0 type veth peer name far",
+            "link set eth0 master br0 up",
+        )
         process = node.start(sys.executable, SCRIPT, "--iface", "eth0", "--metrics-port", "0")
-        process.wait_for("eth0 belongs to a bridge or bond: errors come in on that one; name it with --iface")
+        process.wait_for(
+            "eth0 belongs to a bridge or bond: errors come in on that one; name it with --iface"
+        )
         assert process.stop() == 0
 
 
 def test_who_the_process_says_it_is(cluster: Cluster) -> None:
-    """The name `pmtud` in ps, ss and nft, every thread's too; the command line and process id it was started with."""
+    """The name `pmtud` in ps, ss and nft, every thread's too.
+
+    The command line and process id it was started with.
+    """
     node = cluster.nodes[0]
     command = [sys.executable, "-Werror", str(PROGRAM), "--peers", "localhost,10.0.0.12"]
     process = node.start(*command)
@@ -4502,7 +6167,10 @@ class NotifySocket:
 
 
 def test_what_the_service_manager_is_told(cluster: Cluster, tmp_path: Path) -> None:
-    """READY once, STATUS on each change, a reload as systemd wants it, STOPPING; a path and an abstract address."""
+    """READY once, STATUS on each change, a reload as systemd wants it, STOPPING.
+
+    A path and an abstract address.
+    """
     node, path = cluster.nodes[0], tmp_path / "peers"
     for address in (str(tmp_path / "notify"), f"@pmtud-test-{os.getpid()}"):
         path.write_text("10.0.0.12\n10.0.0.13\n")
@@ -4521,20 +6189,32 @@ def test_what_the_service_manager_is_told(cluster: Cluster, tmp_path: Path) -> N
             assert poll(lambda: manager.count("READY=1") == 2, 5)
             (reloading, stamp), ready = manager.told()[-2:]
             assert (reloading, ready[0]) == ("RELOADING=1", "READY=1")
-            assert before <= int(stamp.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
+            assert (
+                before <= int(stamp.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
+            )
             assert process.stop() == 0
             assert manager.told()[-1] == ["STOPPING=1"]
             assert manager.count("WATCHDOG=1") == 0
 
 
 def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> None:
-    """WATCHDOG=1 at half the time systemd waits, from the loop itself: none while it hangs, though threads live."""
+    """WATCHDOG=1 at half the time systemd waits, from the loop itself.
+
+    None while it hangs, though threads live.
+    """
     node, address = cluster.nodes[0], str(tmp_path / "notify")
-    hang = "import pmtud, sys, time, os; turn = pmtud.Service._tick\n" \
-           "def tick(self, now):\n    turn(self, now)\n    if os.path.exists(sys.argv[1]):\n" \
-           "        print('hanging', flush=True)\n        time.sleep(600)\n" \
-           "pmtud.Service._tick = tick; sys.exit(pmtud.main([]))"
-    command = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n{hang}", str(tmp_path / "hang"))
+    hang = (
+        "import pmtud, sys, time, os; turn = pmtud.Service._tick\n"
+        "def tick(self, now):\n    turn(self, now)\n    if os.path.exists(sys.argv[1]):\n"
+        "        print('hanging', flush=True)\n        time.sleep(600)\n"
+        "pmtud.Service._tick = tick; sys.exit(pmtud.main([]))"
+    )
+    command = (
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n{hang}",
+        str(tmp_path / "hang"),
+    )
     with contextlib.closing(NotifySocket(address)) as manager:
         process = node.start(*command, env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"})
         process.wait_for("limits:")
@@ -4558,17 +6238,26 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
         count = manager.count("WATCHDOG=1")
         time.sleep(0.6)
         assert manager.count("WATCHDOG=1") == count
-        assert get(node, "/metrics")[0] == "200"  # a thread that answered for the loop would be wrong
+        assert (
+            get(node, "/metrics")[0] == "200"
+        )  # a thread that answered for the loop would be wrong
         process.close()
-        other = node.start(*command[:-1], "none", env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000",
-                                                       "WATCHDOG_PID": "1"})  # fmt: skip
+        other = node.start(
+            *command[:-1],
+            "none",
+            env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000", "WATCHDOG_PID": "1"},
+        )
         other.wait_for("limits:")
         time.sleep(0.5)
         assert (manager.count("WATCHDOG=1"), other.stop()) == (count, 0)
 
 
-def test_a_service_manager_that_is_gone_is_nobodys_problem(cluster: Cluster, tmp_path: Path) -> None:
-    process = cluster.nodes[0].start(sys.executable, str(PROGRAM), env={"NOTIFY_SOCKET": f"{tmp_path}/none"})
+def test_a_service_manager_that_is_gone_is_nobodys_problem(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    process = cluster.nodes[0].start(
+        sys.executable, str(PROGRAM), env={"NOTIFY_SOCKET": f"{tmp_path}/none"}
+    )
     process.wait_for("limits:")
     assert process.stop() == 0
 
@@ -4579,12 +6268,15 @@ UNIT = HERE / "pmtud.service"
 @pytest.mark.parametrize("verb", [("verify",), ("security", "--offline=true", "--threshold=15")])
 def test_unit_is_clean_and_tight(verb: tuple[str, ...], tmp_path: Path) -> None:
     """systemd's own judgement: nothing to complain about, exposure 1.5 or lower."""
-    done = subprocess.run(["systemd-analyze", *verb, str(UNIT)], text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        ["systemd-analyze", *verb, str(UNIT)], text=True, capture_output=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout[-500:] + done.stderr
 
 
-# A container around systemd: an overlay of this machine whose changes go when it does, no unit but ours, and a control
-# group of its own, so that the manager finds no process of this machine in its tree.
+# A container around systemd: an overlay of this machine whose changes go when it does, no unit but
+# ours, and a control group of its own, so that the manager finds no process of this machine in its
+# tree.
 BOOT = r"""
 set -eu
 base=$1 console=$2 group=$3
@@ -4634,11 +6326,25 @@ class Booted:
         self._folder.mkdir()
         (folder / "pmtud").write_text(options)
         # two seconds instead of 20 and 2, and a log that can be read without a journal
-        (narrowed,) = re.findall(r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)  # the README's own drop-in
-        (folder / "test.conf").write_text(narrowed + "WatchdogSec=2\nRestartSec=0\nStandardError=append:/run/log\n")
+        (narrowed,) = re.findall(
+            r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+        )  # the README's own drop-in
+        (folder / "test.conf").write_text(
+            narrowed + "WatchdogSec=2\nRestartSec=0\nStandardError=append:/run/log\n"
+        )
         files = [str(path) for path in (PROGRAM, UNIT, folder / "test.conf", folder / "pmtud")]
-        self.process = host.start("unshare", "--mount", "sh", "-c", BOOT, "boot", str(self._folder),
-                                  os.ttyname(self._slave), self._group, *files)  # fmt: skip
+        self.process = host.start(
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            BOOT,
+            "boot",
+            str(self._folder),
+            os.ttyname(self._slave),
+            self._group,
+            *files,
+        )
 
     def manager(self) -> int:
         """The process id of systemd, 0 before it is there."""
@@ -4652,8 +6358,16 @@ class Booted:
 
     def systemctl(self, *words: str) -> str:
         """What systemctl, run in there, prints."""
-        return execute("nsenter", f"--target={self.manager()}", "--mount", "--pid", "--root", "systemctl", *words,
-                       check=False)  # fmt: skip
+        return execute(
+            "nsenter",
+            f"--target={self.manager()}",
+            "--mount",
+            "--pid",
+            "--root",
+            "systemctl",
+            *words,
+            check=False,
+        )
 
     def show(self, key: str) -> str:
         """A property of the service."""
@@ -4665,7 +6379,14 @@ class Booted:
 
     def daemon(self) -> int:
         """The daemon's process id as this machine counts."""
-        return next((pid for pid, line in self._processes("cmdline") if line.startswith("/usr/bin/python3")), 0)
+        return next(
+            (
+                pid
+                for pid, line in self._processes("cmdline")
+                if line.startswith("/usr/bin/python3")
+            ),
+            0,
+        )
 
     def close(self) -> None:
         """End it and remove its control group."""
@@ -4674,39 +6395,66 @@ class Booted:
         self.process.close()
         for descriptor in (self._terminal, self._slave):
             os.close(descriptor)
-        program = ("mount -t cgroup2 cgroup2 $0; find $0/$1 -depth -type d -exec rmdir {} +")
-        poll(lambda: not execute("unshare", "--mount", "sh", "-c", program + " 2>&1", str(self._folder), self._group,
-                                 check=False), 5)  # fmt: skip
+        program = "mount -t cgroup2 cgroup2 $0; find $0/$1 -depth -type d -exec rmdir {} +"
+        poll(
+            lambda: (
+                not execute(
+                    "unshare",
+                    "--mount",
+                    "sh",
+                    "-c",
+                    program + " 2>&1",
+                    str(self._folder),
+                    self._group,
+                    check=False,
+                )
+            ),
+            5,
+        )
 
 
 def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
-    """The unit as it is, under a real systemd: capabilities, system call filter and all; reload, watchdog, stop."""
+    """The unit as it is, under a real systemd.
+
+    Capabilities, system call filter and all; reload, watchdog, stop.
+    """
     node = cluster.nodes[0]
     with contextlib.closing(Booted(node, tmp_path, f"PMTUD_PEERS={ALL_PEERS}\n")) as booted:
         assert poll(booted.manager, 10), booted.process.output()
-        assert poll(lambda: booted.show("ActiveState") == "active", 15), booted.systemctl("status", "pmtud")
+        assert poll(lambda: booted.show("ActiveState") == "active", 15), booted.systemctl(
+            "status", "pmtud"
+        )
         assert booted.show("StatusText") == "4 peers, 0 errors, 0 copies"
         (allowed,) = re.findall(r"^IPAddressAllow=localhost (.+)$", README, re.MULTILINE)
-        assert sorted(booted.show("IPAddressAllow").split()) == sorted(["127.0.0.0/8", "::1/128", *allowed.split()])
+        assert sorted(booted.show("IPAddressAllow").split()) == sorted(
+            ["127.0.0.0/8", "::1/128", *allowed.split()]
+        )
         status = Path(f"/proc/{booted.daemon()}/status").read_text()
         assert status.startswith("Name:\tpmtud\n")
         fields = dict(re.findall(r"(\w+):\s+(.+)", status))
         assert {key: fields[f"Cap{key}"] for key in ("Prm", "Eff", "Bnd")} == dict.fromkeys(
-            ("Prm", "Eff", "Bnd"), "0000000000003000")  # fmt: skip
+            ("Prm", "Eff", "Bnd"), "0000000000003000"
+        )
         assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
         assert int(fields["Uid"].split()[0]) >= 61184  # a dynamic user
         with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
             for family, service in CASES:
                 assert len(cluster.download(service, family)) == 23, booted.log()
         assert get(node, "/readyz") == ("200", "ok\n")
-        assert "WARNING" not in booted.log().replace("WARNING running without metrics: prometheus-client", "")
+        assert "WARNING" not in booted.log().replace(
+            "WARNING running without metrics: prometheus-client", ""
+        )
         booted.systemctl("reload", "pmtud")
-        assert poll(lambda: "SIGHUP: nothing to read again, no peer source is in use" in booted.log(), 5)
+        assert poll(
+            lambda: "SIGHUP: nothing to read again, no peer source is in use" in booted.log(), 5
+        )
         assert booted.show("ActiveState") == "active"
         first = booted.daemon()
         os.kill(first, signal.SIGSTOP)
         assert poll(lambda: booted.show("NRestarts") == "1", 15)
-        assert poll(lambda: booted.show("ActiveState") == "active" and booted.daemon() not in (0, first), 10)
+        assert poll(
+            lambda: booted.show("ActiveState") == "active" and booted.daemon() not in (0, first), 10
+        )
         booted.systemctl("stop", "pmtud")
         assert (booted.show("ActiveState"), booted.show("ExecMainStatus")) == ("inactive", "0")
         assert "pmtud" not in node.run("nft", "list", "tables")
@@ -4717,11 +6465,15 @@ def test_under_systemd_what_comes_late_is_waited_for(cluster: Cluster, tmp_path:
     node = cluster.nodes[0]
     with contextlib.closing(Booted(node, tmp_path, "PMTUD_IFACE=late0\n")) as booted:
         assert poll(booted.manager, 10), booted.process.output()
-        assert poll(lambda: int(booted.show("NRestarts") or 0) >= 2, 15), booted.systemctl("status", "pmtud")
+        assert poll(lambda: int(booted.show("NRestarts") or 0) >= 2, 15), booted.systemctl(
+            "status", "pmtud"
+        )
         assert "--iface: there is no interface late0" in booted.log()
         node.ip("link add late0 type veth peer name late1")
         try:
-            assert poll(lambda: booted.show("ActiveState") == "active", 15), booted.systemctl("status", "pmtud")
+            assert poll(lambda: booted.show("ActiveState") == "active", 15), booted.systemctl(
+                "status", "pmtud"
+            )
             booted.systemctl("stop", "pmtud")
         finally:
             node.ip("link del late0")
@@ -4733,7 +6485,10 @@ MANIFEST = (HERE / "daemonset.yaml").read_text()
 
 
 def uncommented(document: str) -> str:
-    """What an editor makes of a document of comments: every line without its `# `, up to the next one's heading."""
+    """What an editor makes of a document of comments.
+
+    Every line without its `# `, up to the next one's heading.
+    """
     return re.sub(r"^# ", "", document.partition("\n\n")[0], flags=re.MULTILINE)
 
 
@@ -4750,25 +6505,43 @@ def by_kind(documents: str) -> dict[str, Any]:
 
 ACTIVE, PIP = by_kind(MANIFEST), by_kind(without_wheel())
 DOCUMENTS = re.sub("^#pip .*\n", "", MANIFEST, flags=re.MULTILINE).split("---\n")[1:]
-OPTIONAL = by_kind("---\n".join(uncommented(text) + "\n" for text in DOCUMENTS if not yaml.safe_load(text)))
+OPTIONAL = by_kind(
+    "---\n".join(uncommented(text) + "\n" for text in DOCUMENTS if not yaml.safe_load(text))
+)
 POD, PIP_POD = (kinds["DaemonSet"]["spec"]["template"]["spec"] for kinds in (ACTIVE, PIP))
 FIELDS = {"spec.nodeName": "worker-1", "status.hostIP": "10.0.0.11"}  # what a kubelet fills in
 
 
 def environment(container: dict[str, Any]) -> dict[str, str]:
     """What a container of the manifest is given."""
-    return {item["name"]: item["value"] if "value" in item else FIELDS[item["valueFrom"]["fieldRef"]["fieldPath"]]
-            for item in container["env"]}  # fmt: skip
+    return {
+        item["name"]: item["value"]
+        if "value" in item
+        else FIELDS[item["valueFrom"]["fieldRef"]["fieldPath"]]
+        for item in container["env"]
+    }
 
 
 def test_manifests_are_valid() -> None:
-    """Against the Kubernetes schemas, strictly: no field that does not exist. Two kinds are not Kubernetes' own."""
+    """Against the Kubernetes schemas, strictly.
+
+    No field that does not exist. Two kinds are not Kubernetes' own.
+    """
     assert set(ACTIVE) == {"Service", "ServiceAccount", "DaemonSet"} == set(PIP) - {"ConfigMap"}
-    assert set(OPTIONAL) == {"PodMonitor", "SecurityContextConstraints", "ClusterRole", "ClusterRoleBinding"}
+    assert set(OPTIONAL) == {
+        "PodMonitor",
+        "SecurityContextConstraints",
+        "ClusterRole",
+        "ClusterRoleBinding",
+    }
     for manifest in (*ACTIVE.values(), *PIP.values(), *OPTIONAL.values()):
         if manifest["kind"] not in ("PodMonitor", "SecurityContextConstraints"):
-            kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
-    broken = json.loads(json.dumps(ACTIVE["DaemonSet"]).replace("terminationGracePeriodSeconds", "gracePeriod"))
+            kubernetes_validate.validate(
+                manifest, kubernetes_validate.latest_version(), strict=True
+            )
+    broken = json.loads(
+        json.dumps(ACTIVE["DaemonSet"]).replace("terminationGracePeriodSeconds", "gracePeriod")
+    )
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, kubernetes_validate.latest_version(), strict=True)
 
@@ -4776,51 +6549,90 @@ def test_manifests_are_valid() -> None:
 def test_manifest_keeps_its_promises() -> None:
     labels = ACTIVE["DaemonSet"]["spec"]["template"]["metadata"]["labels"]
     selector = {"app.kubernetes.io/name": "pmtud"}
-    assert labels == ACTIVE["DaemonSet"]["metadata"]["labels"] == ACTIVE["Service"]["metadata"]["labels"]
+    assert (
+        labels
+        == ACTIVE["DaemonSet"]["metadata"]["labels"]
+        == ACTIVE["Service"]["metadata"]["labels"]
+    )
     assert labels["app.kubernetes.io/version"] == pmtud.__version__
-    assert ACTIVE["DaemonSet"]["spec"]["selector"]["matchLabels"] == selector == ACTIVE["Service"]["spec"]["selector"]
+    assert (
+        ACTIVE["DaemonSet"]["spec"]["selector"]["matchLabels"]
+        == selector
+        == ACTIVE["Service"]["spec"]["selector"]
+    )
     assert OPTIONAL["PodMonitor"]["spec"]["selector"]["matchLabels"] == selector
     assert ACTIVE["Service"]["spec"]["clusterIP"] == "None"
     assert ACTIVE["Service"]["spec"]["publishNotReadyAddresses"] is True
-    assert POD["automountServiceAccountToken"] is ACTIVE["ServiceAccount"]["automountServiceAccountToken"] is False
+    assert (
+        POD["automountServiceAccountToken"]
+        is ACTIVE["ServiceAccount"]["automountServiceAccountToken"]
+        is False
+    )
     assert (POD["hostNetwork"], POD["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
     assert POD["shareProcessNamespace"] is True
-    assert (POD["priorityClassName"], POD["tolerations"]) == ("system-node-critical", [{"operator": "Exists"}])
-    assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "10%"}
+    assert (POD["priorityClassName"], POD["tolerations"]) == (
+        "system-node-critical",
+        [{"operator": "Exists"}],
+    )
+    assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {
+        "maxUnavailable": "10%"
+    }
     assert POD["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
     assert "initContainers" not in POD
     for container in POD["containers"] + PIP_POD["containers"] + PIP_POD["initContainers"]:
         assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", container["image"])
         security = container["securityContext"]
-        assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (True, False)
+        assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (
+            True,
+            False,
+        )
         assert security["capabilities"]["drop"] == ["ALL"]
         assert {"memory"} == set(container["resources"]["limits"])
-    assert POD["containers"][0]["securityContext"]["capabilities"]["add"] == ["NET_ADMIN", "NET_RAW"]
+    assert POD["containers"][0]["securityContext"]["capabilities"]["add"] == [
+        "NET_ADMIN",
+        "NET_RAW",
+    ]
     monitored = OPTIONAL["PodMonitor"]["spec"]
     jobs = set(re.findall(r'job="([^"]+)"', README))
     assert jobs == {labels[monitored["jobLabel"]]} == set(re.findall(r'# job="([^"]+)"', MANIFEST))
-    assert OPTIONAL["ClusterRole"]["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch"]}]
+    assert OPTIONAL["ClusterRole"]["rules"] == [
+        {"apiGroups": [""], "resources": ["nodes"], "verbs": ["list", "watch"]}
+    ]
 
 
 def test_manifest_options_are_the_programs() -> None:
     container, service = POD["containers"][0], ACTIVE["Service"]
     config = parse_options([], **environment(container))
-    assert (config.peer_sources, config.nodename) == (("dns:" + service["metadata"]["name"],), "worker-1")
+    assert (config.peer_sources, config.nodename) == (
+        ("dns:" + service["metadata"]["name"],),
+        "worker-1",
+    )
     (other,) = re.findall(r"# - \{name: PMTUD_PEERS, value: \"(.*)\"\}", MANIFEST)
     assert parse_options(["--peers", other]).peer_sources == ("kube:nodes",)
-    assert config.metrics_addr == FIELDS["status.hostIP"]  # where a kubelet's probes go if they name no host
+    assert (
+        config.metrics_addr == FIELDS["status.hostIP"]
+    )  # where a kubelet's probes go if they name no host
     commands = README.partition("### Kubernetes\n\n```\n")[2].partition("```")[0].splitlines()
     assert len(commands) == 4 and all(f"#   {line}\n" in MANIFEST for line in commands)
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         asked = container[probe]["httpGet"]
-        assert asked["path"] in ("/healthz", "/readyz") and asked == {"path": asked["path"], "port": "metrics"}
+        assert asked["path"] in ("/healthz", "/readyz") and asked == {
+            "path": asked["path"],
+            "port": "metrics",
+        }
 
 
 def test_the_port_of_the_manifest_is_nobody_elses() -> None:
-    """No node port, no ephemeral one, none of the exporters', Kubernetes' and the CNIs'; one number everywhere."""
+    """No node port, no ephemeral one, none of the exporters', Kubernetes' and the CNIs'.
+
+    One number everywhere.
+    """
     container, number = POD["containers"][0], pmtud.OTHER_PORT
     config = parse_options([], **environment(container))
-    assert (config.metrics_port, config.metrics_required) == (number, True)  # where it is taken the daemon ends
+    assert (config.metrics_port, config.metrics_required) == (
+        number,
+        True,
+    )  # where it is taken the daemon ends
     assert container["ports"] == [{"name": "metrics", "containerPort": number}]
     assert ACTIVE["Service"]["spec"]["ports"] == [{"name": "metrics", "port": number}]
     assert OPTIONAL["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
@@ -4836,21 +6648,38 @@ def test_the_security_context_constraints_admit_the_pod() -> None:
     assert allowed["users"] == [f"system:serviceaccount:{account['namespace']}:{account['name']}"]
     granted = {key for key, value in allowed.items() if key.startswith("allow") and value is True}
     assert granted == {"allowHostNetwork", "allowHostPorts"}
-    assert allowed["allowedCapabilities"] == POD["containers"][0]["securityContext"]["capabilities"]["add"]
-    volumes = {next(key for key in volume if key != "name") for volume in POD["volumes"] + PIP_POD["volumes"]}
+    assert (
+        allowed["allowedCapabilities"]
+        == POD["containers"][0]["securityContext"]["capabilities"]["add"]
+    )
+    volumes = {
+        next(key for key in volume if key != "name")
+        for volume in POD["volumes"] + PIP_POD["volumes"]
+    }
     assert set(allowed["volumes"]) == volumes | {"projected"}
-    assert allowed["readOnlyRootFilesystem"] is True and allowed["seccompProfiles"] == ["runtime/default"]
-    assert "kubectl label namespace kube-system pod-security.kubernetes.io/enforce=privileged" in MANIFEST
+    assert allowed["readOnlyRootFilesystem"] is True and allowed["seccompProfiles"] == [
+        "runtime/default"
+    ]
+    assert (
+        "kubectl label namespace kube-system pod-security.kubernetes.io/enforce=privileged"
+        in MANIFEST
+    )
 
 
 def test_kubectl_can_apply_the_script() -> None:
-    """It keeps a copy of what it applies in an annotation, which has at most 262,144 bytes. Go escapes these three."""
+    """It keeps a copy of what it applies in an annotation, which has at most 262,144 bytes.
+
+    Go escapes these three.
+    """
     text = re.sub("[<>&]", "......", json.dumps(SOURCE))
     assert len(SOURCE) < len(text) < 240_000
 
 
 def config_map(folder: Path, files: dict[str, bytes]) -> Path:
-    """A ConfigMap as a kubelet lays it out: names that are links through ..data, so that all change at once."""
+    """A ConfigMap as a kubelet lays it out.
+
+    Names that are links through ..data, so that all change at once.
+    """
     version = folder / "..2026_11_22_04_05_06.1234567890"
     version.mkdir(parents=True)
     (folder / "..data").symlink_to(version.name)
@@ -4864,7 +6693,9 @@ def config_map(folder: Path, files: dict[str, bytes]) -> Path:
 def fixture_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, fetched and verified by the commands of the manifest."""
     folder = tmp_path_factory.mktemp("wheel")
-    (commands,) = re.findall(r"^#   (pip download .*?sha256sum --check)$", MANIFEST, re.MULTILINE | re.DOTALL)
+    (commands,) = re.findall(
+        r"^#   (pip download .*?sha256sum --check)$", MANIFEST, re.MULTILINE | re.DOTALL
+    )
     script = re.sub(r"^# +", "", commands, flags=re.MULTILINE)
     execute("sh", "-ec", f"cd {folder}; PATH={VENV}/bin:$PATH; {script}", timeout=120)
     (wheel,) = folder.iterdir()
@@ -4873,13 +6704,23 @@ def fixture_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class FakePod:
-    """The DaemonSet's pod on a host, as far as this machine can be its image: volumes, mounts, user, capabilities."""
+    """The DaemonSet's pod on a host, as far as this machine can be its image.
+
+    Volumes, mounts, user, capabilities.
+    """
 
     def __init__(self, host: Host, spec: dict[str, Any], folder: Path, wheel: Path) -> None:
         self.host, self.container, self._root = host, spec["containers"][0], folder / "root"
-        self.python = os.path.realpath(VENV / "bin" / "python")  # what the image's `python` stands for
-        maps = {"pmtud": {"pmtud.py": PROGRAM.read_bytes()}, "pmtud-wheel": {wheel.name: wheel.read_bytes()}}
-        maps["pmtud-requirements"] = {name: text.encode() for name, text in PIP["ConfigMap"]["data"].items()}
+        self.python = os.path.realpath(
+            VENV / "bin" / "python"
+        )  # what the image's `python` stands for
+        maps = {
+            "pmtud": {"pmtud.py": PROGRAM.read_bytes()},
+            "pmtud-wheel": {wheel.name: wheel.read_bytes()},
+        }
+        maps["pmtud-requirements"] = {
+            name: text.encode() for name, text in PIP["ConfigMap"]["data"].items()
+        }
         folder.chmod(0o755)
         self._root.mkdir()
         self.volumes = {volume["name"]: folder / volume["name"] for volume in spec["volumes"]}
@@ -4890,34 +6731,66 @@ class FakePod:
                 self.volumes[volume["name"]].mkdir()
                 self.volumes[volume["name"]].chmod(0o777)
         for container in spec.get("initContainers", ()):
-            execute(*self._command(container, str(VENV / "bin" / "python")), timeout=120)  # it has pip
+            execute(
+                *self._command(container, str(VENV / "bin" / "python")), timeout=120
+            )  # it has pip
 
     def start(self, **environ: str) -> Process:
-        """Start its only container; more environment than the manifest's where a test wants to see what that does."""
+        """Start its only container.
+
+        More environment than the manifest's where a test wants to see what that does.
+        """
         return self.host.start(*self._command(self.container, self.python, environ))
 
     def enter(self, process: Process, *command: str) -> str:
         """What `kubectl exec` prints."""
         place = [f"--target={process.pid}", "--net", "--mount", "--root", "--wd"]
-        return execute("nsenter", *place, *self._as_in_there(self.container, environment(self.container)), *command,
-                       check=False)  # fmt: skip
+        return execute(
+            "nsenter",
+            *place,
+            *self._as_in_there(self.container, environment(self.container)),
+            *command,
+            check=False,
+        )
 
     @staticmethod
     def _as_in_there(container: dict[str, Any], environ: dict[str, str]) -> list[str]:
         """The start of a command line: environment, capabilities and user of a container."""
         security = container["securityContext"]
         added = "".join(f",+{name.lower()}" for name in security["capabilities"].get("add", ()))
-        user = [f"--reuid={security['runAsUser']}", f"--regid={security.get('runAsGroup', 0)}", "--clear-groups"]
-        return ["env", "-i", "PATH=/image:/usr/bin:/bin:/usr/sbin:/sbin", "LANG=C.UTF-8",
-                *(f"{name}={value}" for name, value in environ.items()), *setpriv(added), *user]  # fmt: skip
+        user = [
+            f"--reuid={security['runAsUser']}",
+            f"--regid={security.get('runAsGroup', 0)}",
+            "--clear-groups",
+        ]
+        return [
+            "env",
+            "-i",
+            "PATH=/image:/usr/bin:/bin:/usr/sbin:/sbin",
+            "LANG=C.UTF-8",
+            *(f"{name}={value}" for name, value in environ.items()),
+            *setpriv(added),
+            *user,
+        ]
 
-    def _command(self, container: dict[str, Any], python: str, environ: Optional[dict[str, str]] = None) -> list[str]:
-        """The command line that runs a container: a read-only root and its mounts; no library but the manifest's."""
+    def _command(
+        self, container: dict[str, Any], python: str, environ: Optional[dict[str, str]] = None
+    ) -> list[str]:
+        """The command line that runs a container.
+
+        A read-only root and its mounts; no library but the manifest's.
+        """
         root, base = self._root, Path(sys.base_prefix)
-        places = [Path(place) for place in ("/usr", "/etc", "/lib", "/lib64", "/bin", "/sbin") if Path(place).exists()]
+        places = [
+            Path(place)
+            for place in ("/usr", "/etc", "/lib", "/lib64", "/bin", "/sbin")
+            if Path(place).exists()
+        ]
         mounts = [(place, place, True) for place in (*places, base, VENV)]
-        mounts += [(self.volumes[item["name"]], Path(item["mountPath"]), item.get("readOnly", False))
-                   for item in container["volumeMounts"]]  # fmt: skip
+        mounts += [
+            (self.volumes[item["name"]], Path(item["mountPath"]), item.get("readOnly", False))
+            for item in container["volumeMounts"]
+        ]
         etc = next((mount for mount in mounts if str(mount[1]).startswith("/etc/")), None)
         lines = [f"mount -t tmpfs tmpfs {root}", f"cd {root}", "mkdir -p proc dev image"]
         if etc:  # its directory is not in this machine's /etc
@@ -4928,23 +6801,49 @@ class FakePod:
             lines += [f"mount -o remount,bind,ro .{target}"] if read_only else []
         if container is self.container:  # the library may be installed here, it is not in the image
             for prefix in {Path("/usr"), Path("/usr/local"), base}:
-                lines += [f"mount -t tmpfs tmpfs .{path}" for path in prefix.glob("lib/python3*/*-packages")]
-        lines += [f"ln -s {python} image/python", "mount --bind /proc proc", "touch dev/null dev/urandom",
-                  "mount --bind /dev/null dev/null", "mount --bind /dev/urandom dev/urandom",
-                  f"mount -o remount,ro {root}"]  # fmt: skip
+                lines += [
+                    f"mount -t tmpfs tmpfs .{path}"
+                    for path in prefix.glob("lib/python3*/*-packages")
+                ]
+        lines += [
+            f"ln -s {python} image/python",
+            "mount --bind /proc proc",
+            "touch dev/null dev/urandom",
+            "mount --bind /dev/null dev/null",
+            "mount --bind /dev/urandom dev/urandom",
+            f"mount -o remount,ro {root}",
+        ]
         there = self._as_in_there(container, {**environment(container), **(environ or {})})
         lines += [f'exec chroot {root} {shlex.join(there)} "$@"']
         command = container["command"] + container.get("args", [])
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-euc", "\n".join(lines), "sh", *command]
+        return [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-euc",
+            "\n".join(lines),
+            "sh",
+            *command,
+        ]
 
 
 @pytest.mark.parametrize("spec", [POD, PIP_POD], ids=["wheel", "pip"])
-def test_containers_of_the_daemonset(cluster: Cluster, tmp_path: Path, wheel: Path, spec: dict[str, Any]) -> None:
-    """The library from the wheel, or fetched by its hash; the daemon from the ConfigMap finds peers and rescues."""
+def test_containers_of_the_daemonset(
+    cluster: Cluster, tmp_path: Path, wheel: Path, spec: dict[str, Any]
+) -> None:
+    """The library from the wheel, or fetched by its hash.
+
+    The daemon from the ConfigMap finds peers and rescues.
+    """
     node, port = cluster.nodes[0], pmtud.OTHER_PORT
     pod = FakePod(node, spec, tmp_path, wheel)
-    assert sorted(path.name for path in pod.volumes["libs"].iterdir() if not path.name.startswith("..")) == (
-        [wheel.name] if spec is POD else ["prometheus_client", "prometheus_client-0.26.0.dist-info"])  # fmt: skip
+    assert sorted(
+        path.name for path in pod.volumes["libs"].iterdir() if not path.name.startswith("..")
+    ) == (
+        [wheel.name] if spec is POD else ["prometheus_client", "prometheus_client-0.26.0.dist-info"]
+    )
     ask = partial(get, node, port=port, address="10.0.0.11")
     with NameServer(cluster, "10.0.0.1") as names:
         names.serve(*(Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)))
@@ -4959,42 +6858,62 @@ def test_containers_of_the_daemonset(cluster: Cluster, tmp_path: Path, wheel: Pa
                 assert len(cluster.download("pod", family)) == 23
         status = Path(f"/proc/{process.pid}/status").read_text()
         fields = dict(re.findall(r"(\w+):\s+(.+)", status))
-        assert (fields["CapPrm"], fields["CapBnd"], fields["NoNewPrivs"]) == ("0000000000003000",) * 2 + ("1",)
+        assert (fields["CapPrm"], fields["CapBnd"], fields["NoNewPrivs"]) == (
+            "0000000000003000",
+        ) * 2 + ("1",)
         checked = pod.enter(process, "python", "/opt/pmtud/pmtud.py", "check", "--json")
         found = Diagnosis(0, json.loads(checked)["checks"])
         assert json.loads(checked)["node"] == "worker-1"
         assert found.of("daemon")["found"].startswith("running, pid ")
         assert found.of("http")["found"] == f"the daemon answers on 10.0.0.11 port {port}"
-        assert found.of("peers")["found"] == ("4 on-link, 0 routed; 10.0.0.11 is this node; fd00::11 is this node")
+        assert found.of("peers")["found"] == (
+            "4 on-link, 0 routed; 10.0.0.11 is this node; fd00::11 is this node"
+        )
         assert process.stop() == 0
     assert "WARNING" not in process.output()
 
 
-def test_a_container_that_starts_again_finds_its_bytecode(cluster: Cluster, tmp_path: Path, wheel: Path) -> None:
-    """In the same pod: nothing is compiled but what Python never keeps, the script and what is in a wheel."""
+def test_a_container_that_starts_again_finds_its_bytecode(
+    cluster: Cluster, tmp_path: Path, wheel: Path
+) -> None:
+    """In the same pod: nothing is compiled but what Python never keeps, the script and what is in a
+    wheel.
+    """
     pod, compiled = FakePod(cluster.nodes[0], POD, tmp_path, wheel), []
     for _ in range(2):
         process = pod.start(PYTHONVERBOSE="1")
         process.wait_for("limits:", 20)
-        assert poll(lambda: get(pod.host, "/metrics", pmtud.OTHER_PORT, "10.0.0.11")[0] == "200", 10), process.output()
+        assert poll(
+            lambda: get(pod.host, "/metrics", pmtud.OTHER_PORT, "10.0.0.11")[0] == "200", 10
+        ), process.output()
         assert process.stop() == 0
-        compiled.append(re.findall(r"^# code object from (/.+\.py)$", process.output(), re.MULTILINE))
+        compiled.append(
+            re.findall(r"^# code object from (/.+\.py)$", process.output(), re.MULTILINE)
+        )
     assert len(compiled[0]) > 50 and compiled[1] == []
     size = sum(path.stat().st_size for path in pod.volumes["bytecode"].rglob("*"))
     (volume,) = (volume for volume in POD["volumes"] if volume["name"] == "bytecode")
     assert size < 8 << 20 and volume["emptyDir"] == {"sizeLimit": "16Mi"}
 
 
-def test_the_daemonset_where_its_port_is_taken(cluster: Cluster, tmp_path: Path, wheel: Path) -> None:
-    """It ends, and says why: it would never get ready, and the probes would ask whoever has the port."""
+def test_the_daemonset_where_its_port_is_taken(
+    cluster: Cluster, tmp_path: Path, wheel: Path
+) -> None:
+    """It ends, and says why.
+
+    It would never get ready, and the probes would ask whoever has the port.
+    """
     pod = FakePod(cluster.nodes[0], POD, tmp_path, wheel)
     stranger = pod.host.inside(partial(socket.create_server, ("10.0.0.11", pmtud.OTHER_PORT)))
     with contextlib.closing(stranger):
         process = pod.start()
         assert poll(lambda: process.returncode() is not None, 10)
-    assert (process.returncode(), process.output()) == (1, "pmtud: metrics cannot be served on 10.0.0.11 port "
+    assert (process.returncode(), process.output()) == (
+        1,
+        "pmtud: metrics cannot be served on 10.0.0.11 port "
         f"{pmtud.OTHER_PORT} (Address already in use); choose others with --metrics-addr and --metrics-port, port 0 "
-        "for none\n")  # fmt: skip
+        "for none\n",
+    )
 
 
 def test_the_daemonset_without_the_library(cluster: Cluster, tmp_path: Path, wheel: Path) -> None:
@@ -5005,7 +6924,9 @@ def test_the_daemonset_without_the_library(cluster: Cluster, tmp_path: Path, whe
     process = pod.start()
     assert poll(lambda: process.returncode() is not None, 10)
     assert process.returncode() == 2
-    assert process.output().startswith("pmtud: --metrics-port and --metrics-addr need prometheus-client: ")
+    assert process.output().startswith(
+        "pmtud: --metrics-port and --metrics-addr need prometheus-client: "
+    )
     with NameServer(cluster, "10.0.0.1") as names:
         names.serve(*(Cluster.node_address(i) for i in (1, 2, 3)))
         process = pod.start(PMTUD_METRICS_PORT="0")
@@ -5018,19 +6939,28 @@ def test_the_daemonset_without_the_library(cluster: Cluster, tmp_path: Path, whe
 
 def setpriv(capabilities: str) -> tuple[str, ...]:
     """The start of a command line that leaves root these capabilities and no others."""
-    return ("setpriv", f"--bounding-set=-all{capabilities}", f"--inh-caps=-all{capabilities}", "--no-new-privs")
+    return (
+        "setpriv",
+        f"--bounding-set=-all{capabilities}",
+        f"--inh-caps=-all{capabilities}",
+        "--no-new-privs",
+    )
 
 
 @pytest.fixture(name="program")
 def fixture_program(tmp_path: Path) -> Path:
-    """A copy where root may read it without any privilege, as perhaps it may not in somebody's home."""
+    """A copy where root may read it without any privilege, as perhaps it may not in somebody's
+    home.
+    """
     return Path(shutil.copy(PROGRAM, tmp_path))
 
 
 @pytest.mark.parametrize("capabilities", ["", ",+net_raw", ",+net_admin"])
 def test_without_privileges(cluster: Cluster, program: Path, capabilities: str) -> None:
     """Without one of the two capabilities: exit 1, and the line names both."""
-    code, output = run_to_end(cluster.nodes[0], python=(*setpriv(capabilities), sys.executable), program=program)
+    code, output = run_to_end(
+        cluster.nodes[0], python=(*setpriv(capabilities), sys.executable), program=program
+    )
     assert code == 1 and output.count("\n") == 1
     assert output.endswith("CAP_NET_ADMIN and CAP_NET_RAW are needed: run as root, or grant both\n")
     assert "pmtud" not in cluster.nodes[0].run("nft", "list", "ruleset")
@@ -5051,7 +6981,10 @@ def test_with_the_two_capabilities_and_nothing_else(cluster: Cluster, program: P
 
 
 def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> None:
-    """In every thread, before the first error is handled; root's own peer file is still read, routes still change."""
+    """In every thread, before the first error is handled.
+
+    Root's own peer file is still read, routes still change.
+    """
     node, path = cluster.nodes[0], tmp_path / "peers"
     path.write_text("10.0.0.12\n")
     path.chmod(0o600)
@@ -5060,12 +6993,17 @@ def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> No
         assert get(node, "/metrics")[0] == "200"
         for status in Path(f"/proc/{process.pid}/task").glob("*/status"):
             fields = dict(re.findall(r"(\w+):\s+(.+)", status.read_text()))
-            found = [fields[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs")]
+            found = [
+                fields[name]
+                for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs")
+            ]
             assert found == ["0" * 16, *["0000000000003000"] * 3, "0" * 16, "1"], status
         assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) >= 3
         path.write_text("10.0.0.12\n10.0.0.13\n")  # new peers: every raw socket is opened anew
         assert poll(lambda: metrics(node)[f'pmtud_peers{{source="file:{path}"}}'] == 2, 5)
-        node.ip("route replace default via 172.20.20.2 dev mgmt")  # another interface: rules replaced
+        node.ip(
+            "route replace default via 172.20.20.2 dev mgmt"
+        )  # another interface: rules replaced
         try:
             process.wait_for("the default route moved", 15)
         finally:
@@ -5075,14 +7013,21 @@ def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> No
         assert "WARNING" not in process.output()
 
 
-def test_a_library_that_only_all_of_roots_privileges_reach(cluster: Cluster, tmp_path: Path) -> None:
-    """In somebody's home, closed to others: it is read before privileges are dropped, and scrapes work."""
+def test_a_library_that_only_all_of_roots_privileges_reach(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """In somebody's home, closed to others.
+
+    It is read before privileges are dropped, and scrapes work.
+    """
     spec = importlib.util.find_spec("prometheus_client")
     assert spec and spec.origin
     shutil.copytree(Path(spec.origin).parent, tmp_path / "home" / "prometheus_client")
     os.chown(tmp_path / "home", 1000, 1000)
     (tmp_path / "home").chmod(0o700)
-    process = cluster.nodes[0].start(sys.executable, "-S", str(PROGRAM), env={"PYTHONPATH": str(tmp_path / "home")})
+    process = cluster.nodes[0].start(
+        sys.executable, "-S", str(PROGRAM), env={"PYTHONPATH": str(tmp_path / "home")}
+    )
     process.wait_for("limits:")
     assert get(cluster.nodes[0], "/metrics")[0] == "200"
     assert process.stop() == 0 and "WARNING" not in process.output()
@@ -5093,6 +7038,7 @@ def test_privileges_that_cannot_be_dropped(monkeypatch: pytest.MonkeyPatch) -> N
 
     def refuse() -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
+
     monkeypatch.setattr(pmtud, "drop_privileges", refuse)
     monkeypatch.setattr(pmtud, "log", lambda level, text, problem: lines.append((text, problem)))
     pmtud.Service._drop_privileges(pmtud.Service.__new__(pmtud.Service))
@@ -5110,16 +7056,23 @@ def test_default_route_over_several_interfaces(cluster: Cluster) -> None:
         node.ip("route replace default via 10.0.0.1")
 
 
-DEFAULT_BY_NEXTHOP = {  # nexthop objects, the default route, and the interfaces that errors come in on
+# Nexthop objects, the default route, and the interfaces that errors come in on
+DEFAULT_BY_NEXTHOP = {
     "IPv4": (("id 1 via 10.0.0.1 dev eth0",), "route add default nhid 1", "eth0"),
     "IPv4 device": (("id 1 dev mgmt",), "route add default nhid 1", "mgmt"),
     "IPv4 via IPv6": (("id 1 via fd20::2 dev mgmt",), "route add default nhid 1", "mgmt"),
-    "IPv4 group": (("id 1 via 10.0.0.1 dev eth0", "id 2 via 172.20.20.2 dev mgmt", "id 3 group 1,2/2,5"),
-                   "route add default nhid 3", "eth0, mgmt"),
+    "IPv4 group": (
+        ("id 1 via 10.0.0.1 dev eth0", "id 2 via 172.20.20.2 dev mgmt", "id 3 group 1,2/2,5"),
+        "route add default nhid 3",
+        "eth0, mgmt",
+    ),
     "IPv6": (("id 1 via fd20::2 dev mgmt",), "route add ::/0 nhid 1", "mgmt"),
-    "IPv6 group": (("id 1 via fd20::2 dev mgmt", "id 2 via fd00::1 dev eth0", "id 3 group 1/2"),
-                   "route add ::/0 nhid 3", "mgmt, eth0"),
-}  # fmt: skip
+    "IPv6 group": (
+        ("id 1 via fd20::2 dev mgmt", "id 2 via fd00::1 dev eth0", "id 3 group 1/2"),
+        "route add ::/0 nhid 3",
+        "mgmt, eth0",
+    ),
+}
 
 
 @pytest.mark.parametrize("compat", [0, 1])
@@ -5129,7 +7082,12 @@ def test_default_route_by_nexthop_object(name: str, compat: int) -> None:
     objects, route, ifaces = DEFAULT_BY_NEXTHOP[name]
     with PathNet() as net:
         net.node.sysctl("net.ipv4.nexthop_compat_mode", compat)
-        net.node.ip("route del default", "route del ::/0", *(f"nexthop add {text}" for text in objects), route)
+        net.node.ip(
+            "route del default",
+            "route del ::/0",
+            *(f"nexthop add {text}" for text in objects),
+            route,
+        )
         with daemons([net.node]) as [process]:
             assert f"errors come in on {ifaces}," in process.output()
         net.node.ip(route.replace(" add ", " del "))
@@ -5141,8 +7099,12 @@ def test_default_route_by_a_nexthop_that_drops() -> None:
     """A blackhole is no way out."""
     with PathNet() as net:
         net.node.sysctl("net.ipv4.nexthop_compat_mode", 0)
-        net.node.ip("route del default", "route del ::/0", "nexthop add id 1 blackhole",
-                    "route add default nhid 1")  # fmt: skip
+        net.node.ip(
+            "route del default",
+            "route del ::/0",
+            "nexthop add id 1 blackhole",
+            "route add default nhid 1",
+        )
         code, said = run_to_end(net.node)
         assert (code, "there is no default route" in said) == (1, True)
 
@@ -5161,28 +7123,37 @@ sys.exit(pmtud.main())
 """
 
 
-TAKEN_SOCKET = BROKEN_SOCKET.replace("        return super().read()", """        return super().read()
+TAKEN_SOCKET = BROKEN_SOCKET.replace(
+    "        return super().read()",
+    """        return super().read()
     def close(self):
         super().close()
-        self.other = Breaking.__mro__[1](33)""")
+        self.other = Breaking.__mro__[1](33)""",
+)
 
 
 def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Cluster) -> None:
     """Exit 1 and one line; a service manager starts it again."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = node.start(sys.executable, "-c", TAKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process = node.start(
+        sys.executable, "-c", TAKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)}
+    )
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4, count=1))
     assert poll(lambda: process.returncode() is not None, 5), process.output()
     last = process.output().splitlines()[-1]
-    assert process.returncode() == 1 and last.startswith("pmtud: NFLOG group 33 is taken by port id"), process.output()
+    assert process.returncode() == 1 and last.startswith(
+        "pmtud: NFLOG group 33 is taken by port id"
+    ), process.output()
     assert "pmtud" not in node.run("nft", "list", "tables")
 
 
 def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
     """The daemon goes on with a new socket; what had arrived by then is gone."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = node.start(sys.executable, "-c", BROKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process = node.start(
+        sys.executable, "-c", BROKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)}
+    )
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4, count=1))
     process.wait_for("the NFLOG socket broke and was opened again")
@@ -5201,14 +7172,19 @@ sys.exit(pmtud.main())
 def test_summary_of_the_last_minute(cluster: Cluster) -> None:
     """One line with what changed, none while nothing does; here a minute is a second long."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = node.start(sys.executable, "-c", SHORT_MINUTE, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)})
+    process = node.start(
+        sys.executable, "-c", SHORT_MINUTE, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)}
+    )
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4))
     received(node, ERRORS)
 
     def summed(name: str) -> int:
         return sum(map(int, re.findall(rf"last minute.* {name}=(\d+)", process.output())))
-    assert poll(lambda: (summed("received"), summed("copies")) == (ERRORS, 2 * ERRORS), 5), process.output()
+
+    assert poll(lambda: (summed("received"), summed("copies")) == (ERRORS, 2 * ERRORS), 5), (
+        process.output()
+    )
     lines = process.output().count("last minute")
     time.sleep(2.2)  # two quiet minutes, to see that they pass in silence
     assert process.output().count("last minute") == lines
@@ -5216,10 +7192,21 @@ def test_summary_of_the_last_minute(cluster: Cluster) -> None:
 
 
 def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> None:
-    """Minutes and the last line count every copy; the series of who has left are gone all the same."""
+    """Minutes and the last line count every copy.
+
+    The series of who has left are gone all the same.
+    """
     node, path = cluster.nodes[ingress(cluster, 4)], tmp_path / "peers"
     path.write_text("10.0.0.77\n10.0.0.78\n10.0.0.79\n")
-    command = (sys.executable, "-c", SHORT_MINUTE, "--peers", f"file:{path}", "--flow-interval", "0")
+    command = (
+        sys.executable,
+        "-c",
+        SHORT_MINUTE,
+        "--peers",
+        f"file:{path}",
+        "--flow-interval",
+        "0",
+    )
     process = node.start(*command, env={"PYTHONPATH": str(HERE)})
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4))
@@ -5254,14 +7241,20 @@ def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> No
 def test_every_python_passes_the_unit_tests(python: str) -> None:
     """Each in a virtual environment of its own, which stays for the next time."""
     environ = {**ENVIRONMENT, "PMTUD_VENV": str(VENV / f"units-{Path(python).name}")}
-    done = subprocess.run([python, __file__, "unit", "-x"], env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and re.search(r"^\d+ passed", done.stdout, re.M), done.stdout[-4000:] + done.stderr
+    done = subprocess.run(
+        [python, __file__, "unit", "-x"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and re.search(r"^\d+ passed", done.stdout, re.M), (
+        done.stdout[-4000:] + done.stderr
+    )
 
 
 @pytest.mark.parametrize("python", interpreters())
 def test_every_python_does_the_whole_job(cluster: Cluster, python: str) -> None:
     """Both families and every kind of service, without one warning."""
-    processes = [node.start(python, "-Werror", str(PROGRAM), "--peers", ALL_PEERS) for node in cluster.nodes]
+    processes = [
+        node.start(python, "-Werror", str(PROGRAM), "--peers", ALL_PEERS) for node in cluster.nodes
+    ]
     for process in processes:
         process.wait_for("limits:")
     finished = [len(cluster.download(service, family)) for family, service in CASES]
@@ -5291,8 +7284,13 @@ def test_http(cluster: Cluster) -> None:
         assert get(node, "/etc/passwd")[0] == "404"
         assert get(node, "/healthz?verbose") == ("200", "ok\n")
         head = node.run("curl", "-sSi", "http://127.0.0.1:30040/metrics").splitlines()
-        assert (head[0], head[1]) == ("HTTP/1.0 200 OK", "Content-Type: text/plain; version=0.0.4; charset=utf-8")
-        assert head[3] == f"Server: pmtud/{pmtud.__version__} ({socket.gethostname()}, NFLOG group 33)"
+        assert (head[0], head[1]) == (
+            "HTTP/1.0 200 OK",
+            "Content-Type: text/plain; version=0.0.4; charset=utf-8",
+        )
+        assert (
+            head[3] == f"Server: pmtud/{pmtud.__version__} ({socket.gethostname()}, NFLOG group 33)"
+        )
         for option in ("-XPOST", "-I"):
             url = "http://127.0.0.1:30040/healthz"
             assert "400 Bad Request" in node.run("curl", "-sSi", option, url, check=False)
@@ -5305,23 +7303,35 @@ def test_http(cluster: Cluster) -> None:
 
 
 def test_metrics_port_taken(cluster: Cluster) -> None:
-    """By default a warning, and the errors are still handled; a failure if the port was asked for."""
+    """By default a warning, and the errors are still handled.
+
+    A failure if the port was asked for.
+    """
     node = cluster.nodes[0]
     first = daemon(node, "--nflog-group", "40")
     with daemon_of_group(node, 42, "--metrics-port", "0"):
         pass
     with contextlib.closing(first), contextlib.closing(daemon(node)) as second:
-        assert "metrics cannot be served on * port 30040 (Address already in use); running without" in second.output()
+        assert (
+            "metrics cannot be served on * port 30040 (Address already in use); running without"
+            in second.output()
+        )
         code, output = run_to_end(node, "--nflog-group", "41", "--metrics-port", "30040")
         assert code == 1
-        assert output == ("pmtud: metrics cannot be served on * port 30040 (Address already in use); "
-                          "choose others with --metrics-addr and --metrics-port, port 0 for none\n")  # fmt: skip
+        assert output == (
+            "pmtud: metrics cannot be served on * port 30040 (Address already in use); "
+            "choose others with --metrics-addr and --metrics-port, port 0 for none\n"
+        )
 
 
 def test_without_prometheus_client(cluster: Cluster) -> None:
-    """The whole job without the library (python -S sees no site-packages), and exit 2 if metrics were asked for."""
+    """The whole job without the library (python -S sees no site-packages), and exit 2 if metrics
+    were asked for.
+    """
     python = (sys.executable, "-S")
-    processes = [node.start(*python, str(PROGRAM), "--peers", PEER_LISTS[4]) for node in cluster.nodes]
+    processes = [
+        node.start(*python, str(PROGRAM), "--peers", PEER_LISTS[4]) for node in cluster.nodes
+    ]
     for process in processes:
         process.wait_for("limits:")
     assert len(cluster.download("pod")) == 23
@@ -5332,29 +7342,47 @@ def test_without_prometheus_client(cluster: Cluster) -> None:
     assert processes[0].output().count(f"WARNING running without metrics: {advice}") == 1
     code, output = run_to_end(cluster.nodes[0], "--metrics-port", "30040", python=python)
     assert code == 2
-    assert output == ("pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, "
-                      "or --metrics-port 0\n")  # fmt: skip
+    assert output == (
+        "pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, "
+        "or --metrics-port 0\n"
+    )
 
 
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     # file of the library, what happens to it, what Python says
-    ("registry.py", Path.unlink, "ModuleNotFoundError: No module named 'prometheus_client.registry'"),
+    (
+        "registry.py",
+        Path.unlink,
+        "ModuleNotFoundError: No module named 'prometheus_client.registry'",
+    ),
     ("exposition.py", lambda path: os.truncate(path, 0), "ImportError: cannot import name "),
     ("exposition.py", lambda path: os.truncate(path, 2000), "SyntaxError: "),
-    ("exposition.py", lambda path: path.open("a").write("\ngenerate_latest = list\n"), "TypeError: "),
+    (
+        "exposition.py",
+        lambda path: path.open("a").write("\ngenerate_latest = list\n"),
+        "TypeError: ",
+    ),
 ]
 
 
 @pytest.mark.parametrize("name,damage,said", DAMAGES)
-def test_a_damaged_prometheus_client(node: Host, tmp_path: Path, name: str, damage: Callable[[Path], object],
-                                     said: str) -> None:  # fmt: skip
-    """What failed stands in the log, once, and in each answer of /metrics; everything else works."""
+def test_a_damaged_prometheus_client(
+    node: Host, tmp_path: Path, name: str, damage: Callable[[Path], object], said: str
+) -> None:
+    """What failed stands in the log, once, and in each answer of /metrics.
+
+    Everything else works.
+    """
     spec = importlib.util.find_spec("prometheus_client")
     assert spec and spec.origin
     shutil.copytree(Path(spec.origin).parent, tmp_path / "prometheus_client")
     damage(tmp_path / "prometheus_client" / name)
-    process = node.start(sys.executable, str(PROGRAM), "--metrics-port", "30040", env={"PYTHONPATH": str(tmp_path)})
-    text = process.wait_for("WARNING running without metrics: ").partition("running without metrics: ")[2]
+    process = node.start(
+        sys.executable, str(PROGRAM), "--metrics-port", "30040", env={"PYTHONPATH": str(tmp_path)}
+    )
+    text = process.wait_for("WARNING running without metrics: ").partition(
+        "running without metrics: "
+    )[2]
     process.wait_for("limits:")
     text = text.splitlines()[0] + "\n"
     assert text.startswith(f"prometheus-client does not work, install it again: {said}")
@@ -5370,35 +7398,66 @@ def test_a_loopback_address_in_a_pod_is_pointed_out(node: Host) -> None:
         for address in ("127.0.0.1", "::1"):
             process = node.start(sys.executable, str(PROGRAM), "--metrics-addr", address, env=env)
             output = process.wait_for("limits:")
-            assert output.count("a kubelet's probes go to the node's address and fail, HTTP is served on "
-                                f"{address} only\n") == output.count("WARNING") == count  # fmt: skip
+            assert (
+                output.count(
+                    "a kubelet's probes go to the node's address and fail, HTTP is served on "
+                    f"{address} only\n"
+                )
+                == output.count("WARNING")
+                == count
+            )
             assert process.stop() == 0
 
 
 def test_json_log(cluster: Cluster) -> None:
-    """Every line is an object with time, level and message; a router's MTU is told once, a packet in words."""
+    """Every line is an object with time, level and message.
+
+    A router's MTU is told once, a packet in words.
+    """
     node = cluster.nodes[ingress(cluster, 4)]
     with daemons([node], "--log-format", "json") as [process]:
         inject(cluster.router, 4, flow_errors(4, count=1) * 3, gap=0.15)
-        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=1, quoted_src="10.96.0.99"))
+        blast(
+            cluster.fabric,
+            f"to-{node.name}",
+            node,
+            "eth0",
+            flow_errors(4, count=1, quoted_src="10.96.0.99"),
+        )
         received(node, 4)
     entries = [json.loads(line) for line in process.output().splitlines()]
     assert all({"time", "level", "message"} <= set(entry) for entry in entries)
     news = [entry for entry in entries if entry["message"] == "a router reports an MTU"]
     assert len(news) == 1
     assert {k: news[0][k] for k in ("router", "destination", "mtu")} == {
-        "router": "10.8.0.1", "destination": "10.9.0.1", "mtu": 1400}  # fmt: skip
-    forged = [entry["error"] for entry in entries if entry["level"] == "warning" and "error" in entry]
-    assert forged == [f"router=10.8.0.1 dst={Cluster.vip('host')} flow=10.96.0.99:80>10.9.0.1:40000/6 mtu=1400"]
+        "router": "10.8.0.1",
+        "destination": "10.9.0.1",
+        "mtu": 1400,
+    }
+    forged = [
+        entry["error"] for entry in entries if entry["level"] == "warning" and "error" in entry
+    ]
+    assert forged == [
+        f"router=10.8.0.1 dst={Cluster.vip('host')} flow=10.96.0.99:80>10.9.0.1:40000/6 mtu=1400"
+    ]
 
 
 def test_news_that_found_no_room_is_told_later(cluster: Cluster) -> None:
-    """At most NEWS_PER_MINUTE lines; what is reported again a minute later is news still. A minute is a second here."""
+    """At most NEWS_PER_MINUTE lines.
+
+    What is reported again a minute later is news still. A minute is a second here.
+    """
     node = cluster.nodes[ingress(cluster, 4)]
-    script = QUICK.replace("0.2, 2", "0.2, 2\npmtud.Service.SUMMARY, pmtud.Service.NEWS_PER_MINUTE = 1.0, 15")
+    script = QUICK.replace(
+        "0.2, 2", "0.2, 2\npmtud.Service.SUMMARY, pmtud.Service.NEWS_PER_MINUTE = 1.0, 15"
+    )
     with quick_daemons([node], script=script) as [process]:
+
         def told() -> list[str]:
-            return re.findall(r"a router reports an MTU router=10.8.0.1 destination=(\S+)", process.output())
+            return re.findall(
+                r"a router reports an MTU router=10.8.0.1 destination=(\S+)", process.output()
+            )
+
         inject(cluster.router, 4, flow_errors(4))
         process.wait_for("last minute")
         for _ in range(3):  # a minute in which 15 are told, and some more
@@ -5408,17 +7467,20 @@ def test_news_that_found_no_room_is_told_later(cluster: Cluster) -> None:
         assert len(set(told())) == 23
 
 
-
 # -- peers that change
 
 
 def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
-    """A changed file is read by itself, SIGHUP forces it; a bad file keeps the old peers and says why."""
+    """A changed file is read by itself, SIGHUP forces it.
+
+    A bad file keeps the old peers and says why.
+    """
     node, path = cluster.nodes[0], tmp_path / "peers"
     path.write_text("10.0.0.12  # worker\n\n10.0.0.11, 10.0.0.13\n")
 
     def count() -> float:
         return metrics(node)[f'pmtud_peers{{source="file:{path}"}}']
+
     with daemons([node], "--peers", f"file:{path}") as [process]:
         assert count() == 2
         path.write_text("10.0.0.12\n")
@@ -5471,7 +7533,9 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
             begun = time.monotonic()
             inject(cluster.router, 4, flow_errors(4))
             first = process.wait_for("the kernel refused copies to ")
-            assert re.search(rf"WARNING the kernel refused copies to ({one}){{8}}and 2 more\n", first)
+            assert re.search(
+                rf"WARNING the kernel refused copies to ({one}){{8}}and 2 more\n", first
+            )
             node.ip("route del prohibit 203.0.113.7", "route add blackhole 203.0.113.7")
             inject(cluster.router, 4, flow_errors(4) * 2)
             assert poll(lambda: process.output().count("the kernel refused") == 2, 5)
@@ -5486,7 +7550,10 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
 
 
 def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
-    """No daemon is called standalone before the answer is in force; one without peers is afterwards."""
+    """No daemon is called standalone before the answer is in force.
+
+    One without peers is afterwards.
+    """
     node = cluster.nodes[0]
     script = """if True:
         import pmtud, sys, time
@@ -5540,8 +7607,10 @@ def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
         for number in (12, 13, 14):
             api.change("DELETED", f"node-{number}")
         few = ", ".join(f"10.1.0.{number}" for number in range(8))
-        process.wait_for(f"peers changed: 87 came ({few} and 79 more), 3 went {three} "
-                         "peers_ipv4=87 peers_ipv6=1\n")  # fmt: skip
+        process.wait_for(
+            f"peers changed: 87 came ({few} and 79 more), 3 went {three} "
+            "peers_ipv4=87 peers_ipv6=1\n"
+        )
         assert process.output().count("peers changed") == 3
         assert process.stop() == 0
 
@@ -5550,7 +7619,10 @@ class NameServer:
     """dnsmasq in a host, its records changed while it runs; where the hosts of a cluster ask."""
 
     def __init__(self, cluster: Cluster, address: str) -> None:
-        self._host, self._records = cluster.fabric, Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records"
+        self._host, self._records = (
+            cluster.fabric,
+            Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records",
+        )
         self.name, self._address = "pmtud.kube-system.svc.cluster.local", address
         self._etc = [Path("/etc/netns") / node.namespace for node in cluster.nodes]
         self.process: Optional[Process] = None
@@ -5558,8 +7630,10 @@ class NameServer:
     def __enter__(self) -> NameServer:
         for folder in self._etc:  # `ip netns exec` mounts what is in here over /etc
             folder.mkdir(parents=True)
-            (folder / "resolv.conf").write_text(f"nameserver {self._address}\nsearch kube-system.svc.cluster.local\n"
-                                                "options timeout:1 attempts:1\n")
+            (folder / "resolv.conf").write_text(
+                f"nameserver {self._address}\nsearch kube-system.svc.cluster.local\n"
+                "options timeout:1 attempts:1\n"
+            )
             (folder / "hosts").write_text("127.0.0.1 localhost\n")
         return self
 
@@ -5576,9 +7650,20 @@ class NameServer:
             return
         self.stop()
         self.process = self._host.start(
-            "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root", "--no-resolv",
-            "--no-hosts", f"--addn-hosts={self._records}", f"--listen-address={self._address}", "--bind-interfaces",
-            "--domain-needed", "--log-facility=-", *(options or ["--local=/cluster.local/"]))  # fmt: skip
+            "dnsmasq",
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--pid-file=",
+            "--user=root",
+            "--no-resolv",
+            "--no-hosts",
+            f"--addn-hosts={self._records}",
+            f"--listen-address={self._address}",
+            "--bind-interfaces",
+            "--domain-needed",
+            "--log-facility=-",
+            *(options or ["--local=/cluster.local/"]),
+        )
         self.process.wait_for("read ")
 
     def stop(self) -> None:
@@ -5589,7 +7674,10 @@ class NameServer:
 
 
 class OddNameServer(NameServer):
-    """A name server that garbles or swallows what it is asked for of one family; the resolver is told nothing."""
+    """A name server that garbles or swallows what it is asked for of one family.
+
+    The resolver is told nothing.
+    """
 
     A, AAAA = 1, 28
 
@@ -5632,7 +7720,10 @@ class OddNameServer(NameServer):
 
 
 def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
-    """Malformed addresses are no removal; and where AAAA is never answered, an IPv4 peer that left is gone in 30 s."""
+    """Malformed addresses are no removal.
+
+    And where AAAA is never answered, an IPv4 peer that left is gone in 30 s.
+    """
     node = cluster.nodes[0]
     with OddNameServer(cluster, "10.0.0.1") as names:
         names.records = {names.A: ["10.0.0.12", "10.0.0.13"], names.AAAA: ["fd00::12"]}
@@ -5643,7 +7734,9 @@ def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
             os.kill(process.pid, signal.SIGHUP)
             process.wait_for("ipv4: no address any more, asking once more", 5)
             assert metrics(node)[label] == 3
-            assert metrics(node)['pmtud_peer_refresh_failures_total{source="dns:pmtud.example."}'] == 1
+            assert (
+                metrics(node)['pmtud_peer_refresh_failures_total{source="dns:pmtud.example."}'] == 1
+            )
             names.garbled, names.records[names.AAAA] = 0, ["fd00::12", "fd00::13"]
             os.kill(process.pid, signal.SIGHUP)
             assert poll(lambda: metrics(node)[label] == 4, 5)
@@ -5656,9 +7749,15 @@ def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
 
 
 def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
-    """Nothing but a name is given; not ready before the first answer; then all transfers finish, both families."""
+    """Nothing but a name is given.
+
+    Not ready before the first answer; then all transfers finish, both families.
+    """
     # a bare name, which the resolver completes from its search list
-    with NameServer(cluster, "10.0.0.1") as names, daemons(cluster.nodes, "--peers", "pmtud") as processes:
+    with (
+        NameServer(cluster, "10.0.0.1") as names,
+        daemons(cluster.nodes, "--peers", "pmtud") as processes,
+    ):
         assert "peers: none yet, asking for them" in processes[0].output()
         assert get(cluster.nodes[0], "/readyz")[0] == "503"
         for process in processes:
@@ -5677,25 +7776,38 @@ def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
 
 
 def test_peers_follow_dns(cluster: Cluster) -> None:
-    """Without a signal: within 30 s a peer that left is gone with its series; a dead server changes nothing."""
+    """Without a signal: within 30 s a peer that left is gone with its series.
+
+    A dead server changes nothing.
+    """
     node = cluster.nodes[0]
     with NameServer(cluster, "10.0.0.1") as names:
         names.serve("10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::13")
         source = f"dns:{names.name}."
-        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [process]:  # one of them named twice
+        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [
+            process
+        ]:  # one of them named twice
             label = f'pmtud_peers{{source="{source}"}}'
             failures = f'pmtud_peer_refresh_failures_total{{source="{source}"}}'
 
             def failed_since(count: float, complaint: str) -> bool:
-                return metrics(node)[failures] > count and complaint in process.output().splitlines()[-1]
+                return (
+                    metrics(node)[failures] > count
+                    and complaint in process.output().splitlines()[-1]
+                )
+
             assert poll(lambda: metrics(node).get(label) == 3, 5)
             assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' in metrics(node)
             names.serve("10.0.0.11", "10.0.0.12", "fd00::13")
             assert poll(lambda: metrics(node)[label] == 2, 30)
             assert not [name for name in metrics(node) if "10.0.0.13" in name]
             temporary = "Temporary failure in name resolution"
-            for trouble, said in (("empty", "no address any more"), ("refused", temporary),
-                                  ("still empty", "no usable address"), ("dead", temporary)):
+            for trouble, said in (
+                ("empty", "no address any more"),
+                ("refused", temporary),
+                ("still empty", "no usable address"),
+                ("dead", temporary),
+            ):
                 before = metrics(node)[failures]
                 names.stop()
                 if trouble == "refused":
@@ -5707,8 +7819,12 @@ def test_peers_follow_dns(cluster: Cluster) -> None:
                 assert metrics(node)[label] == 2, trouble
             names.serve("10.0.0.12", "10.0.0.13", "0.0.0.0")
             os.kill(process.pid, signal.SIGHUP)
-            process.wait_for("an address is left out source=" + source + ' problem="0.0.0.0' + PEER_HINT, 5)
-            assert poll(lambda: metrics(node).get('pmtud_copies_sent_total{peer="10.0.0.13"}') == 0, 5)
+            process.wait_for(
+                "an address is left out source=" + source + ' problem="0.0.0.0' + PEER_HINT, 5
+            )
+            assert poll(
+                lambda: metrics(node).get('pmtud_copies_sent_total{peer="10.0.0.13"}') == 0, 5
+            )
 
 
 def test_stop_while_a_question_is_on_its_way(cluster: Cluster) -> None:
@@ -5716,8 +7832,15 @@ def test_stop_while_a_question_is_on_its_way(cluster: Cluster) -> None:
     node = cluster.nodes[0]
     with OddNameServer(cluster, "10.0.0.1") as names:
         names.swallowed = names.AAAA
-        process = node.start(sys.executable, str(PROGRAM), "--peers", "pmtud.example.", "--metrics-port", "0",
-                             env={"RES_OPTIONS": "timeout:30 attempts:1"})  # fmt: skip
+        process = node.start(
+            sys.executable,
+            str(PROGRAM),
+            "--peers",
+            "pmtud.example.",
+            "--metrics-port",
+            "0",
+            env={"RES_OPTIONS": "timeout:30 attempts:1"},
+        )
         assert poll(lambda: names.silences, 5)
         begun = time.monotonic()
         assert process.stop() == 0
@@ -5728,12 +7851,17 @@ def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_p
     """From the API server alone; a node that is deleted is gone at once, and so are its series."""
     api = cluster.fabric.inside(lambda: FakeApi(tmp_path, "10.0.0.1"))
     for i in (1, 2, 3):
-        api.change("ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge")
+        api.change(
+            "ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge"
+        )
     command = (sys.executable, "-c", KUBE_DAEMON, str(tmp_path), "--peers", "kube:nodes?role=edge")
     with api:
         env = {**api.environ, "PYTHONPATH": str(HERE)}
         processes = [node.start(*command, env=env) for node in cluster.nodes]
-        label, gone = 'pmtud_peers{source="kube:nodes?role=edge"}', 'pmtud_copies_sent_total{peer="10.0.0.13"}'
+        label, gone = (
+            'pmtud_peers{source="kube:nodes?role=edge"}',
+            'pmtud_copies_sent_total{peer="10.0.0.13"}',
+        )
         for process in processes:
             process.wait_for("limits:")
         assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
@@ -5751,7 +7879,10 @@ def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_p
 
 
 def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) -> None:
-    """Own addresses are followed: what becomes ours stops being a peer, and comes back when it leaves."""
+    """Own addresses are followed.
+
+    What becomes ours stops being a peer, and comes back when it leaves.
+    """
     node = cluster.nodes[0]
     with daemons([node], "--peers", "10.0.0.12,10.0.0.77"):
         assert metrics(node)['pmtud_peers{source="static"}'] == 2
@@ -5762,13 +7893,17 @@ def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) 
 
 
 def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
-    """No route to one peer: its copies are counted as refused, every other peer still gets all of its own."""
+    """No route to one peer.
+
+    Its copies are counted as refused, every other peer still gets all of its own.
+    """
     first = ingress(cluster, 4)
     node, peer = cluster.nodes[first], (first + 1) % 3
     node.ip("route add unreachable 203.0.113.7")
     try:
-        with daemons([node], "--peers", f"203.0.113.7,{Cluster.node_address(peer + 1)}"), daemons(
-            [cluster.nodes[peer]], "--peers", PEER_LISTS[4]
+        with (
+            daemons([node], "--peers", f"203.0.113.7,{Cluster.node_address(peer + 1)}"),
+            daemons([cluster.nodes[peer]], "--peers", PEER_LISTS[4]),
         ):
             inject(cluster.router, 4, flow_errors(4))
             received(cluster.nodes[peer], ERRORS)
@@ -5790,11 +7925,14 @@ import pmtud
 options, check = map(json.loads, sys.argv[2:])
 sys.exit(pmtud.check(pmtud.parse_args(options, {}).config, *check))
 """  # not the command line: /etc/cni/net.d is this machine's, each test has its own
-NOBODYS = RUNNER.replace("sys.exit", """
+NOBODYS = RUNNER.replace(
+    "sys.exit",
+    """
 import os, shutil, subprocess, textwrap  # as long as everything can be read, wherever it lies
 os.setgroups([])
 os.setresuid(65534, 65534, 65534)
-sys.exit""")
+sys.exit""",
+)
 
 
 class Diagnosis(NamedTuple):
@@ -5805,21 +7943,41 @@ class Diagnosis(NamedTuple):
 
     def of(self, check: str, word: str = "") -> dict[str, str]:
         """The one finding of a check whose text has this word."""
-        (found,) = [entry for entry in self.checks if entry["check"] == check and word in entry["found"]]
+        (found,) = [
+            entry for entry in self.checks if entry["check"] == check and word in entry["found"]
+        ]
         return found
 
 
-def doctor_argv(options: tuple[str, ...], hosts: tuple[str, ...], as_json: bool, cni_dir: str,
-                runner: str = RUNNER) -> list[str]:  # fmt: skip
+def doctor_argv(
+    options: tuple[str, ...],
+    hosts: tuple[str, ...],
+    as_json: bool,
+    cni_dir: str,
+    runner: str = RUNNER,
+) -> list[str]:
     """The command that runs the doctor."""
     arguments = json.dumps(options), json.dumps([hosts, as_json, True, cni_dir])
     return [sys.executable, "-c", runner, str(HERE), *arguments]
 
 
-def diagnose(host: Host, *options: str, hosts: tuple[str, ...] = (), cni_dir: str = "/none",
-             before: tuple[str, ...] = (), runner: str = RUNNER) -> Diagnosis:  # fmt: skip
+def diagnose(
+    host: Host,
+    *options: str,
+    hosts: tuple[str, ...] = (),
+    cni_dir: str = "/none",
+    before: tuple[str, ...] = (),
+    runner: str = RUNNER,
+) -> Diagnosis:
     """Run the doctor in a namespace."""
-    argv = ["ip", "netns", "exec", host.namespace, *before, *doctor_argv(options, hosts, True, cni_dir, runner)]
+    argv = [
+        "ip",
+        "netns",
+        "exec",
+        host.namespace,
+        *before,
+        *doctor_argv(options, hosts, True, cni_dir, runner),
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30 * PATIENCE, check=False)
     assert done.returncode in (0, 1, 2) and not done.stderr, done.stderr
     answer = json.loads(done.stdout)
@@ -5833,7 +7991,10 @@ def text_of(host: Host, *options: str, hosts: tuple[str, ...] = (), cni_dir: str
 
 
 def run_fix(host: Host, finding: dict[str, str], wait_for: str = "") -> Process | None:
-    """Run the printed commands; one that starts the daemon is left running once it says `wait_for`."""
+    """Run the printed commands.
+
+    One that starts the daemon is left running once it says `wait_for`.
+    """
     assert finding["fix"], finding
     if not wait_for:
         host.run("sh", "-ec", finding["fix"])
@@ -5849,8 +8010,13 @@ class OneNode(Net):
     def build(self) -> None:
         self.node, self.router = self.host("node"), self.host("router", forward=True)
         self.link(self.node, self.router, names=("eth0", "to-node"))
-        self.node.ip("addr add 10.0.0.2/24 dev eth0", "addr add fd00::2/64 dev eth0", "addr add 10.96.0.1/32 dev lo",
-                     "route add default via 10.0.0.1", "route add ::/0 via fd00::1")
+        self.node.ip(
+            "addr add 10.0.0.2/24 dev eth0",
+            "addr add fd00::2/64 dev eth0",
+            "addr add 10.96.0.1/32 dev lo",
+            "route add default via 10.0.0.1",
+            "route add ::/0 via fd00::1",
+        )
         self.router.ip("addr add 10.0.0.1/24 dev to-node", "addr add fd00::1/64 dev to-node")
 
 
@@ -5864,20 +8030,46 @@ def node() -> Iterator[Host]:
 def test_a_good_node_is_all_ok(node: Host) -> None:
     """Without the daemon a warning; the fix starts it: exit 0, and nothing to repair."""
     bad = diagnose(node)
-    assert (bad.code, bad.of("daemon")["status"], bad.of("daemon")["found"]) == (1, "WARN", "not running")
+    assert (bad.code, bad.of("daemon")["status"], bad.of("daemon")["found"]) == (
+        1,
+        "WARN",
+        "not running",
+    )
     daemon = run_fix(node, bad.of("daemon"), "limits:")
     good = diagnose(node)
     assert good.code == 0 and {entry["status"] for entry in good.checks} == {"OK"}
     assert not any(entry["fix"] for entry in good.checks)
     assert daemon and good.of("daemon")["found"].startswith(f"running, pid {daemon.pid} (python3 ")
     assert [entry["check"] for entry in good.checks] == [
-        "privileges", "nftables", "nflog_group", "daemon", "nflog_rule", "guard", "delivery", "rp_filter", "ipv6",
-        "ip_no_pmtu_disc", "tcp_mtu_probing", "min_pmtu", "conntrack", "peers", "mtu"]  # fmt: skip
+        "privileges",
+        "nftables",
+        "nflog_group",
+        "daemon",
+        "nflog_rule",
+        "guard",
+        "delivery",
+        "rp_filter",
+        "ipv6",
+        "ip_no_pmtu_disc",
+        "tcp_mtu_probing",
+        "min_pmtu",
+        "conntrack",
+        "peers",
+        "mtu",
+    ]
 
 
-@pytest.mark.parametrize(("options", "env"), [
-    (("--dry-run",), {}), (("--no-rescue", "--peers", "10.0.0.9"), {}), ((), {"PMTUD_DRY_RUN": "Yes"})])  # fmt: skip
-def test_a_daemon_that_delivers_nothing(node: Host, options: tuple[str, ...], env: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "env"),
+    [
+        (("--dry-run",), {}),
+        (("--no-rescue", "--peers", "10.0.0.9"), {}),
+        ((), {"PMTUD_DRY_RUN": "Yes"}),
+    ],
+)
+def test_a_daemon_that_delivers_nothing(
+    node: Host, options: tuple[str, ...], env: dict[str, str]
+) -> None:
     """It is running, but rescues nobody."""
     node.sysctl("net.ipv4.conf.all.rp_filter", 1)
     node.start(sys.executable, SCRIPT, "--metrics-port", "0", *options, env=env).wait_for("limits:")
@@ -5911,7 +8103,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"ok\\n")
 http.server.HTTPServer(("", 8080), Handler).serve_forever()
 """
-# What kube-proxy does for a Service with this node port: to each address of the node, wherever packets come from
+# What kube-proxy does for a Service with this node port: to each address of the node, wherever
+# packets come from
 NODE_PORT = """
 table inet services {{
     chain translate {{ fib daddr type local tcp dport {port} dnat ip to 10.0.0.1:{target}; }}
@@ -5923,35 +8116,65 @@ table inet services {{
 
 
 def test_who_answers_where_the_daemon_listens(node: Host) -> None:
-    """A Service that takes the port over answers the node's probes: FAIL; the fix is a port no Service can have."""
-    router, (options, env) = node.net.hosts[1], (["--nodename", "a"], {"PMTUD_METRICS_ADDR": "0.0.0.0"})
+    """A Service that takes the port over answers the node's probes.
+
+    FAIL; the fix is a port no Service can have.
+    """
+    router, (options, env) = (
+        node.net.hosts[1],
+        (["--nodename", "a"], {"PMTUD_METRICS_ADDR": "0.0.0.0"}),
+    )
     router.start(sys.executable, "-c", STRANGER)
     node.sysctl("net.ipv4.ip_forward", 1)
     daemon = node.start(sys.executable, SCRIPT, *options)
     daemon.wait_for("limits:")
-    good = {"check": "http", "status": "OK", "found": "the daemon answers on 10.0.0.2, fd00::2 port 30040", "fix": ""}
+    good = {
+        "check": "http",
+        "status": "OK",
+        "found": "the daemon answers on 10.0.0.2, fd00::2 port 30040",
+        "fix": "",
+    }
     assert diagnose(node).of("http") == good
     node.run("nft", "-f", "-", input=NODE_PORT.format(port=30040, target=8080))
     for host in (node, router):
-        assert poll(lambda host=host: "stranger/1" in  # type: ignore[misc]
-                    host.run("curl", "-si", "--max-time", "2", "http://10.0.0.2:30040/healthz", check=False), 5)
+        assert poll(
+            lambda host=host: (
+                "stranger/1"  # type: ignore[misc]
+                in host.run(
+                    "curl", "-si", "--max-time", "2", "http://10.0.0.2:30040/healthz", check=False
+                )
+            ),
+            5,
+        )
     bad = diagnose(node)
     assert bad.of("http") == {
-        "check": "http", "status": "FAIL", "found": "10.0.0.2 port 30040: somebody else answers, stranger/1 (a Service "
-        "with nodePort 30040?)", "fix": f"python3 {PROGRAM} --metrics-port 23040"}  # fmt: skip
+        "check": "http",
+        "status": "FAIL",
+        "found": "10.0.0.2 port 30040: somebody else answers, stranger/1 (a Service "
+        "with nodePort 30040?)",
+        "fix": f"python3 {PROGRAM} --metrics-port 23040",
+    }
     assert bad.code == 2
     assert daemon.stop() == 0
     daemon = node.start(sys.executable, *shlex.split(bad.of("http")["fix"])[1:], env=env)
     daemon.wait_for("limits:")
-    assert diagnose(node).of("http") == {**good, "found": "the daemon answers on 10.0.0.2 port 23040"}
+    assert diagnose(node).of("http") == {
+        **good,
+        "found": "the daemon answers on 10.0.0.2 port 23040",
+    }
 
 
 def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
-    """One of another node, behind a Service; one of another group on this node, which had the port first."""
+    """One of another node, behind a Service.
+
+    One of another group on this node, which had the port first.
+    """
     router, version = node.net.hosts[1], pmtud.__version__
     answer = f"10.0.0.2 port {{}}: somebody else answers, pmtud/{version} ({{}}, NFLOG group {{}}) ({{}}?)"
     other = router.start(sys.executable, SCRIPT, "--iface", "to-node", "--nodename", "b")
-    mine = node.start(sys.executable, SCRIPT, env={"PMTUD_NODENAME": "a", "PMTUD_METRICS_PORT": "29040"})
+    mine = node.start(
+        sys.executable, SCRIPT, env={"PMTUD_NODENAME": "a", "PMTUD_METRICS_PORT": "29040"}
+    )
     for process in (other, mine):
         process.wait_for("limits:")
     assert diagnose(node).of("http")["status"] == "OK"
@@ -5966,7 +8189,9 @@ def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
     first.wait_for("limits:")
     second = node.start(sys.executable, SCRIPT, "--nodename", "a")
     second.wait_for("limits:")
-    assert diagnose(node).of("http")["found"] == answer.format(30040, "a", 40, "a Service with nodePort 30040")
+    assert diagnose(node).of("http")["found"] == answer.format(
+        30040, "a", 40, "a Service with nodePort 30040"
+    )
     assert diagnose(node, "--nflog-group", "40").of("http")["status"] == "OK"
 
 
@@ -5974,14 +8199,22 @@ def test_a_daemon_that_does_not_answer(node: Host) -> None:
     """A Service without endpoints refuses what is sent to its node port; and a daemon may hang."""
     daemon = node.start(sys.executable, SCRIPT)
     daemon.wait_for("limits:")
-    node.run("nft", "table inet f { chain c { type filter hook output priority 0; "
-             "tcp dport 30040 reject with tcp reset; }; }")  # fmt: skip
+    node.run(
+        "nft",
+        "table inet f { chain c { type filter hook output priority 0; "
+        "tcp dport 30040 reject with tcp reset; }; }",
+    )
     found = diagnose(node).of("http")
     assert (found["status"], found["found"]) == (
-        "FAIL", "10.0.0.2 port 30040: Connection refused: the daemon is not heard there")  # fmt: skip
+        "FAIL",
+        "10.0.0.2 port 30040: Connection refused: the daemon is not heard there",
+    )
     node.run("nft", "delete", "table", "inet", "f")
     os.kill(daemon.pid, signal.SIGSTOP)
-    assert diagnose(node).of("http")["found"] == "10.0.0.2 port 30040: timed out: the daemon is not heard there"
+    assert (
+        diagnose(node).of("http")["found"]
+        == "10.0.0.2 port 30040: timed out: the daemon is not heard there"
+    )
     os.kill(daemon.pid, signal.SIGCONT)
     assert diagnose(node).of("http")["status"] == "OK"
 
@@ -5991,26 +8224,39 @@ def test_the_check_leaves_nothing_behind(node: Host) -> None:
     monitor = node.start("nft", "monitor")
     settings = "cat $(find /proc/sys/net -type f -perm -400 | grep -v -e nf_conntrack_count -e flush) 2>/dev/null"
     probe = "add table inet before; delete table inet before"
-    assert poll(lambda: node.run("nft", probe) or "before" in monitor.output(), 5)  # once the monitor listens
+    assert poll(
+        lambda: node.run("nft", probe) or "before" in monitor.output(), 5
+    )  # once the monitor listens
     before = node.run("sh", "-c", settings, check=False)
     diagnose(node, hosts=("10.0.0.1",))
     node.run("nft", "add table inet after")
     assert "pmtud" not in monitor.wait_for("after")
     assert node.run("sh", "-c", settings, check=False) == before
-    assert "33" not in [line.split()[0] for line in node.read("/proc/net/netfilter/nfnetlink_log").splitlines()]
+    assert "33" not in [
+        line.split()[0] for line in node.read("/proc/net/netfilter/nfnetlink_log").splitlines()
+    ]
 
 
 def test_privileges(node: Host) -> None:
-    """Without the capabilities one warning, and what cannot be seen is left out; a healthy path is OK."""
+    """Without the capabilities one warning, and what cannot be seen is left out.
+
+    A healthy path is OK.
+    """
     before = ("setpriv", "--bounding-set=-net_admin,-net_raw")
     node.sysctl("net.ipv4.conf.all.rp_filter", 0)
     bad = diagnose(node, "--rules", "off", hosts=("10.0.0.1",), before=before)
     assert bad.code == 1 and bad.of("privileges")["status"] == "WARN"
     assert "CAP_NET_ADMIN and CAP_NET_RAW" in bad.of("privileges")["found"]
-    assert bad.of("privileges")["found"].endswith("Daemon, group, rules and guard are not looked at")
+    assert bad.of("privileges")["found"].endswith(
+        "Daemon, group, rules and guard are not looked at"
+    )
     assert bad.of("privileges")["fix"] == f"sudo python3 {PROGRAM} check"
-    assert {entry["status"] for entry in bad.checks[1:]} == {"OK"} and bad.checks[1]["check"] == "rp_filter"
-    assert bad.of("path")["found"] == "10.0.0.1: path MTU 1500, all of eth0"  # this works without root
+    assert {entry["status"] for entry in bad.checks[1:]} == {"OK"} and bad.checks[1][
+        "check"
+    ] == "rp_filter"
+    assert (
+        bad.of("path")["found"] == "10.0.0.1: path MTU 1500, all of eth0"
+    )  # this works without root
 
 
 HOLDER = """
@@ -6020,13 +8266,21 @@ held = pmtud.Nflog(33); print('held', flush=True); time.sleep(60)
 
 
 def test_nflog_group(node: Host, tmp_path: Path) -> None:
-    """Taken by a stranger: FAIL names it; the fix takes the next group, which is then seen as pmtud's own."""
+    """Taken by a stranger: FAIL names it.
+
+    The fix takes the next group, which is then seen as pmtud's own.
+    """
     (tmp_path / "go-pmtud").write_text(HOLDER.format(str(HERE)))
     stranger = node.start(sys.executable, str(tmp_path / "go-pmtud"))
     stranger.wait_for("held")
     bad = diagnose(node).of("nflog_group")
     assert bad["status"] == "FAIL" and f"pid {stranger.pid} " in bad["found"]
-    assert diagnose(node).of("daemon") == {"check": "daemon", "status": "WARN", "found": "not running", "fix": ""}
+    assert diagnose(node).of("daemon") == {
+        "check": "daemon",
+        "status": "WARN",
+        "found": "not running",
+        "fix": "",
+    }
     assert bad["fix"] == f"python3 {PROGRAM} --nflog-group 34"
     daemon = run_fix(node, bad, "limits:")
     assert daemon
@@ -6034,13 +8288,20 @@ def test_nflog_group(node: Host, tmp_path: Path) -> None:
     assert good.of("nflog_group")["found"] == "group 34 is held by pmtud"
     assert good.of("daemon")["found"].startswith(f"running, pid {daemon.pid} (python3 ")
     assert good.of("nflog_rule")["found"] == "table inet pmtud_34 of the daemon"
-    assert good.of("guard") == {"check": "guard", "status": "OK", "found": "holds for ipv4, ipv6", "fix": ""}
+    assert good.of("guard") == {
+        "check": "guard",
+        "status": "OK",
+        "found": "holds for ipv4, ipv6",
+        "fix": "",
+    }
 
 
 def test_rules_of_the_operator(node: Host) -> None:
     """--rules off and no rule: FAIL; the fix installs rules and guard."""
     bad = diagnose(node, "--rules", "off")
-    assert bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33" and bad.code == 2
+    assert (
+        bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33" and bad.code == 2
+    )
     assert bad.of("guard")["status"] == "FAIL"
     paste = f"python3 {PROGRAM} rules | sed -n '1,/^}}/p' | nft -f -"
     assert bad.of("nflog_rule")["fix"] == paste == bad.of("guard")["fix"]
@@ -6050,18 +8311,39 @@ def test_rules_of_the_operator(node: Host) -> None:
     assert good.of("nflog_rule")["found"] == "inet pmtud_33 mtu_errors, no counter"
 
 
-@pytest.mark.parametrize(("chain", "status"), [
-    ('chain c { type filter hook prerouting priority -300; iifname "nope9" tcp dport 1 log group 33; }', "FAIL"),
-    ('chain c { type filter hook prerouting priority -300; iifname "nope9" icmp type 3 log group 33; }', "FAIL"),
-    ('chain c { type filter hook prerouting priority -300; tcp dport 1 log group 33; }', "FAIL"),
-    ('chain c { icmp type destination-unreachable log group 33; }', "FAIL"),
-    ('chain c { type filter hook output priority -300; icmp type destination-unreachable log group 33; }', "FAIL"),
-    ('chain c { type filter hook prerouting priority -300; log group 33; }', "OK"),
-    ('chain d { icmp type destination-unreachable log group 33; }; chain c { '
-     'type filter hook prerouting priority -300; iifname "eth*" jump d; }', "OK"),
-    ('chain d { icmp type destination-unreachable log group 33; }; chain c { '
-     'type filter hook prerouting priority -300; iifname vmap { "eth0" : goto d, "eth1" : accept }; }', "OK"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chain", "status"),
+    [
+        (
+            'chain c { type filter hook prerouting priority -300; iifname "nope9" tcp dport 1 log group 33; }',
+            "FAIL",
+        ),
+        (
+            'chain c { type filter hook prerouting priority -300; iifname "nope9" icmp type 3 log group 33; }',
+            "FAIL",
+        ),
+        (
+            "chain c { type filter hook prerouting priority -300; tcp dport 1 log group 33; }",
+            "FAIL",
+        ),
+        ("chain c { icmp type destination-unreachable log group 33; }", "FAIL"),
+        (
+            "chain c { type filter hook output priority -300; icmp type destination-unreachable log group 33; }",
+            "FAIL",
+        ),
+        ("chain c { type filter hook prerouting priority -300; log group 33; }", "OK"),
+        (
+            "chain d { icmp type destination-unreachable log group 33; }; chain c { "
+            'type filter hook prerouting priority -300; iifname "eth*" jump d; }',
+            "OK",
+        ),
+        (
+            "chain d { icmp type destination-unreachable log group 33; }; chain c { "
+            'type filter hook prerouting priority -300; iifname vmap { "eth0" : goto d, "eth1" : accept }; }',
+            "OK",
+        ),
+    ],
+)
 def test_what_feeds_the_group(node: Host, chain: str, status: str) -> None:
     """A rule that packets reach, early, for ICMP, from one of our interfaces."""
     node.run("nft", f"table inet f {{ {chain}; }}")
@@ -6072,7 +8354,9 @@ def test_rules_that_cannot_be_seen(node: Host, tmp_path: Path) -> None:
     """Without nft nothing is claimed."""
     found = diagnose(node, "--rules", "off", before=("env", f"PATH={tmp_path}")).of("nflog_rule")
     assert (found["status"], found["found"]) == (
-        "WARN", "--rules off, and what feeds the group cannot be seen: nft is not installed")  # fmt: skip
+        "WARN",
+        "--rules off, and what feeds the group cannot be seen: nft is not installed",
+    )
 
 
 @pytest.mark.parametrize("command", ["iptables-nft", "iptables-legacy"])
@@ -6083,20 +8367,33 @@ def test_iptables_rule_and_its_counter(node: Host, command: str) -> None:
     found = diagnose(node, "--rules", "off").of("nflog_rule")
     assert (found["status"], found["found"]) == ("OK", "ip raw PREROUTING, 5 packets so far")
     twice = diagnose(node).of("nflog_rule")
-    assert twice["status"] == "WARN" and "feeds every error in again: ip raw PREROUTING" in twice["found"]
+    assert (
+        twice["status"] == "WARN"
+        and "feeds every error in again: ip raw PREROUTING" in twice["found"]
+    )
     assert twice["fix"] == f"python3 {PROGRAM} --rules off"
-    assert diagnose(node, "--rules", "off", "--nflog-group", "3").of("nflog_rule")["status"] == "FAIL"
+    assert (
+        diagnose(node, "--rules", "off", "--nflog-group", "3").of("nflog_rule")["status"] == "FAIL"
+    )
 
 
-@pytest.mark.parametrize("rule", [
-    ("iptables", "-A", "INPUT", "-p", "icmp", "-j", "NFLOG", "--nflog-group", "33"),
-    ("nft", "table inet f { chain late { type filter hook input priority 0; icmp type 3 counter log group 33; }; }"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ("iptables", "-A", "INPUT", "-p", "icmp", "-j", "NFLOG", "--nflog-group", "33"),
+        (
+            "nft",
+            "table inet f { chain late { type filter hook input priority 0; icmp type 3 counter log group 33; }; }",
+        ),
+    ],
+)
 def test_a_rule_after_rp_filter_is_too_late(node: Host, rule: tuple[str, ...]) -> None:
     """INPUT comes after the reverse path check."""
     node.run(*rule)
     late = diagnose(node, "--rules", "off").of("nflog_rule")
-    assert late["status"] == "WARN" and late["found"].startswith("too late, rp_filter comes first: i")
+    assert late["status"] == "WARN" and late["found"].startswith(
+        "too late, rp_filter comes first: i"
+    )
     assert ", 0 packets so far" in late["found"]
 
 
@@ -6106,11 +8403,17 @@ def test_rp_filter(node: Host, scope: str) -> None:
     node.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 1)
     bad = diagnose(node)
     finding = bad.of("rp_filter")
-    assert bad.code == 1 and finding["status"] == "WARN" and finding["found"].startswith("eth0: strict (all ")
+    assert (
+        bad.code == 1
+        and finding["status"] == "WARN"
+        and finding["found"].startswith("eth0: strict (all ")
+    )
     assert "weakens anti-spoofing" in finding["found"] and finding["fix"] == f"python3 {PROGRAM}"
     run_fix(node, finding, "limits:")
     good = diagnose(node).of("rp_filter")
-    assert good["status"] == "OK" and good["found"].endswith("; pmtud delivers what is dropped by rp_filter")
+    assert good["status"] == "OK" and good["found"].endswith(
+        "; pmtud delivers what is dropped by rp_filter"
+    )
 
 
 def test_loose_rp_filter_is_no_error(node: Host) -> None:
@@ -6118,35 +8421,62 @@ def test_loose_rp_filter_is_no_error(node: Host) -> None:
     node.sysctls({"net.ipv4.conf.all.rp_filter": 2, "net.ipv4.conf.eth0.rp_filter": 1})
     found = diagnose(node).of("rp_filter")
     assert (found["status"], found["found"]) == (
-        "OK", "eth0: loose, errors from any routed address pass (all 2, eth0 1)")  # fmt: skip
+        "OK",
+        "eth0: loose, errors from any routed address pass (all 2, eth0 1)",
+    )
 
 
-@pytest.mark.parametrize("rule", [
-    "meta nfproto ipv6 fib saddr . mark . iif oif missing drop", "fib saddr . iif oif 0 counter drop"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "meta nfproto ipv6 fib saddr . mark . iif oif missing drop",
+        "fib saddr . iif oif 0 counter drop",
+    ],
+)
 def test_reverse_path_rules_of_nft(node: Host, rule: str) -> None:
     """What firewalld installs for IPv6 counts like rp_filter; an accepting rule does not."""
-    node.run("nft", f"table inet fw {{ chain pre {{ type filter hook prerouting priority -290; {rule}; }}; }}")
+    node.run(
+        "nft",
+        f"table inet fw {{ chain pre {{ type filter hook prerouting priority -290; {rule}; }}; }}",
+    )
     bad = diagnose(node).of("rp_filter")
-    assert bad["status"] == "WARN" and "is dropped by a rule in inet fw pre. Loosening" in bad["found"]
+    assert (
+        bad["status"] == "WARN" and "is dropped by a rule in inet fw pre. Loosening" in bad["found"]
+    )
     run_fix(node, bad, "limits:")
-    assert diagnose(node).of("rp_filter")["found"].endswith("pmtud delivers what is dropped by a rule in inet fw pre")
-    node.run("nft", "flush ruleset inet; add table inet fw; add chain inet fw pre; "
-             "add rule inet fw pre fib saddr . iif oif != 0 accept", check=False)  # fmt: skip
+    assert (
+        diagnose(node)
+        .of("rp_filter")["found"]
+        .endswith("pmtud delivers what is dropped by a rule in inet fw pre")
+    )
+    node.run(
+        "nft",
+        "flush ruleset inet; add table inet fw; add chain inet fw pre; "
+        "add rule inet fw pre fib saddr . iif oif != 0 accept",
+        check=False,
+    )
     assert "dropped" not in diagnose(node, "--nflog-group", "5").of("rp_filter")["found"]
 
 
-@pytest.mark.parametrize(("name", "value", "status", "words"), [
-    ("ip_no_pmtu_disc", 1, "WARN", "1: packets leave without DF"),
-    ("ip_no_pmtu_disc", 2, "FAIL", "2: the kernel discards every error"),
-    ("ip_no_pmtu_disc", 3, "WARN", "CVE-2026-23398"),
-    ("route.min_pmtu", 1400, "WARN", "1400: smaller reports count as this one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "status", "words"),
+    [
+        ("ip_no_pmtu_disc", 1, "WARN", "1: packets leave without DF"),
+        ("ip_no_pmtu_disc", 2, "FAIL", "2: the kernel discards every error"),
+        ("ip_no_pmtu_disc", 3, "WARN", "CVE-2026-23398"),
+        ("route.min_pmtu", 1400, "WARN", "1400: smaller reports count as this one"),
+    ],
+)
 def test_settings(node: Host, name: str, value: int, status: str, words: str) -> None:
     """Each bad value, and the sysctl that repairs it."""
     node.sysctl(f"net.ipv4.{name}", value)
     bad = diagnose(node)
     finding = bad.of(name.rpartition(".")[2])
-    assert finding["status"] == status and words in finding["found"] and bad.code == {"WARN": 1, "FAIL": 2}[status]
+    assert (
+        finding["status"] == status
+        and words in finding["found"]
+        and bad.code == {"WARN": 1, "FAIL": 2}[status]
+    )
     run_fix(node, finding)
     assert diagnose(node).of(name.rpartition(".")[2])["status"] == "OK"
 
@@ -6161,14 +8491,20 @@ def test_tcp_mtu_probing_is_information(node: Host, value: int) -> None:
 
 @pytest.mark.parametrize(("count", "status"), [(800, "OK"), (801, "WARN"), (951, "FAIL")])
 def test_conntrack(node: Host, tmp_path: Path, count: int, status: str) -> None:
-    """Files stand in for the kernel's, whose limit only the first namespace may set; the fix doubles the limit."""
+    """Files stand in for the kernel's, whose limit only the first namespace may set.
+
+    The fix doubles the limit.
+    """
     for name, number in (("count", count), ("max", 1000)):
         (tmp_path / name).write_text(f"{number}\n")
     files = "/proc/sys/net/netfilter/nf_conntrack_"
     mount = "".join(f"mount --bind {tmp_path}/{name} {files}{name}; " for name in ("count", "max"))
     before = ("sh", "-c", f'{mount} exec "$@"', "sh")
     bad = diagnose(node, before=before).of("conntrack")
-    assert bad["status"] == status and bad["found"] == f"{count} of 1000 connections ({count / 1000:.0%})"
+    assert (
+        bad["status"] == status
+        and bad["found"] == f"{count} of 1000 connections ({count / 1000:.0%})"
+    )
     if status != "OK":
         assert bad["fix"] == "sysctl -w net/netfilter/nf_conntrack_max=2000"
         node.run("sh", "-c", f"{mount} {bad['fix']}")
@@ -6178,14 +8514,22 @@ def test_conntrack(node: Host, tmp_path: Path, count: int, status: str) -> None:
 def test_good_peers(node: Host) -> None:
     """On-link and routed ones are told apart, this node's own address is named."""
     found = diagnose(node, "--peers", "10.0.0.1,10.7.0.1,fd00::5,10.0.0.2").of("peers")
-    assert found == {"check": "peers", "status": "OK", "found": "2 on-link, 1 routed; 10.0.0.2 is this node", "fix": ""}
+    assert found == {
+        "check": "peers",
+        "status": "OK",
+        "found": "2 on-link, 1 routed; 10.0.0.2 is this node",
+        "fix": "",
+    }
 
 
-@pytest.mark.parametrize(("peer", "words"), [
-    ("10.96.0.1", "10.96.0.1: a service address on lo, not a node"),
-    ("10.8.0.1", "10.8.0.1: no route"),
-    ("fd08::1", "fd08::1: no route"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        ("10.96.0.1", "10.96.0.1: a service address on lo, not a node"),
+        ("10.8.0.1", "10.8.0.1: no route"),
+        ("fd08::1", "fd08::1: no route"),
+    ],
+)
 def test_bad_peers(node: Host, peer: str, words: str) -> None:
     """A VIP or a peer without a route: FAIL; the fix starts pmtud without it."""
     node.ip("route add unreachable 10.8.0.0/24", "route add unreachable fd08::/64")
@@ -6195,11 +8539,17 @@ def test_bad_peers(node: Host, peer: str, words: str) -> None:
     assert diagnose(node, *bad["fix"].split()[2:]).of("peers")["status"] == "OK"
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    (None, "file:{}: No such file or directory"),
-    ("10.0.0.1\nnonsense_\n", "file:{}: line 2: 'nonsense_' is not an IP address"),
-    ("10.0.0.1\n10.96.0.1  # ours\n", "10.96.0.1: a service address on lo, not a node (in file:{})"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "file:{}: No such file or directory"),
+        ("10.0.0.1\nnonsense_\n", "file:{}: line 2: 'nonsense_' is not an IP address"),
+        (
+            "10.0.0.1\n10.96.0.1  # ours\n",
+            "10.96.0.1: a service address on lo, not a node (in file:{})",
+        ),
+    ],
+)
 def test_peer_file(node: Host, tmp_path: Path, text: Optional[str], words: str) -> None:
     """Its complaint is the only finding about peers; the fix opens it in the editor."""
     path = tmp_path / "the peers"
@@ -6231,12 +8581,18 @@ def test_ipv6_mtu_under_1280(node: Host) -> None:
 
 
 def test_ipv6_router_advertisements(node: Host) -> None:
-    """accept_ra_mtu 0 on a listening host: WARN; forwarding without accept_ra 2 is told; switched off is OK."""
+    """accept_ra_mtu 0 on a listening host.
+
+    WARN; forwarding without accept_ra 2 is told; switched off is OK.
+    """
     node.sysctls({"net.ipv6.conf.eth0.accept_ra": 1, "net.ipv6.conf.eth0.accept_ra_mtu": 0})
     bad = diagnose(node).of("ipv6")
     assert bad["status"] == "WARN" and bad["fix"] == "sysctl -w net/ipv6/conf/eth0/accept_ra_mtu=1"
     run_fix(node, bad)
-    assert diagnose(node).of("ipv6")["found"] == "eth0: router advertisements and their MTU are believed"
+    assert (
+        diagnose(node).of("ipv6")["found"]
+        == "eth0: router advertisements and their MTU are believed"
+    )
     node.sysctl("net.ipv6.conf.eth0.forwarding", 1)
     assert diagnose(node).of("ipv6")["found"].endswith("not read (forwarding 1, accept_ra 1)")
     node.sysctl("net.ipv6.conf.eth0.disable_ipv6", 1)
@@ -6244,117 +8600,263 @@ def test_ipv6_router_advertisements(node: Host) -> None:
 
 
 REMAKE = "kubectl drain n1 --ignore-daemonsets && kubectl uncordon n1"
-CALICO = 'kubectl patch installation default --type=merge -p \'{"spec":{"calicoNetwork":{"mtu":%d}}}\''
+CALICO = (
+    'kubectl patch installation default --type=merge -p \'{"spec":{"calicoNetwork":{"mtu":%d}}}\''
+)
 
 
-@pytest.mark.parametrize(("nic", "name", "mtu", "status", "found", "fix"), [
-    (1500, "vxlan.calico", 1450, "OK", "vxlan.calico 1450 = eth0 1500 - 50", ""),
-    (9000, "vxlan.calico", 1450, "WARN",
-     "vxlan.calico 1450 < eth0 9000 - 50 = 8950: jumbo frames left unused", CALICO % 8950),
-    (9000, "vxlan.calico", 8950, "OK", "vxlan.calico 8950 = eth0 9000 - 50", ""),
-    (1500, "vxlan.calico", 1500, "FAIL",
-     "vxlan.calico 1500 > eth0 1500 - 50: packets over 1450 are fragmented or vanish (black hole)", CALICO % 1450),
-    (1500, "vxlan.calico", 1400, "WARN",
-     "vxlan.calico 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice", CALICO % 1450),
-    (1500, "vxlan-v6.calico", 1430, "OK", "vxlan-v6.calico 1430 = eth0 1500 - 70", ""),
-    (1500, "vxlan.calico", 1430, "OK", "vxlan.calico 1430 = eth0 1500 - 70, where 50 would do", ""),
-    (1500, "tunl0", 1480, "OK", "tunl0 1480 = eth0 1500 - 20", ""),
-    (1500, "tunl0", 1460, "WARN", "tunl0 1460 = eth0 1500 - 20 - 20: the overhead is subtracted twice", CALICO % 1480),
-    (1500, "wireguard.cali", 1440, "OK", "wireguard.cali 1440 = eth0 1500 - 60", ""),
-    (1500, "wg-v6.cali", 1500, "FAIL",
-     "wg-v6.cali 1500 > eth0 1500 - 80: packets over 1420 are fragmented or vanish (black hole)", CALICO % 1420),
-    (1500, "flannel.1", 1400, "WARN", "flannel.1 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice",
-     "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
-    (1500, "cilium_vxlan", 1500, "OK", "cilium_vxlan 1500 is right: Cilium subtracts the 50 in its routes", ""),
-    (1500, "cilium_geneve", 1300, "WARN", "cilium_geneve 1300 < eth0 1500 - 50 = 1450: 150 bytes left unused",
-     "cilium config set mtu 1500"),
-    (1500, "cali12ab", 1500, "OK", "cali12ab 1500 = eth0 1500 - 0", ""),
-    (1500, "cali12ab", 9000, "WARN", "cali12ab 9000 > eth0 1500 - 0: only ICMP errors from this node tell pods that "
-     "1500 is all", CALICO % 1500 + "\n" + REMAKE),
-    (9000, "veth12ab", 1450, "WARN", "veth12ab 1450 < eth0 9000 - 0 = 9000: jumbo frames left unused", REMAKE),
-    (1500, "lxc12ab", 1500, "OK", "lxc12ab 1500 = eth0 1500 - 0", ""),
-    (1500, "cni0", 1480, "OK", "cni0 1480 = eth0 1500 - 20, where 0 would do", ""),
-])  # fmt: skip
-def test_mtu_by_name(node: Host, nic: int, name: str, mtu: int, status: str, found: str, fix: str) -> None:
-    """An interface of each CNI, recognised by its name; a veth stands in for kinds this kernel may lack."""
-    node.ip(f"link set eth0 mtu {nic}", f"link add {name} mtu {mtu} type veth peer name other mtu {mtu}",
-            f"link set {name} up")  # fmt: skip
+@pytest.mark.parametrize(
+    ("nic", "name", "mtu", "status", "found", "fix"),
+    [
+        (1500, "vxlan.calico", 1450, "OK", "vxlan.calico 1450 = eth0 1500 - 50", ""),
+        (
+            9000,
+            "vxlan.calico",
+            1450,
+            "WARN",
+            "vxlan.calico 1450 < eth0 9000 - 50 = 8950: jumbo frames left unused",
+            CALICO % 8950,
+        ),
+        (9000, "vxlan.calico", 8950, "OK", "vxlan.calico 8950 = eth0 9000 - 50", ""),
+        (
+            1500,
+            "vxlan.calico",
+            1500,
+            "FAIL",
+            "vxlan.calico 1500 > eth0 1500 - 50: packets over 1450 are fragmented or vanish (black hole)",
+            CALICO % 1450,
+        ),
+        (
+            1500,
+            "vxlan.calico",
+            1400,
+            "WARN",
+            "vxlan.calico 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice",
+            CALICO % 1450,
+        ),
+        (1500, "vxlan-v6.calico", 1430, "OK", "vxlan-v6.calico 1430 = eth0 1500 - 70", ""),
+        (
+            1500,
+            "vxlan.calico",
+            1430,
+            "OK",
+            "vxlan.calico 1430 = eth0 1500 - 70, where 50 would do",
+            "",
+        ),
+        (1500, "tunl0", 1480, "OK", "tunl0 1480 = eth0 1500 - 20", ""),
+        (
+            1500,
+            "tunl0",
+            1460,
+            "WARN",
+            "tunl0 1460 = eth0 1500 - 20 - 20: the overhead is subtracted twice",
+            CALICO % 1480,
+        ),
+        (1500, "wireguard.cali", 1440, "OK", "wireguard.cali 1440 = eth0 1500 - 60", ""),
+        (
+            1500,
+            "wg-v6.cali",
+            1500,
+            "FAIL",
+            "wg-v6.cali 1500 > eth0 1500 - 80: packets over 1420 are fragmented or vanish (black hole)",
+            CALICO % 1420,
+        ),
+        (
+            1500,
+            "flannel.1",
+            1400,
+            "WARN",
+            "flannel.1 1400 = eth0 1500 - 50 - 50: the overhead is subtracted twice",
+            "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds",
+        ),
+        (
+            1500,
+            "cilium_vxlan",
+            1500,
+            "OK",
+            "cilium_vxlan 1500 is right: Cilium subtracts the 50 in its routes",
+            "",
+        ),
+        (
+            1500,
+            "cilium_geneve",
+            1300,
+            "WARN",
+            "cilium_geneve 1300 < eth0 1500 - 50 = 1450: 150 bytes left unused",
+            "cilium config set mtu 1500",
+        ),
+        (1500, "cali12ab", 1500, "OK", "cali12ab 1500 = eth0 1500 - 0", ""),
+        (
+            1500,
+            "cali12ab",
+            9000,
+            "WARN",
+            "cali12ab 9000 > eth0 1500 - 0: only ICMP errors from this node tell pods that "
+            "1500 is all",
+            CALICO % 1500 + "\n" + REMAKE,
+        ),
+        (
+            9000,
+            "veth12ab",
+            1450,
+            "WARN",
+            "veth12ab 1450 < eth0 9000 - 0 = 9000: jumbo frames left unused",
+            REMAKE,
+        ),
+        (1500, "lxc12ab", 1500, "OK", "lxc12ab 1500 = eth0 1500 - 0", ""),
+        (1500, "cni0", 1480, "OK", "cni0 1480 = eth0 1500 - 20, where 0 would do", ""),
+    ],
+)
+def test_mtu_by_name(
+    node: Host, nic: int, name: str, mtu: int, status: str, found: str, fix: str
+) -> None:
+    """An interface of each CNI, recognised by its name.
+
+    A veth stands in for kinds this kernel may lack.
+    """
+    node.ip(
+        f"link set eth0 mtu {nic}",
+        f"link add {name} mtu {mtu} type veth peer name other mtu {mtu}",
+        f"link set {name} up",
+    )
     found_mtu = diagnose(node, "--nodename", "n1").of("mtu")
     assert found_mtu == {"check": "mtu", "status": status, "found": found, "fix": fix}
 
 
-@pytest.mark.parametrize(("options", "best"), [
-    ("remote 10.0.0.1", 1450), ("remote fd00::1", 1430), ("local fd00::2", 1430)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [("remote 10.0.0.1", 1450), ("remote fd00::1", 1430), ("local fd00::2", 1430)],
+)
 def test_mtu_of_a_real_vxlan(node: Host, options: str, best: int) -> None:
     """A vxlan of any name, over IPv4 and IPv6; the printed `ip link` turns it OK."""
-    node.ip(f"link add overlay mtu 1500 type vxlan id 7 dstport 4789 {options}", "link set overlay up")
+    node.ip(
+        f"link add overlay mtu 1500 type vxlan id 7 dstport 4789 {options}", "link set overlay up"
+    )
     bad = diagnose(node).of("mtu")
     assert bad["status"] == "FAIL" and bad["fix"] == f"ip link set dev overlay mtu {best}"
     run_fix(node, bad)
     assert diagnose(node).of("mtu")["found"] == f"overlay {best} = eth0 1500 - {1500 - best}"
 
 
-@pytest.mark.parametrize("options", ["dev eth1", "local 10.1.0.2", "local fd01::2", "remote 10.1.0.9",
-                                     "remote fd01::9", "local 10.96.0.1 remote 10.1.0.9"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        "dev eth1",
+        "local 10.1.0.2",
+        "local fd01::2",
+        "remote 10.1.0.9",
+        "remote fd01::9",
+        "local 10.96.0.1 remote 10.1.0.9",
+    ],
+)
 def test_mtu_under_a_tunnel(node: Host, options: str) -> None:
-    """The NIC under a tunnel is its own, not that of the default route: device, own address, or way to the peer."""
-    node.ip("link add eth1 mtu 9000 type veth peer name far", "link set eth1 up", "addr add 10.1.0.2/24 dev eth1",
-            "addr add fd01::2/64 dev eth1 nodad", "link set far up",
-            f"link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 {options}",
-            "link set vxlan.calico up", "link add cali0 mtu 1450 type veth peer name c", "link set cali0 up")
+    """The NIC under a tunnel is its own, not that of the default route.
+
+    Device, own address, or way to the peer.
+    """
+    node.ip(
+        "link add eth1 mtu 9000 type veth peer name far",
+        "link set eth1 up",
+        "addr add 10.1.0.2/24 dev eth1",
+        "addr add fd01::2/64 dev eth1 nodad",
+        "link set far up",
+        f"link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 {options}",
+        "link set vxlan.calico up",
+        "link add cali0 mtu 1450 type veth peer name c",
+        "link set cali0 up",
+    )
     best = 8930 if ":" in options else 8950
     found = diagnose(node, "--nodename", "n1")
     text = f"1450 < eth1 9000 - {9000 - best} = {best}: jumbo frames left unused"
     assert found.of("mtu", "vxlan")["found"] == f"vxlan.calico {text}"
     assert found.of("mtu", "vxlan")["fix"] == CALICO % best
-    assert found.of("mtu", "cali0")["found"] == f"cali0 {text}" and found.of("mtu", "cali0")["fix"] == REMAKE
+    assert (
+        found.of("mtu", "cali0")["found"] == f"cali0 {text}"
+        and found.of("mtu", "cali0")["fix"] == REMAKE
+    )
     node.ip(f"link set vxlan.calico mtu {best}")
     found = diagnose(node, "--nodename", "n1")
     assert found.of("mtu", "vxlan")["status"] == "OK"
-    assert found.of("mtu", "cali0")["fix"] == REMAKE  # what was just patched is not to be patched again
+    assert (
+        found.of("mtu", "cali0")["fix"] == REMAKE
+    )  # what was just patched is not to be patched again
 
 
 def test_mtu_judged_by_a_guess(node: Host) -> None:
-    """A tunnel that does not say what is under it, and a NIC wider than the default route's: WARN; the fix names it."""
-    node.ip("link add eth1 mtu 9000 type veth peer name far", "link set eth1 up", "link set far up",
-            "link add cilium_vxlan mtu 9000 type vxlan external dstport 4789", "link set cilium_vxlan up")  # fmt: skip
+    """A tunnel that does not say what is under it, and a NIC wider than the default route's.
+
+    WARN; the fix names it.
+    """
+    node.ip(
+        "link add eth1 mtu 9000 type veth peer name far",
+        "link set eth1 up",
+        "link set far up",
+        "link add cilium_vxlan mtu 9000 type vxlan external dstport 4789",
+        "link set cilium_vxlan up",
+    )
     bad = diagnose(node).of("mtu", "eth1 has")
-    assert (bad["status"], bad["found"]) == ("WARN", "eth1 has 9000, judged is by eth0 1500 of the default route; "
-                                             "if the nodes talk over eth1, name it with --iface")  # fmt: skip
+    assert (bad["status"], bad["found"]) == (
+        "WARN",
+        "eth1 has 9000, judged is by eth0 1500 of the default route; "
+        "if the nodes talk over eth1, name it with --iface",
+    )
     assert bad["fix"] == f"python3 {PROGRAM} check --iface eth1"
     assert "cilium_vxlan 9000 is right" in node.run("sh", "-c", bad["fix"], check=False)
     assert diagnose(node, *bad["fix"].split()[3:]).of("mtu")["status"] == "OK"
 
 
 def run_with_kubectl(host: Host, finding: dict[str, str], folder: Path, script: str) -> None:
-    """Run the printed commands with a kubectl that is this script; it can say `host` and sees its words."""
-    (folder / "kubectl").write_text(f"#!/bin/sh -e\nhost() {{ ip -n {host.namespace} \"$@\"; }}\n{script}\n")
+    """Run the printed commands with a kubectl that is this script.
+
+    It can say `host` and sees its words.
+    """
+    (folder / "kubectl").write_text(
+        f'#!/bin/sh -e\nhost() {{ ip -n {host.namespace} "$@"; }}\n{script}\n'
+    )
     (folder / "kubectl").chmod(0o755)
     host.run("env", f"PATH={folder}:{os.environ['PATH']}", "sh", "-ec", finding["fix"])
 
 
 def test_mtu_of_pods_in_other_namespaces(node: Host, tmp_path: Path) -> None:
-    """A plain veth whose peer is elsewhere is a pod, which is made anew, never changed at one end; one here is not."""
+    """A plain veth whose peer is elsewhere is a pod, which is made anew, never changed at one end.
+
+    One here is not.
+    """
     pod = node.net.host("pod")
     node.net.link(node, pod, mtu=9000, names=("whatever", "eth0"))
-    node.ip("link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set vxlan.calico up",
-            "link add here mtu 9000 type veth peer name there", "link set here up")  # fmt: skip
+    node.ip(
+        "link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1",
+        "link set vxlan.calico up",
+        "link add here mtu 9000 type veth peer name there",
+        "link set here up",
+    )
     bad = diagnose(node, "--nodename", "n1")
     finding = bad.of("mtu", "whatever")
     assert finding["status"] == "WARN" and finding["fix"] == REMAKE
     told = "only ICMP errors from this node tell pods that 1450 is all"
     assert finding["found"] == f"whatever 9000 > eth0 1500 - 50: {told}"
     assert len([entry for entry in bad.checks if entry["check"] == "mtu"]) == 2
-    run_with_kubectl(node, finding, tmp_path, f"""[ "$1 $2" != "drain n1" ] || {{ host link del whatever; ip link add
+    run_with_kubectl(
+        node,
+        finding,
+        tmp_path,
+        f"""[ "$1 $2" != "drain n1" ] || {{ host link del whatever; ip link add
         whatever netns {node.namespace} mtu 1450 type veth peer name eth0 netns {pod.namespace} mtu 1450
-        host link set whatever up; ip -n {pod.namespace} link set eth0 up; }}""".replace("add\n", "add "))
+        host link set whatever up; ip -n {pod.namespace} link set eth0 up; }}""".replace(
+            "add\n", "add "
+        ),
+    )
     assert diagnose(node).of("mtu", "whatever")["status"] == "OK"
 
 
 def test_mtu_of_pods_beside_a_strangers_tunnel(node: Host) -> None:
     """Only the CNI's own tunnels, known by name, bear on pods."""
-    node.ip("link add wgadmin mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set wgadmin up",
-            "link add veth12 mtu 1500 type veth peer name other", "link set veth12 up")  # fmt: skip
+    node.ip(
+        "link add wgadmin mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1",
+        "link set wgadmin up",
+        "link add veth12 mtu 1500 type veth peer name other",
+        "link set veth12 up",
+    )
     found = diagnose(node)
     assert found.of("mtu", "wgadmin")["status"] == "OK"
     assert found.of("mtu", "veth12")["found"] == "veth12 1500 = eth0 1500 - 0"
@@ -6364,26 +8866,41 @@ def test_mtu_of_pods_beside_a_strangers_tunnel(node: Host) -> None:
 def test_mtu_of_hundreds_of_pods_is_one_line(node: Host, stem: str) -> None:
     """Pods with the same MTU are one finding with one fix, whatever they are called."""
     names = [(stem % (i * 251) if "%" in stem else f"{stem}{i:03x}") for i in range(200)]
-    commands = [f"link add {name} mtu {1300 if i else 1500} type veth peer name p{i}" for i, name in enumerate(names)]
-    node.ip("link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set vxlan.calico up",
-            *commands, *(f"link set {name} up" for name in names))  # fmt: skip
+    commands = [
+        f"link add {name} mtu {1300 if i else 1500} type veth peer name p{i}"
+        for i, name in enumerate(names)
+    ]
+    node.ip(
+        "link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1",
+        "link set vxlan.calico up",
+        *commands,
+        *(f"link set {name} up" for name in names),
+    )
     found = diagnose(node, "--nodename", "n1")
     many = found.of("mtu", "199 pods")
-    assert many["found"].startswith("199 pods (") and many["found"].endswith("1300 < eth0 1500 - 50 = 1450: 150 bytes "
-                                                                             "left unused")  # fmt: skip
+    assert many["found"].startswith("199 pods (") and many["found"].endswith(
+        "1300 < eth0 1500 - 50 = 1450: 150 bytes left unused"
+    )
     assert many["fix"] == REMAKE
     assert found.of("mtu", names[0] + " ")["status"] == "WARN"
     assert len([entry for entry in found.checks if entry["check"] == "mtu"]) == 3
 
 
 def test_mtu_of_the_cni_configuration(node: Host, tmp_path: Path) -> None:
-    """Any "mtu" at any level; sed repairs a file that no operator owns; pods made before need to be made again."""
+    """Any "mtu" at any level.
+
+    Sed repairs a file that no operator owns; pods made before need to be made again.
+    """
     folder = tmp_path / "net d"
     folder.mkdir()
-    (folder / "10-bridge.conflist").write_text('{"plugins": [{"type": "bridge", "mtu": 9000}, {"mtu": 0}]}')
+    (folder / "10-bridge.conflist").write_text(
+        '{"plugins": [{"type": "bridge", "mtu": 9000}, {"mtu": 0}]}'
+    )
     (folder / "notes.txt").write_text('"mtu": 5')
     bad = diagnose(node, cni_dir=str(folder)).of("mtu")
-    assert bad["status"] == "WARN" and bad["found"].startswith(f"{folder}/10-bridge.conflist 9000 > eth0 1500 - 0")
+    assert bad["status"] == "WARN" and bad["found"].startswith(
+        f"{folder}/10-bridge.conflist 9000 > eth0 1500 - 0"
+    )
     run_fix(node, bad)
     assert diagnose(node, cni_dir=str(folder)).of("mtu")["status"] == "OK"
     node.ip("link add veth12 mtu 1300 type veth peer name other", "link set veth12 up")
@@ -6406,21 +8923,34 @@ def test_cni_configuration_that_cannot_be_read(node: Host, tmp_path: Path) -> No
     for parent in [tmp_path.parent, tmp_path.parent.parent]:
         parent.chmod(0o755)
     found = diagnose(node, cni_dir=str(tmp_path), runner=NOBODYS)
-    for name, words in (("dir", "not a file"), ("dangling", "not a file"), ("fifo", "not a file"),
-                        ("secret", "Permission denied")):  # fmt: skip
+    for name, words in (
+        ("dir", "not a file"),
+        ("dangling", "not a file"),
+        ("fifo", "not a file"),
+        ("secret", "Permission denied"),
+    ):
         bad = found.of("mtu", f"{tmp_path}/{name}.conf: {words}")
         assert (bad["status"], bad["fix"]) == ("WARN", f"ls -ld {tmp_path}/{name}.conf")
     assert found.of("mtu", "good")["status"] == "OK"
     tmp_path.chmod(0o700)
-    assert diagnose(node, cni_dir=str(tmp_path), runner=NOBODYS).of("mtu")["found"] == f"{tmp_path}: Permission denied"
+    assert (
+        diagnose(node, cni_dir=str(tmp_path), runner=NOBODYS).of("mtu")["found"]
+        == f"{tmp_path}: Permission denied"
+    )
 
 
 def test_nics_that_differ(node: Host) -> None:
     """NICs with different MTUs: WARN; the fix makes all of them equal."""
     for i in (1, 2):
-        node.ip(f"link add eth{i} mtu {[0, 1500, 9000][i]} type veth peer name far{i} mtu 9000", f"link set eth{i} up")
+        node.ip(
+            f"link add eth{i} mtu {[0, 1500, 9000][i]} type veth peer name far{i} mtu 9000",
+            f"link set eth{i} up",
+        )
     bad = diagnose(node, "--iface", "eth0,eth1,eth2").of("mtu", "NICs")
-    assert (bad["status"], bad["found"]) == ("WARN", "the NICs differ: eth0 1500, eth1 1500, eth2 9000")
+    assert (bad["status"], bad["found"]) == (
+        "WARN",
+        "the NICs differ: eth0 1500, eth1 1500, eth2 9000",
+    )
     run_fix(node, bad)
     assert diagnose(node, "--iface", "eth0,eth1,eth2").of("mtu")["status"] == "OK"
 
@@ -6449,27 +8979,42 @@ def test_no_default_route(node: Host) -> None:
 def test_report_fits_80_columns_and_has_no_colours_in_a_pipe(node: Host) -> None:
     """Every line, commands included, which are broken with a backslash and stay runnable."""
     node.sysctls({"net.ipv4.conf.all.rp_filter": 1, "net.ipv4.ip_no_pmtu_disc": 3})
-    node.ip("link set eth0 mtu 9000", "link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1",
-            "link set vxlan.calico up")
+    node.ip(
+        "link set eth0 mtu 9000",
+        "link add vxlan.calico mtu 1450 type vxlan id 7 dstport 4789 remote 10.0.0.1",
+        "link set vxlan.calico up",
+    )
     text = text_of(node, "--nodename", "n1", "--peers", ",".join(f"10.8.0.{i}" for i in range(9)))
     assert max(map(len, text.splitlines())) < 80 and "\033" not in text
-    assert '       fix: kubectl patch installation default --type=merge -p \\\n            \'{"spec"' in text
+    assert (
+        '       fix: kubectl patch installation default --type=merge -p \\\n            \'{"spec"'
+        in text
+    )
     assert "WARN rp_filter: eth0: strict (all 1, eth0 0); an error from" in text
     assert text.splitlines()[-1] == "n1: 10 OK, 4 WARN, 0 FAIL"
 
 
 def test_report_of_names_that_are_too_long_or_evil(node: Host, tmp_path: Path) -> None:
-    """Interfaces `x;id` and ESC, a folder of 200 letters with blanks: under 80 columns, quoted, and sh runs the fix."""
+    """Interfaces `x;id` and ESC, a folder of 200 letters with blanks.
+
+    Under 80 columns, quoted, and sh runs the fix.
+    """
     folder = tmp_path / ("long" * 20 + " " + "name" * 30)
     folder.mkdir()
     (folder / "1.conf").write_text('{"mtu": 9000}')
-    node.ip("link add x;id mtu 1500 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set x;id up")
+    node.ip(
+        "link add x;id mtu 1500 type vxlan id 7 dstport 4789 remote 10.0.0.1", "link set x;id up"
+    )
     evil = "e\x1b[31m\u00e9"
     vxlan = ("type", "vxlan", "id", "8", "dstport", "4790", "remote", "10.0.0.1")
     node.run("ip", "link", "add", evil, "mtu", "1500", *vxlan)
     node.run("ip", "link", "set", evil, "up")
     text = text_of(node, cni_dir=str(folder))
-    assert max(map(len, text.splitlines())) < 80 and text.isascii() and text.replace("\n", "").isprintable()
+    assert (
+        max(map(len, text.splitlines())) < 80
+        and text.isascii()
+        and text.replace("\n", "").isprintable()
+    )
     assert "e\\x1b[31m\\xe9 1500 > eth0" in text and "ip link set dev 'x;id' mtu 1450" in text
     lines = text[text.index("fix: sed") + 5 :].splitlines(keepends=True)
     last = next(number for number, line in enumerate(lines) if not line.endswith("\\\n"))
@@ -6478,23 +9023,35 @@ def test_report_of_names_that_are_too_long_or_evil(node: Host, tmp_path: Path) -
 
 
 def test_report_that_nobody_takes(node: Host, tmp_path: Path) -> None:
-    """A closed pipe or full disk is one line and exit 1, here and in `rules`; nothing else is called so."""
+    """A closed pipe or full disk is one line and exit 1, here and in `rules`.
+
+    Nothing else is called so.
+    """
     for command in ("check", "rules"):
         script = f"{sys.executable} {PROGRAM} {command} >/dev/full; echo $?"
         assert node.run("sh", "-c", f"{{ {script}; }} 2>&1") == (
-            "pmtud: cannot write the output: No space left on device\n1\n")  # fmt: skip
+            "pmtud: cannot write the output: No space left on device\n1\n"
+        )
 
 
 def test_report_has_colours_on_a_terminal(node: Host) -> None:
     """script(1) lends it a terminal."""
-    text = node.run("script", "-qec", shlex.join(doctor_argv((), (), False, "/none")), "/dev/null", check=False)
+    text = node.run(
+        "script", "-qec", shlex.join(doctor_argv((), (), False, "/none")), "/dev/null", check=False
+    )
     assert "\033[32mOK   \033[0mprivileges:" in text
 
 
 def test_json_schema(node: Host) -> None:
     """Version, node, summary and one object per finding."""
-    answer = json.loads(node.run(*doctor_argv(("--nodename", "n1"), (), True, "/none"), check=False))
-    assert answer["schema"] == 1 and answer["node"] == "n1" and answer["summary"] == {"OK": 13, "WARN": 1, "FAIL": 0}
+    answer = json.loads(
+        node.run(*doctor_argv(("--nodename", "n1"), (), True, "/none"), check=False)
+    )
+    assert (
+        answer["schema"] == 1
+        and answer["node"] == "n1"
+        and answer["summary"] == {"OK": 13, "WARN": 1, "FAIL": 0}
+    )
     assert all(set(entry) == {"check", "status", "found", "fix"} for entry in answer["checks"])
 
 
@@ -6502,21 +9059,42 @@ def test_json_schema(node: Host) -> None:
 
 
 class PathNet(Net):
-    """node --eth0-- router --(thin)-- far; mgmt is a second link between node and router, for errors from elsewhere."""
+    """node --eth0-- router --(thin)-- far.
+
+    Mgmt is a second link between node and router, for errors from elsewhere.
+    """
 
     def build(self) -> None:
-        self.node, self.router, self.far = self.host("node"), self.host("router", forward=True), self.host("far")
+        self.node, self.router, self.far = (
+            self.host("node"),
+            self.host("router", forward=True),
+            self.host("far"),
+        )
         self.link(self.node, self.router, names=("eth0", "to-node"))
         self.link(self.node, self.router, names=("mgmt", "mgmt"))
         self.link(self.router, self.far, names=("to-far", "eth0"))
-        self.node.ip("addr add 10.0.0.2/24 dev eth0", "addr add fd00::2/64 dev eth0",
-                     "addr add 172.20.20.9/24 dev mgmt", "addr add fd20::9/64 dev mgmt",
-                     "route add default via 10.0.0.1", "route add ::/0 via fd00::1")
-        self.router.ip("addr add 10.0.0.1/24 dev to-node", "addr add fd00::1/64 dev to-node",
-                       "addr add 172.20.20.2/24 dev mgmt", "addr add fd20::2/64 dev mgmt",
-                       "addr add 10.9.0.1/24 dev to-far", "addr add fd09::1/64 dev to-far")
-        self.far.ip("addr add 10.9.0.2/24 dev eth0", "addr add fd09::2/64 dev eth0",
-                    "route add default via 10.9.0.1", "route add ::/0 via fd09::1")
+        self.node.ip(
+            "addr add 10.0.0.2/24 dev eth0",
+            "addr add fd00::2/64 dev eth0",
+            "addr add 172.20.20.9/24 dev mgmt",
+            "addr add fd20::9/64 dev mgmt",
+            "route add default via 10.0.0.1",
+            "route add ::/0 via fd00::1",
+        )
+        self.router.ip(
+            "addr add 10.0.0.1/24 dev to-node",
+            "addr add fd00::1/64 dev to-node",
+            "addr add 172.20.20.2/24 dev mgmt",
+            "addr add fd20::2/64 dev mgmt",
+            "addr add 10.9.0.1/24 dev to-far",
+            "addr add fd09::1/64 dev to-far",
+        )
+        self.far.ip(
+            "addr add 10.9.0.2/24 dev eth0",
+            "addr add fd09::2/64 dev eth0",
+            "route add default via 10.9.0.1",
+            "route add ::/0 via fd09::1",
+        )
 
     def thin(self, mtu: int) -> None:
         """The router's link to far."""
@@ -6524,17 +9102,28 @@ class PathNet(Net):
 
     def drop_errors(self) -> None:
         """The router says nothing about packets that are too big."""
-        self.router.run("nft", "table inet quiet { chain out { type filter hook output priority 0; "
-                        "icmp type destination-unreachable icmp code frag-needed drop; "
-                        "icmpv6 type packet-too-big drop; }; }")  # fmt: skip
+        self.router.run(
+            "nft",
+            "table inet quiet { chain out { type filter hook output priority 0; "
+            "icmp type destination-unreachable icmp code frag-needed drop; "
+            "icmpv6 type packet-too-big drop; }; }",
+        )
 
     def error_from_management(self) -> None:
-        """Errors come from 172.20.20.2 or fd20::2, which the node reaches over mgmt; strict RPF drops them."""
-        self.router.ip("route replace 10.0.0.2 dev to-node src 172.20.20.2",
-                       "route replace fd00::2 dev to-node src fd20::2")  # fmt: skip
+        """Errors come from 172.20.20.2 or fd20::2, which the node reaches over mgmt.
+
+        Strict RPF drops them.
+        """
+        self.router.ip(
+            "route replace 10.0.0.2 dev to-node src 172.20.20.2",
+            "route replace fd00::2 dev to-node src fd20::2",
+        )
         self.node.sysctls({f"net.ipv4.conf.{name}.rp_filter": 1 for name in ("all", "eth0")})
-        self.node.run("nft", "table inet rpf { chain pre { type filter hook prerouting priority -290; "
-                      "meta nfproto ipv6 icmpv6 type packet-too-big fib saddr . iif oif 0 drop; }; }")
+        self.node.run(
+            "nft",
+            "table inet rpf { chain pre { type filter hook prerouting priority -290; "
+            "meta nfproto ipv6 icmpv6 type packet-too-big fib saddr . iif oif 0 drop; }; }",
+        )
 
 
 @pytest.fixture
@@ -6544,8 +9133,10 @@ def path() -> Iterator[PathNet]:
         yield net
 
 
-FAMILIES = pytest.mark.parametrize(("far", "gateway", "mgmt"), [
-    ("10.9.0.2", "10.0.0.1", "172.20.20.2"), ("fd09::2", "fd00::1", "fd20::2")])  # fmt: skip
+FAMILIES = pytest.mark.parametrize(
+    ("far", "gateway", "mgmt"),
+    [("10.9.0.2", "10.0.0.1", "172.20.20.2"), ("fd09::2", "fd00::1", "fd20::2")],
+)
 
 
 def measure(net: PathNet, host: str, *options: str) -> dict[str, str]:
@@ -6562,11 +9153,16 @@ def test_path_without_obstacle(path: PathNet, far: str, gateway: str, mgmt: str)
 
 @FAMILIES
 @pytest.mark.parametrize("mtu", [1400, 1337])
-def test_path_reported_by_a_router(path: PathNet, far: str, gateway: str, mgmt: str, mtu: int) -> None:
+def test_path_reported_by_a_router(
+    path: PathNet, far: str, gateway: str, mgmt: str, mtu: int
+) -> None:
     """A thin link whose router says so is healthy."""
     path.thin(mtu)
     found = measure(path, far)
-    assert (found["status"], found["found"]) == ("OK", f"{far}: path MTU {mtu}, {gateway} reports {mtu}")
+    assert (found["status"], found["found"]) == (
+        "OK",
+        f"{far}: path MTU {mtu}, {gateway} reports {mtu}",
+    )
 
 
 @FAMILIES
@@ -6579,7 +9175,10 @@ def test_path_black_hole(path: PathNet, far: str, gateway: str, mgmt: str, mtu: 
     path.drop_errors()
     bad = measure(path, far)
     assert bad["status"] == "FAIL"
-    assert bad["found"] == f"{far}: path MTU {mtu}; black hole: packets over {mtu} vanish and nobody says so"
+    assert (
+        bad["found"]
+        == f"{far}: path MTU {mtu}; black hole: packets over {mtu} vanish and nobody says so"
+    )
     assert bad["fix"] == f"ip route replace {far} via {gateway} dev eth0 mtu {mtu}"
     run_fix(path.node, bad)
     path.far.sysctl("net.ipv4.icmp_ratelimit", 0)  # it has few answers left for today
@@ -6588,32 +9187,47 @@ def test_path_black_hole(path: PathNet, far: str, gateway: str, mgmt: str, mtu: 
 
 
 @FAMILIES
-def test_path_report_dropped_by_reverse_path(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+def test_path_report_dropped_by_reverse_path(
+    path: PathNet, far: str, gateway: str, mgmt: str
+) -> None:
     """The report arrived and was dropped; the fix runs pmtud, and then it gets through."""
     path.thin(1400)
     path.error_from_management()
     bad = measure(path, far)
     culprit = "rp_filter" if "." in far else "a rule in inet rpf pre"
     assert bad["status"] == "FAIL" and bad["fix"] == f"python3 {PROGRAM}"
-    assert bad["found"] == (f"{far}: path MTU 1400, {mgmt} reports 1400; "
-                            f"the report arrived here and was dropped by {culprit}")
+    assert bad["found"] == (
+        f"{far}: path MTU 1400, {mgmt} reports 1400; "
+        f"the report arrived here and was dropped by {culprit}"
+    )
     run_fix(path.node, bad, "limits:")
     good = measure(path, far)
-    assert (good["status"], good["found"]) == ("OK", f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400")
+    assert (good["status"], good["found"]) == (
+        "OK",
+        f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400",
+    )
 
 
 def test_path_reported_without_an_mtu(path: PathNet) -> None:
     """A router from before RFC 1191: the kernel takes 552, and so do we."""
     path.thin(1400)
-    path.router.run("nft", "table inet old { chain out { type filter hook output priority 0; "
-                    "icmp type destination-unreachable icmp mtu set 0; }; }")  # fmt: skip
+    path.router.run(
+        "nft",
+        "table inet old { chain out { type filter hook output priority 0; "
+        "icmp type destination-unreachable icmp mtu set 0; }; }",
+    )
     found = measure(path, "10.9.0.2")
-    assert (found["status"], found["found"]) == ("OK", "10.9.0.2: path MTU 552, 10.0.0.1 reports 552")
+    assert (found["status"], found["found"]) == (
+        "OK",
+        "10.9.0.2: path MTU 552, 10.0.0.1 reports 552",
+    )
 
 
 @contextlib.contextmanager
 def answering(net: PathNet, router: str, swap: bool) -> Iterator[None]:
-    """The router's own errors are dropped, and a program on it sends them, with the quoted length's bytes swapped."""
+    """The router's own errors are dropped, and a program on it sends them, with the quoted length's
+    bytes swapped.
+    """
     net.drop_errors()
     version, stop = ip_address(router).version, threading.Event()
     plan, field = (V4, 2) if version == 4 else (V6, 4)
@@ -6636,8 +9250,11 @@ def answering(net: PathNet, router: str, swap: bool) -> Iterator[None]:
                     error = mtu_error(plan, src=router, dst=node, quoted=bytes(quoted), mtu=1400)
                     frames.send([error])
 
-    with Frames(net.router, "to-node", net.node, "eth0") as frames, net.router.inside(listen) as sniffer, \
-            ThreadPoolExecutor(1) as pool:  # fmt: skip
+    with (
+        Frames(net.router, "to-node", net.node, "eth0") as frames,
+        net.router.inside(listen) as sniffer,
+        ThreadPoolExecutor(1) as pool,
+    ):
         running = pool.submit(answer)
         try:
             yield
@@ -6648,34 +9265,54 @@ def answering(net: PathNet, router: str, swap: bool) -> Iterator[None]:
 
 @FAMILIES
 @pytest.mark.parametrize("swap", [False, True])
-def test_path_report_with_another_length(path: PathNet, far: str, gateway: str, mgmt: str, swap: bool) -> None:
+def test_path_report_with_another_length(
+    path: PathNet, far: str, gateway: str, mgmt: str, swap: bool
+) -> None:
     """A report that quotes the length in the other byte order is one all the same."""
     path.thin(1400)
     path.error_from_management()
     with answering(path, mgmt, swap):
         found = measure(path, far)
     culprit = "rp_filter" if "." in far else "a rule in inet rpf pre"
-    assert found["found"] == (f"{far}: path MTU 1400, {mgmt} reports 1400; "
-                              f"the report arrived here and was dropped by {culprit}")
+    assert found["found"] == (
+        f"{far}: path MTU 1400, {mgmt} reports 1400; "
+        f"the report arrived here and was dropped by {culprit}"
+    )
 
 
 @FAMILIES
-def test_path_to_a_host_that_speaks_tcp_only(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+def test_path_to_a_host_that_speaks_tcp_only(
+    path: PathNet, far: str, gateway: str, mgmt: str
+) -> None:
     """UDP is dropped without a word: the handshake tells what it can."""
-    path.far.run("nft", "table inet f { chain i { type filter hook input priority 0; meta l4proto udp drop; }; }")
+    path.far.run(
+        "nft",
+        "table inet f { chain i { type filter hook input priority 0; meta l4proto udp drop; }; }",
+    )
     silent = measure(path, far)
     named = f"[{far}]:443" if ":" in far else f"{far}:443"
-    assert (silent["status"], silent["found"]) == ("WARN", f"{far}: not measured, it answers nothing to UDP")
+    assert (silent["status"], silent["found"]) == (
+        "WARN",
+        f"{far}: not measured, it answers nothing to UDP",
+    )
     assert silent["fix"] == f"python3 {PROGRAM} check {shlex.quote(named)}"
     refused = measure(path, named)
-    assert refused["status"] == "FAIL" and refused["found"].endswith("; TCP port 443: Connection refused")
-    server = path.far.start(sys.executable, "-c", "import socket, time; s = socket.create_server(('::', 443), "
-                            "family=socket.AF_INET6, dualstack_ipv6=True); print('up', flush=True); time.sleep(60)")
+    assert refused["status"] == "FAIL" and refused["found"].endswith(
+        "; TCP port 443: Connection refused"
+    )
+    server = path.far.start(
+        sys.executable,
+        "-c",
+        "import socket, time; s = socket.create_server(('::', 443), "
+        "family=socket.AF_INET6, dualstack_ipv6=True); print('up', flush=True); time.sleep(60)",
+    )
     server.wait_for("up")
     found = measure(path, named)
     mss = 1460 if "." in far else 1440
     assert found["status"] == "WARN"
-    assert found["found"].endswith(f"; TCP port 443 answers: MSS {mss}, as for MTU 1500; the kernel uses 1500")
+    assert found["found"].endswith(
+        f"; TCP port 443 answers: MSS {mss}, as for MTU 1500; the kernel uses 1500"
+    )
     path.thin(1400)  # the router's report is followed all the same
     found = measure(path, far)
     text = f"{far}: path MTU 1400, {gateway} reports 1400; the host answers nothing to UDP"
@@ -6688,7 +9325,9 @@ def test_path_unreachable(path: PathNet, far: str, gateway: str, mgmt: str) -> N
     path.router.ip("route add unreachable 10.66.0.0/16", "route add unreachable fd66::/32")
     away = "10.66.0.1" if "." in far else "fd66::1"
     found = measure(path, away)
-    assert found["status"] == "FAIL" and found["found"].startswith(f"{away}: unreachable, {gateway}: ")
+    assert found["status"] == "FAIL" and found["found"].startswith(
+        f"{away}: unreachable, {gateway}: "
+    )
     assert found["fix"] == f"ip route get {away}"
     path.node.ip("route del default", "route del ::/0")
     found = measure(path, away)
@@ -6697,62 +9336,101 @@ def test_path_unreachable(path: PathNet, far: str, gateway: str, mgmt: str) -> N
 
 
 def test_path_report_discarded_by_the_kernel_setting(path: PathNet) -> None:
-    """ip_no_pmtu_disc 2: the report arrives, the kernel throws it away, even where RPF is strict; the fix cures it."""
+    """ip_no_pmtu_disc 2: the report arrives, the kernel throws it away, even where RPF is strict.
+
+    The fix cures it.
+    """
     path.thin(1400)
     path.node.sysctls({"net.ipv4.ip_no_pmtu_disc": 2, "net.ipv4.conf.all.rp_filter": 1})
     found = measure(path, "10.9.0.2")
-    assert found["found"].endswith("10.0.0.1 reports 1400; the report arrived here and was dropped by ip_no_pmtu_disc")
+    assert found["found"].endswith(
+        "10.0.0.1 reports 1400; the report arrived here and was dropped by ip_no_pmtu_disc"
+    )
     run_fix(path.node, found)
     assert measure(path, "10.9.0.2")["status"] == "OK"
 
 
 @FAMILIES
-def test_path_report_dropped_by_a_firewall(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
-    """Strict RPF is not to blame where the report came in on the way back; nor is a setting of IPv4 for IPv6."""
+def test_path_report_dropped_by_a_firewall(
+    path: PathNet, far: str, gateway: str, mgmt: str
+) -> None:
+    """Strict RPF is not to blame where the report came in on the way back.
+
+    Nor is a setting of IPv4 for IPv6.
+    """
     path.thin(1400)
     path.node.sysctl("net.ipv4.conf.all.rp_filter", 1)
     if ":" in far:
         path.node.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
-    path.node.run("nft", "table inet fw { chain in { type filter hook input priority 0; icmpv6 type packet-too-big "
-                  "drop; icmp type destination-unreachable icmp code frag-needed drop; }; }")  # fmt: skip
+    path.node.run(
+        "nft",
+        "table inet fw { chain in { type filter hook input priority 0; icmpv6 type packet-too-big "
+        "drop; icmp type destination-unreachable icmp code frag-needed drop; }; }",
+    )
     found = measure(path, far)
-    assert found["found"] == (f"{far}: path MTU 1400, {gateway} reports 1400; "
-                              "the report arrived here and was dropped by a firewall rule")
+    assert found["found"] == (
+        f"{far}: path MTU 1400, {gateway} reports 1400; "
+        "the report arrived here and was dropped by a firewall rule"
+    )
     assert "packet-too-big drop" in path.node.run("sh", "-ec", found["fix"])
 
 
 @FAMILIES
-def test_path_report_dropped_on_another_interface(path: PathNet, far: str, gateway: str, mgmt: str) -> None:
+def test_path_report_dropped_on_another_interface(
+    path: PathNet, far: str, gateway: str, mgmt: str
+) -> None:
     """The path does not follow the default route: the fix names its interface, and helps."""
     path.thin(1400)
     path.error_from_management()
-    path.node.ip("route add 10.9.0.0/24 via 10.0.0.1", "route add fd09::/64 via fd00::1",
-                 "route replace default via 172.20.20.2", "route replace ::/0 via fd20::2")
+    path.node.ip(
+        "route add 10.9.0.0/24 via 10.0.0.1",
+        "route add fd09::/64 via fd00::1",
+        "route replace default via 172.20.20.2",
+        "route replace ::/0 via fd20::2",
+    )
     bad = measure(path, far)
     assert bad["fix"] == f"python3 {PROGRAM} --iface eth0"
     run_fix(path.node, bad, "limits:")
-    assert measure(path, far)["found"] == f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400"
+    assert (
+        measure(path, far)["found"] == f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400"
+    )
 
 
 def test_path_report_dropped_unseen(path: PathNet) -> None:
-    """Without root what is dropped here cannot be told from what was never sent, and the text says so."""
+    """Without root what is dropped here cannot be told from what was never sent, and the text says
+    so.
+    """
     path.thin(1400)
     path.error_from_management()
     before = ("setpriv", "--bounding-set=-net_admin,-net_raw")
     found = diagnose(path.node, hosts=("10.9.0.2",), before=before).of("path")
-    assert (found["status"], found["found"]) == ("FAIL", "10.9.0.2: path MTU 1400; packets over 1400 vanish, and only "
-                                                 "root sees whether a router's report is dropped here")  # fmt: skip
+    assert (found["status"], found["found"]) == (
+        "FAIL",
+        "10.9.0.2: path MTU 1400; packets over 1400 vanish, and only "
+        "root sees whether a router's report is dropped here",
+    )
     assert found["fix"] == f"sudo python3 {PROGRAM} check 10.9.0.2"
 
 
-@pytest.mark.parametrize("route", [
-    "via 10.77.0.1 dev eth0 onlink", "via inet6 fd00::1 dev eth0", "nhid 1", "nhid 2",
-    "nexthop via 10.77.0.1 dev eth0 onlink nexthop via 10.77.0.1 dev eth0 onlink"])
+@pytest.mark.parametrize(
+    "route",
+    [
+        "via 10.77.0.1 dev eth0 onlink",
+        "via inet6 fd00::1 dev eth0",
+        "nhid 1",
+        "nhid 2",
+        "nexthop via 10.77.0.1 dev eth0 onlink nexthop via 10.77.0.1 dev eth0 onlink",
+    ],
+)
 def test_path_black_hole_behind_special_gateways(path: PathNet, route: str) -> None:
     """A gateway outside every subnet, and an IPv6 one: the printed route is taken and works."""
     path.node.sysctl("net.ipv4.nexthop_compat_mode", 0)
-    path.node.ip("nexthop add id 1 via 10.77.0.1 dev eth0 onlink", "nexthop add id 2 via fd00::1 dev eth0",
-                 "route del default", f"route add 10.9.0.0/24 {route}")  # fmt: skip
+    path.node.ip(
+        "nexthop add id 1 via 10.77.0.1 dev eth0 onlink",
+        "nexthop add id 2 via fd00::1 dev eth0",
+        "route del default",
+        f"route add 10.9.0.0/24 {route}",
+    )
     path.router.ip("addr add 10.77.0.1/32 dev to-node")
     path.thin(1400)
     path.drop_errors()
@@ -6766,15 +9444,24 @@ def test_path_black_hole_behind_special_gateways(path: PathNet, route: str) -> N
 
 def test_path_to_a_link_local_address(path: PathNet) -> None:
     """The zone stays: in the probe, the handshake and the command for the next try."""
-    address = re.search(r"inet6 (fe80::\S+)/", path.router.run("ip", "-6", "addr", "show", "dev", "mgmt"))
+    address = re.search(
+        r"inet6 (fe80::\S+)/", path.router.run("ip", "-6", "addr", "show", "dev", "mgmt")
+    )
     assert address
     named = f"{address[1]}%mgmt"
     assert measure(path, named)["found"] == f"{named}: path MTU 1500, all of mgmt"
-    path.router.run("nft", "table inet f { chain i { type filter hook input priority 0; meta l4proto udp drop; }; }")
+    path.router.run(
+        "nft",
+        "table inet f { chain i { type filter hook input priority 0; meta l4proto udp drop; }; }",
+    )
     silent = measure(path, named)
     assert silent["fix"] == f"python3 {PROGRAM} check '[{named}]:443'"
-    path.router.start(sys.executable, "-c", "import socket, time; s = socket.create_server(('::', 443), "
-                      "family=socket.AF_INET6); print('up', flush=True); time.sleep(60)").wait_for("up")
+    path.router.start(
+        sys.executable,
+        "-c",
+        "import socket, time; s = socket.create_server(('::', 443), "
+        "family=socket.AF_INET6); print('up', flush=True); time.sleep(60)",
+    ).wait_for("up")
     assert "; TCP port 443 answers: MSS 1440" in measure(path, f"[{named}]:443")["found"]
 
 
@@ -6782,16 +9469,28 @@ def test_path_names_and_ports() -> None:
     """localhost has a path like any host; a name nobody has is a finding."""
     with Net() as net:
         host = net.host("lonely")
-        assert diagnose(host, hosts=("127.0.0.1",)).of("path")["found"] == "127.0.0.1: path MTU 65535, all of lo"
-        for wrong, fix in (("no.such.host.invalid:1", "getent ahosts no.such.host.invalid"), ("127.0.0.1:99999", ""),
-                           ("[::1", "getent ahosts '[::1'"), ("", "getent ahosts ''"), ("a..b", ""),
-                           ("x" * 70, ""), ("\udcff", "")):  # fmt: skip
+        assert (
+            diagnose(host, hosts=("127.0.0.1",)).of("path")["found"]
+            == "127.0.0.1: path MTU 65535, all of lo"
+        )
+        for wrong, fix in (
+            ("no.such.host.invalid:1", "getent ahosts no.such.host.invalid"),
+            ("127.0.0.1:99999", ""),
+            ("[::1", "getent ahosts '[::1'"),
+            ("", "getent ahosts ''"),
+            ("a..b", ""),
+            ("x" * 70, ""),
+            ("\udcff", ""),
+        ):
             found = diagnose(host, hosts=(wrong,)).of("path")
             assert (found["status"], found["fix"]) == ("FAIL", fix)
 
 
 def test_path_is_measured_in_time_or_not_claimed(path: PathNet) -> None:
-    """A black hole at an odd size on a jumbo path, the slowest case; a host that is out of answers is no black hole."""
+    """A black hole at an odd size on a jumbo path, the slowest case.
+
+    A host that is out of answers is no black hole.
+    """
     path.node.ip("link set eth0 mtu 9000")
     path.router.ip("link set to-node mtu 9000", "link set to-far mtu 8777")
     path.far.ip("link set eth0 mtu 9000")
@@ -6815,8 +9514,17 @@ def test_check_command_line() -> None:
         net.link(host, other, names=("eth0", "eth0"))
         host.ip("addr add 10.0.0.1/24 dev eth0", "route add default via 10.0.0.2")
         other.ip("addr add 10.0.0.2/24 dev eth0")
-        text = host.run(sys.executable, str(PROGRAM), "check", "--nodename", "n1", "--peers", "10.0.0.2", "10.0.0.2",
-                        check=False)  # fmt: skip
+        text = host.run(
+            sys.executable,
+            str(PROGRAM),
+            "check",
+            "--nodename",
+            "n1",
+            "--peers",
+            "10.0.0.2",
+            "10.0.0.2",
+            check=False,
+        )
         assert text.endswith("\nn1: 14 OK, 1 WARN, 0 FAIL\n") and "\033" not in text
         assert "OK   path: 10.0.0.2: path MTU 1500, all of eth0\n" in text
         answer = json.loads(host.run(sys.executable, str(PROGRAM), "check", "--json", check=False))
@@ -6843,9 +9551,13 @@ def is_ready(host: Host) -> bool:
 
 
 @contextlib.contextmanager
-def quick_daemons(hosts: Sequence[Host], *options: str, script: str = QUICK,
-                  start: Sequence[str] = ()) -> Iterator[list[Process]]:  # fmt: skip
-    """Daemons whose housekeeping comes every 0.2 s; `start` stands before the command, like ulimit in a shell."""
+def quick_daemons(
+    hosts: Sequence[Host], *options: str, script: str = QUICK, start: Sequence[str] = ()
+) -> Iterator[list[Process]]:
+    """Daemons whose housekeeping comes every 0.2 s.
+
+    `start` stands before the command, like ulimit in a shell.
+    """
     argv = [*start, sys.executable, "-W", "error", "-c", script, *options]
     processes = [host.start(*argv, env={"PYTHONPATH": str(HERE)}) for host in hosts]
     try:
@@ -6862,7 +9574,9 @@ def quick_daemons(hosts: Sequence[Host], *options: str, script: str = QUICK,
     assert not [process for process in processes if "Traceback" in process.output()]
 
 
-def assert_served(cluster: Cluster, cases: Sequence[tuple[int, str]] = ((4, "pod"), (6, "host"))) -> None:
+def assert_served(
+    cluster: Cluster, cases: Sequence[tuple[int, str]] = ((4, "pod"), (6, "host"))
+) -> None:
     """Whatever happened before: every transfer finishes."""
     for family, service in cases:
         cluster.flush()
@@ -6873,11 +9587,14 @@ def configure_uplink(cluster: Cluster, i: int, address: str = "") -> None:
     """What a node's network scripts do once eth0 is there."""
     others = [j for j in range(1, cluster.size + 1) if j != i]
     cluster.nodes[i - 1].ip(
-        "link set eth0 up", f"addr replace {address or Cluster.node_address(i)}/24 brd + dev eth0",
+        "link set eth0 up",
+        f"addr replace {address or Cluster.node_address(i)}/24 brd + dev eth0",
         f"addr replace {Cluster.node_address(i, 6)}/64 dev eth0",
-        "route replace default via 10.0.0.1", "route replace ::/0 via fd00::1",
+        "route replace default via 10.0.0.1",
+        "route replace ::/0 via fd00::1",
         *(f"route replace 10.244.{j}.0/24 via {Cluster.node_address(j)}" for j in others),
-        *(f"route replace fd44:{j}::/64 via {Cluster.node_address(j, 6)}" for j in others))  # fmt: skip
+        *(f"route replace fd44:{j}::/64 via {Cluster.node_address(j, 6)}" for j in others),
+    )
 
 
 # -- faults: what the network does
@@ -6899,12 +9616,16 @@ def test_interface_down_and_up(peers: str) -> None:
 
 def no_tentative_address(net: Net) -> bool:
     """Whether duplicate address detection is over everywhere."""
-    return not any(execute("ip", "-6", "-n", host.namespace, "addr", "show", "tentative") for host in net.hosts)
+    return not any(
+        execute("ip", "-6", "-n", host.namespace, "addr", "show", "tentative") for host in net.hosts
+    )
 
 
 @pytest.mark.parametrize("peers", [ALL_PEERS, GROUP_PEERS])
 def test_interface_deleted_and_created_again(peers: str) -> None:
-    """A new interface of the same name, its IPv6 address unusable until duplicate address detection is over."""
+    """A new interface of the same name, its IPv6 address unusable until duplicate address detection
+    is over.
+    """
     with Cluster() as net, daemons(net.nodes, "--peers", peers):
         for node in net.nodes:
             node.ip("link del eth0")
@@ -6918,7 +9639,10 @@ def test_interface_deleted_and_created_again(peers: str) -> None:
 
 
 def test_address_changed(tmp_path: Path) -> None:
-    """A node gets another address, the peer files say so: copies leave from it, nobody calls them misaddressed."""
+    """A node gets another address, the peer files say so.
+
+    Copies leave from it, nobody calls them misaddressed.
+    """
     path = tmp_path / "peers"
     path.write_text(ALL_PEERS.replace(",", "\n"))
     with Cluster() as net, daemons(net.nodes, "--peers", f"file:{path}"):
@@ -6926,7 +9650,9 @@ def test_address_changed(tmp_path: Path) -> None:
         configure_uplink(net, 1, "10.0.0.21")
         for node in net.nodes[1:]:
             node.ip("route replace 10.244.1.0/24 via 10.0.0.21")
-        net.fabric.ip("route replace 10.96.0.0/24 nexthop via 10.0.0.21 nexthop via 10.0.0.12 nexthop via 10.0.0.13")
+        net.fabric.ip(
+            "route replace 10.96.0.0/24 nexthop via 10.0.0.21 nexthop via 10.0.0.12 nexthop via 10.0.0.13"
+        )
         path.write_text(ALL_PEERS.replace("10.0.0.11", "10.0.0.21").replace(",", "\n"))
         name = 'pmtud_copies_sent_total{peer="10.0.0.21"}'
         assert poll(lambda: all(name in metrics(node) for node in net.nodes[1:]), 5)
@@ -6940,7 +9666,11 @@ def test_default_route_gone_and_moved(cluster: Cluster) -> None:
         for node in cluster.nodes:
             node.ip("route del default", "route del ::/0")
         time.sleep(0.6)  # for the housekeeping to see it
-        assert [process.output().count("the default route moved") for process in processes] == [0, 0, 0]
+        assert [process.output().count("the default route moved") for process in processes] == [
+            0,
+            0,
+            0,
+        ]
         for node in cluster.nodes:
             node.ip("route add default via 172.20.20.2", "route add ::/0 via fd20::2")
         for process in processes:
@@ -6953,9 +9683,18 @@ def test_default_route_gone_and_moved(cluster: Cluster) -> None:
 
 
 def test_peers_that_cannot_be_reached(cluster: Cluster) -> None:
-    """Nobody answers ARP, no route, prohibited, EINVAL: each is counted by peer, the good peers get theirs."""
-    bad = {"203.0.113.7": "unreachable", "203.0.113.8": "prohibit", "203.0.113.9": "blackhole", "203.0.113.10": "throw"}
-    # `throw` ends the lookup in its table; the default route is in the same one, so ENETUNREACH is what remains
+    """Nobody answers ARP, no route, prohibited, EINVAL.
+
+    Each is counted by peer, the good peers get theirs.
+    """
+    bad = {
+        "203.0.113.7": "unreachable",
+        "203.0.113.8": "prohibit",
+        "203.0.113.9": "blackhole",
+        "203.0.113.10": "throw",
+    }
+    # `throw` ends the lookup in its table; the default route is in the same one, so ENETUNREACH is
+    # what remains
     with contextlib.ExitStack() as stack:
         for node in cluster.nodes:
             for address, kind in bad.items():
@@ -6972,7 +9711,10 @@ def test_peers_that_cannot_be_reached(cluster: Cluster) -> None:
 
 
 def test_a_firewall_that_refuses_copies(cluster: Cluster) -> None:
-    """EPERM for one peer is counted at that peer; the others get theirs; once allowed, transfers finish."""
+    """EPERM for one peer is counted at that peer.
+
+    The others get theirs; once allowed, transfers finish.
+    """
     first = ingress(cluster, 4)
     node, (one, other) = cluster.nodes[first], [i for i in (0, 1, 2) if i != first]
     refuse = f"""table inet refuse {{ chain output {{ type filter hook output priority filter;
@@ -6982,28 +9724,55 @@ def test_a_firewall_that_refuses_copies(cluster: Cluster) -> None:
         try:
             inject(cluster.router, 4, flow_errors(4))
             received(cluster.nodes[other], ERRORS)
-            assert metrics(node)[f'pmtud_copy_errors_total{{peer="{Cluster.node_address(one + 1)}"}}'] == ERRORS
-            assert metrics(node)[f'pmtud_copies_sent_total{{peer="{Cluster.node_address(other + 1)}"}}'] == ERRORS
+            assert (
+                metrics(node)[f'pmtud_copy_errors_total{{peer="{Cluster.node_address(one + 1)}"}}']
+                == ERRORS
+            )
+            assert (
+                metrics(node)[
+                    f'pmtud_copies_sent_total{{peer="{Cluster.node_address(other + 1)}"}}'
+                ]
+                == ERRORS
+            )
         finally:
             node.run("nft", "delete", "table", "inet", "refuse")
         assert_served(cluster)
 
 
 def test_copies_larger_than_the_path_to_a_peer(cluster: Cluster) -> None:
-    """A 1,428-byte error over a path of 1,300: the kernel sends the copy in fragments, never EMSGSIZE."""
+    """A 1,428-byte error over a path of 1,300.
+
+    The kernel sends the copy in fragments, never EMSGSIZE.
+    """
     first, vip = ingress(cluster, 4, "pod"), Cluster.vip("pod")
     node, peer = cluster.nodes[first], cluster.nodes[(first + 1) % 3]
     address = Cluster.node_address((first + 1) % 3 + 1)
-    long_error = [mtu_error(V4, src="10.8.0.1", dst=vip, quoted_src=vip, quoted_dst=Cluster.client_address(1),
-                            transport=tcp_start(80, 40000) + bytes(1360))]
+    long_error = [
+        mtu_error(
+            V4,
+            src="10.8.0.1",
+            dst=vip,
+            quoted_src=vip,
+            quoted_dst=Cluster.client_address(1),
+            transport=tcp_start(80, 40000) + bytes(1360),
+        )
+    ]
     node.ip(f"route add {address}/32 dev eth0 mtu 1300")
     try:
-        with invalid_dropped(cluster), daemons(cluster.nodes, "--peers", ALL_PEERS), Capture(peer, "eth0") as wire:
+        with (
+            invalid_dropped(cluster),
+            daemons(cluster.nodes, "--peers", ALL_PEERS),
+            Capture(peer, "eth0") as wire,
+        ):
             inject(cluster.router, 4, long_error)
             samples = received(peer, 1)
-            assert total(samples, "pmtud_received_total") == total(samples, "pmtud_acted_total") == 1
+            assert (
+                total(samples, "pmtud_received_total") == total(samples, "pmtud_acted_total") == 1
+            )
             assert drops(samples) == {}  # conntrack put them together again
-            assert [struct.unpack_from("!H", s.packet, 6)[0] for s in wire.settle()] == [MF]  # the first fragment
+            assert [struct.unpack_from("!H", s.packet, 6)[0] for s in wire.settle()] == [
+                MF
+            ]  # the first fragment
             assert total(received(node, 1), "pmtud_copy_errors_total") == 0
             assert_served(cluster)
     finally:
@@ -7011,9 +9780,15 @@ def test_copies_larger_than_the_path_to_a_peer(cluster: Cluster) -> None:
 
 
 def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
-    """ENOBUFS: dead neighbours whose queues swallow the send buffer. Refused at once and counted; it recovers."""
+    """ENOBUFS: dead neighbours whose queues swallow the send buffer.
+
+    Refused at once and counted; it recovers.
+    """
     node = cluster.nodes[ingress(cluster, 4)]
-    jam: dict[str, object] = {"net.ipv4.neigh.eth0.unres_qlen_bytes": 1 << 30, "net.ipv4.neigh.eth0.mcast_solicit": 200}
+    jam: dict[str, object] = {
+        "net.ipv4.neigh.eth0.unres_qlen_bytes": 1 << 30,
+        "net.ipv4.neigh.eth0.mcast_solicit": 200,
+    }
     node.sysctls(jam)
     peers = f"{ALL_PEERS},10.0.0.96,10.0.0.97,10.0.0.98,10.0.0.99"
 
@@ -7029,7 +9804,9 @@ def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
         assert poll(lambda: copies() == 6 * 6000, 2)
         assert total(metrics(node), "pmtud_copy_errors_total") > 0
         assert get(node, "/healthz") == ("200", "ok\n")
-        node.sysctls({"net.ipv4.neigh.eth0.unres_qlen_bytes": 212992, "net.ipv4.neigh.eth0.mcast_solicit": 3})
+        node.sysctls(
+            {"net.ipv4.neigh.eth0.unres_qlen_bytes": 212992, "net.ipv4.neigh.eth0.mcast_solicit": 3}
+        )
         execute("ip", "-n", node.namespace, "neigh", "flush", "dev", "eth0")
         assert_served(cluster)
 
@@ -7078,7 +9855,9 @@ class Frames:
                 done += sent
 
 
-def blast(host: Host, interface: str, target: Host, target_interface: str, packets: Sequence[bytes]) -> None:
+def blast(
+    host: Host, interface: str, target: Host, target_interface: str, packets: Sequence[bytes]
+) -> None:
     """As fast as it goes."""
     with Frames(host, interface, target, target_interface) as frames:
         frames.send(packets)
@@ -7111,6 +9890,7 @@ def settled(host: Host) -> int:
         counts.append(total(metrics(host), "pmtud_received_total"))
         time.sleep(0.2)
         return len(set(counts[-4:])) == 1
+
     assert poll(quiet, 30), counts
     return counts[-1]
 
@@ -7129,6 +9909,7 @@ def test_nflog_overrun_is_counted_exactly(cluster: Cluster) -> None:
         def counted() -> int:
             samples = metrics(node)
             return total(samples, "pmtud_received_total") + total(samples, "pmtud_nflog_lost_total")
+
         assert poll(lambda: counted() == sent + 1, 5), counted()
         assert 1000 < total(metrics(node), "pmtud_nflog_lost_total") < sent
         assert_served(cluster)
@@ -7161,37 +9942,53 @@ def test_another_process_wants_the_group(cluster: Cluster) -> None:
         assert_served(cluster)
 
 
-UNOWNED = QUICK.replace("\nsys.exit", """
+UNOWNED = QUICK.replace(
+    "\nsys.exit",
+    """
 opened = pmtud.Firewall.__init__
 pmtud.Firewall.__init__ = lambda self, config, ifaces, **more: opened(self, config, ifaces, owned=False, **more)
-sys.exit""")  # fmt: skip
+sys.exit""",
+)
 
 
 def test_flush_ruleset_where_tables_cannot_be_owned() -> None:
-    """Kernels before 5.12: what `nft flush ruleset` removed is noticed at the next look and installed again."""
-    with Cluster(conntrack=False) as plain, quick_daemons(
-        plain.nodes, "--peers", ALL_PEERS, script=UNOWNED
-    ) as processes:
+    """Kernels before 5.12: what `nft flush ruleset` removed is noticed at the next look and
+    installed again.
+    """
+    with (
+        Cluster(conntrack=False) as plain,
+        quick_daemons(plain.nodes, "--peers", ALL_PEERS, script=UNOWNED) as processes,
+    ):
         for node in plain.nodes:
             node.run("nft", "flush", "ruleset")
         for process in processes:
             process.wait_for("our rules were flushed: installed again")
         for node in plain.nodes:
-            assert poll(partial(lambda node: "log group 33" in node.run("nft", "list", "ruleset"), node), 3)
+            assert poll(
+                partial(lambda node: "log group 33" in node.run("nft", "list", "ruleset"), node), 3
+            )
         assert_served(plain, ((4, "host"), (6, "host")))
-        assert not [process for process in processes if "cannot replace our rules" in process.output()]
+        assert not [
+            process for process in processes if "cannot replace our rules" in process.output()
+        ]
 
 
 def conntrack_entry(number: int) -> bytes:
     """IPCTNL_MSG_CT_NEW of an established, assured TCP connection that no packet belongs to."""
+
     def part(kind: int, *ports: int) -> bytes:
         addresses = (number.to_bytes(4, "big"), bytes([198, 18, 0, 1]))[:: 1 if kind == 1 else -1]
         ip = pmtud.nested(1, *(pmtud.attribute(1 + n, a) for n, a in enumerate(addresses)))
-        proto = pmtud.attribute(1, b"\x06") + b"".join(pmtud.be16(2 + n, port) for n, port in enumerate(ports))
+        proto = pmtud.attribute(1, b"\x06") + b"".join(
+            pmtud.be16(2 + n, port) for n, port in enumerate(ports)
+        )
         return pmtud.nested(kind, ip, pmtud.nested(2, proto))
+
     state = pmtud.nested(4, pmtud.nested(1, pmtud.attribute(1, b"\x03")))  # TCP, ESTABLISHED
     body = bytes(pmtud.nfgenmsg(socket.AF_INET, 0, 0)) + part(1, 1, 2) + part(2, 2, 1)
-    body += pmtud.be32(3, 0b1110) + pmtud.be32(7, 600) + state  # IPS_SEEN_REPLY, ASSURED, CONFIRMED; ten minutes
+    body += (
+        pmtud.be32(3, 0b1110) + pmtud.be32(7, 600) + state
+    )  # IPS_SEEN_REPLY, ASSURED, CONFIRMED; ten minutes
     return pmtud.message(NFNL_SUBSYS_CTNETLINK << 8, 0x400, 1, body)  # NLM_F_CREATE
 
 
@@ -7201,14 +9998,19 @@ def fill_conntrack(entries: int) -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
         for start in range(base, base + entries, 256):
             addresses = (number.to_bytes(4, "big") for number in range(start, start + 256))
-            netlink.send(b"".join(model.replace(b"\x0b\xad\xca\xfe", address) for address in addresses))
+            netlink.send(
+                b"".join(model.replace(b"\x0b\xad\xca\xfe", address) for address in addresses)
+            )
             with suppress(OSError):  # what the kernel refuses when the table is full
                 while netlink.recv(1 << 16, socket.MSG_DONTWAIT):
                     pass
 
 
 def test_conntrack_table_full(cluster: Cluster) -> None:
-    """Errors need no entry and copies are not tracked: all are acted on; transfers finish once there is room."""
+    """Errors need no entry and copies are not tracked.
+
+    All are acted on; transfers finish once there is room.
+    """
     first = ingress(cluster, 4)
     node, peer = cluster.nodes[first], cluster.nodes[(first + 1) % 3]
     with daemons(cluster.nodes, "--peers", ALL_PEERS):
@@ -7232,11 +10034,16 @@ def test_a_peer_file_whose_name_is_no_text(cluster: Cluster, tmp_path: Path) -> 
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/peers\xff"))
     path.write_text("10.0.0.12")
     with daemons([cluster.nodes[0]], "--peers", f"file:{path}"):
-        assert [n for k, n in metrics(cluster.nodes[0]).items() if "pmtud_peers{" in k and "udcff" in k] == [1]
+        assert [
+            n for k, n in metrics(cluster.nodes[0]).items() if "pmtud_peers{" in k and "udcff" in k
+        ] == [1]
 
 
 def test_file_source_failing_in_each_way(cluster: Cluster, tmp_path: Path) -> None:
-    """Gone, unreadable, a directory, a FIFO, too big, not UTF-8, not addresses: the last good peers stay in force."""
+    """Gone, unreadable, a directory, a FIFO, too big, not UTF-8, not addresses.
+
+    The last good peers stay in force.
+    """
     path = tmp_path / "peers"
     path.write_text(ALL_PEERS)
     node, name = cluster.nodes[0], f'pmtud_peers{{source="file:{path}"}}'
@@ -7249,24 +10056,34 @@ def test_file_source_failing_in_each_way(cluster: Cluster, tmp_path: Path) -> No
             assert metrics(node)[name] == 4
             if not path.exists():
                 path.touch()
-        assert metrics(node)[f'pmtud_peer_refresh_failures_total{{source="file:{path}"}}'] >= len(FILE_PROBLEMS)
+        assert metrics(node)[f'pmtud_peer_refresh_failures_total{{source="file:{path}"}}'] >= len(
+            FILE_PROBLEMS
+        )
         assert_served(cluster)
 
 
 def test_metrics_port_of_another_program(cluster: Cluster) -> None:
     """Taken by somebody else: a warning, no metrics, and every error is handled."""
     with contextlib.ExitStack() as stack:
+
         def occupy() -> socket.socket:
             return socket.create_server(("::", 30040), family=socket.AF_INET6, dualstack_ipv6=True)
+
         for node in cluster.nodes:
             stack.enter_context(node.inside(occupy))
         processes = stack.enter_context(daemons(cluster.nodes, "--peers", ALL_PEERS))
         assert_served(cluster)
-        assert all("Address already in use); running without, choose" in process.output() for process in processes)
+        assert all(
+            "Address already in use); running without, choose" in process.output()
+            for process in processes
+        )
 
 
-def connect(host: Host, count: int, data: bytes = b"", patience: float = 0.02) -> list[socket.socket]:
+def connect(
+    host: Host, count: int, data: bytes = b"", patience: float = 0.02
+) -> list[socket.socket]:
     """Connections to the host's metrics port that say this much and no more."""
+
     def dial() -> list[socket.socket]:
         clients = [socket.socket() for _ in range(count)]
         for client in clients:
@@ -7275,6 +10092,7 @@ def connect(host: Host, count: int, data: bytes = b"", patience: float = 0.02) -
                 client.connect(("127.0.0.1", 30040))
                 client.sendall(data)  # or hung up already: all places are taken
         return clients
+
     return host.inside(dial)
 
 
@@ -7293,7 +10111,9 @@ HURRIED = QUICK.replace("\nsys.exit", "\npmtud.StatusHandler.timeout = 2.0\nsys.
 
 @pytest.mark.parametrize("attack", HTTP_ATTACKS)
 def test_http_clients_that_mean_no_good(cluster: Cluster, attack: str) -> None:
-    """Errors are handled all the while, memory and threads are bounded, and the port answers again within seconds."""
+    """Errors are handled all the while, memory and threads are bounded, and the port answers again
+    within seconds.
+    """
     count, data = HTTP_ATTACKS[attack]
     with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, script=HURRIED) as processes:
         clients = [client for node in cluster.nodes for client in connect(node, count, data)]
@@ -7315,7 +10135,10 @@ def drip(clients: Sequence[socket.socket], stop: threading.Event) -> None:
 
 
 def test_slowloris(cluster: Cluster) -> None:
-    """Clients that never stop talking hold all places: the oldest gives way, so that no probe fails."""
+    """Clients that never stop talking hold all places.
+
+    The oldest gives way, so that no probe fails.
+    """
     node = cluster.nodes[0]
     with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
         clients = connect(node, 16, b"GET /metrics HTTP/1.1\r\nA: ", patience=2.0)
@@ -7324,9 +10147,13 @@ def test_slowloris(cluster: Cluster) -> None:
         dripping.start()
         try:
             assert poll(lambda: usage(processes[0])["Threads"] >= 17, 2)
-            assert [get(node, path)[0] for path in ("/healthz", "/readyz", "/metrics")] == ["200"] * 3
+            assert [get(node, path)[0] for path in ("/healthz", "/readyz", "/metrics")] == [
+                "200"
+            ] * 3
             assert_served(cluster, [(4, "pod")])
-            assert poll(lambda: usage(processes[0])["Threads"] <= 4, 8)  # five seconds for each, whatever it does
+            assert poll(
+                lambda: usage(processes[0])["Threads"] <= 4, 8
+            )  # five seconds for each, whatever it does
         finally:
             stop.set()
             dripping.join()
@@ -7335,12 +10162,15 @@ def test_slowloris(cluster: Cluster) -> None:
 
 
 def test_connections_that_cannot_be_ended_are_bounded_too() -> None:
-    """Where all places are taken by answers being made, the newcomer has to go, within a second or so."""
+    """Where all places are taken by answers being made, the newcomer has to go, within a second or
+    so.
+    """
     free = threading.Event()
 
     def slow() -> bytes:
         free.wait(300)
         return b"done"
+
     config = pmtud.Config(metrics_addr="127.0.0.1", metrics_port=0)
     before = threading.active_count()
     with pmtud.open_status_server(config, slow, list, list) as server, ExitStack() as stack:
@@ -7348,7 +10178,9 @@ def test_connections_that_cannot_be_ended_are_bounded_too() -> None:
         stack.callback(server.shutdown)
         clients = []
         for _ in range(server.CONNECTIONS_MAX + 1):
-            clients.append(stack.enter_context(socket.create_connection(server.socket.getsockname())))
+            clients.append(
+                stack.enter_context(socket.create_connection(server.socket.getsockname()))
+            )
             clients[-1].sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         clients[-1].settimeout(60.0)
         assert clients[-1].recv(1) == b""
@@ -7357,13 +10189,17 @@ def test_connections_that_cannot_be_ended_are_bounded_too() -> None:
         assert clients[1].makefile("rb").read().endswith(b"\r\n\r\ndone")
 
 
-def test_a_connection_without_a_thread_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_thread_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where no thread can be started, twenty times, the server still has all its places."""
     config = pmtud.Config(metrics_addr="127.0.0.1", metrics_port=0)
     server = pmtud.open_status_server(config, lambda: b"", list, list)
     with server, monkeypatch.context() as m:
+
         def fail(thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
+
         m.setattr(threading.Thread, "start", fail)
         for _ in range(pmtud.StatusServer.CONNECTIONS_MAX + 4):
             with socket.create_connection(("127.0.0.1", server.socket.getsockname()[1])) as client:
@@ -7376,7 +10212,9 @@ def test_a_connection_without_a_thread_gives_its_place_back(monkeypatch: pytest.
             assert client.makefile("rb").read().endswith(b"ok\n")
 
 
-STALLING = QUICK.replace("sys.exit", """
+STALLING = QUICK.replace(
+    "sys.exit",
+    """
 import os, time
 turn = pmtud.Service._tick
 def tick(self, now):
@@ -7386,13 +10224,19 @@ def tick(self, now):
 pmtud.Service._tick = tick
 create = pmtud.Firewall
 pmtud.Firewall = lambda *given, **named: create(*given, owned=False, **named)
-sys.exit""")
+sys.exit""",
+)
 
 
 def test_what_is_not_ready_is_said(node: Host, tmp_path: Path) -> None:
-    """A loop that hangs, rules that somebody else holds, a source that has not answered: each by name."""
+    """A loop that hangs, rules that somebody else holds, a source that has not answered.
+
+    Each by name.
+    """
     stall, env = tmp_path / "stall", {"PYTHONPATH": str(HERE), "STALL": str(tmp_path / "stall")}
-    process = node.start(sys.executable, "-c", STALLING, "--peers", "nobody.invalid,10.0.0.9", env=env)
+    process = node.start(
+        sys.executable, "-c", STALLING, "--peers", "nobody.invalid,10.0.0.9", env=env
+    )
     process.wait_for("limits:")
     unnamed = "dns:nobody.invalid: Temporary failure in name resolution\n"
     assert poll(lambda: get(node, "/readyz") == ("503", unnamed), 5), get(node, "/readyz")
@@ -7407,7 +10251,9 @@ def test_what_is_not_ready_is_said(node: Host, tmp_path: Path) -> None:
     stall.touch()
     assert poll(lambda: get(node, "/healthz")[0] == "503", 20)
     assert re.fullmatch(r"the packet loop has not turned for \d\d s\n", get(node, "/healthz")[1])
-    assert re.fullmatch(rf"the packet loop has not turned for \d\d s\n{unnamed}", get(node, "/readyz")[1])
+    assert re.fullmatch(
+        rf"the packet loop has not turned for \d\d s\n{unnamed}", get(node, "/readyz")[1]
+    )
     stall.unlink()
     assert poll(lambda: get(node, "/healthz") == ("200", "ok\n"), 5)
     assert process.stop() == 0
@@ -7418,17 +10264,26 @@ def usage(process: Process) -> dict[str, int]:
     status = Path(f"/proc/{process.pid}/status").read_text()
     found = {name: int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads")}
     times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return {**found, "fds": len(os.listdir(f"/proc/{process.pid}/fd")), "cpu": int(times[11]) + int(times[12])}
+    return {
+        **found,
+        "fds": len(os.listdir(f"/proc/{process.pid}/fd")),
+        "cpu": int(times[11]) + int(times[12]),
+    }
 
 
 def test_standard_streams_closed(cluster: Cluster) -> None:
     """No standard input, output or error: nothing to log to, everything else works."""
-    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-')):
+    with quick_daemons(
+        cluster.nodes, "--peers", ALL_PEERS, start=("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-')
+    ):
         assert_served(cluster)
 
 
 def test_standard_error_is_a_full_pipe(cluster: Cluster, tmp_path: Path) -> None:
-    """Whoever reads our log has stopped: lines are lost, errors are not; when reading goes on, so does the log."""
+    """Whoever reads our log has stopped.
+
+    Lines are lost, errors are not; when reading goes on, so does the log.
+    """
     fifo = tmp_path / "log"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -7453,7 +10308,9 @@ def test_standard_error_without_a_reader(cluster: Cluster, tmp_path: Path) -> No
         os.mkfifo(fifo)
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         start = ("sh", "-c", f'exec "$0" "$@" 2>{shlex.quote(str(fifo))}')
-        processes = stack.enter_context(quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start))
+        processes = stack.enter_context(
+            quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start)
+        )
         os.close(reader)
         for process in processes:
             os.kill(process.pid, signal.SIGHUP)
@@ -7467,14 +10324,21 @@ def limit_descriptors(process: Process, number: int) -> None:
 
 
 def test_file_descriptors_exhausted(cluster: Cluster, tmp_path: Path) -> None:
-    """None left: errors are handled, no CPU is burnt; a peer change waits until there are some again."""
+    """None left: errors are handled, no CPU is burnt.
+
+    A peer change waits until there are some again.
+    """
     path = tmp_path / "peers"
     path.write_text("10.0.0.77\n")
     with quick_daemons(cluster.nodes, "--peers", f"file:{path},{ALL_PEERS}") as processes:
         assert_served(cluster)
         for process in processes:
             limit_descriptors(process, usage(process)["fds"])
-        clients = [client for node in cluster.nodes for client in connect(node, 3, b"GET /metrics HTTP/1.1\r\n\r\n")]
+        clients = [
+            client
+            for node in cluster.nodes
+            for client in connect(node, 3, b"GET /metrics HTTP/1.1\r\n\r\n")
+        ]
         before = [usage(process)["cpu"] for process in processes]
         for node in cluster.nodes:  # an address change whose meaning cannot be worked out
             node.ip("addr add 10.0.0.77/32 dev lo")
@@ -7512,7 +10376,10 @@ def test_sighup_storm(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_stopped_and_continued(cluster: Cluster) -> None:
-    """SIGSTOP for 30 s: what came meanwhile waits in the kernel and is acted on at SIGCONT; its flows recover."""
+    """SIGSTOP for 30 s: what came meanwhile waits in the kernel and is acted on at SIGCONT.
+
+    Its flows recover.
+    """
     with daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
         for process in processes:
             os.kill(process.pid, signal.SIGSTOP)
@@ -7526,15 +10393,26 @@ def test_stopped_and_continued(cluster: Cluster) -> None:
 
 
 def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
-    """`ulimit -v` leaves 512 MB: a spoofed flood that fills every table stays within it, scrapes and all."""
+    """`ulimit -v` leaves 512 MB.
+
+    A spoofed flood that fills every table stays within it, scrapes and all.
+    """
     node = cluster.nodes[ingress(cluster, 4)]
     start = ("sh", "-c", 'ulimit -v 524288; exec "$0" "$@"')
     remember = ("--flow-interval", "60", "--source-rate", "1000000", "--rate", "1000000000")
     with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, *remember, start=start) as processes:
         process = processes[cluster.nodes.index(node)]
-        flood = [mtu_error(V4, src=f"198.{18 + n % 2}.{n // 256 % 256}.{n % 256}", dst="10.96.0.1",
-                           quoted_src="10.96.0.1", quoted_dst="10.9.0.1", transport=tcp_start(80, n % 65536))
-                 for n in range(20_000)]  # fmt: skip
+        flood = [
+            mtu_error(
+                V4,
+                src=f"198.{18 + n % 2}.{n // 256 % 256}.{n % 256}",
+                dst="10.96.0.1",
+                quoted_src="10.96.0.1",
+                quoted_dst="10.9.0.1",
+                transport=tcp_start(80, n % 65536),
+            )
+            for n in range(20_000)
+        ]
         feed(process, cluster.fabric, node, flood)
         assert get(node, "/metrics")[0] == "200"
         assert poll(lambda: total(metrics(node), "pmtud_received_total") >= len(flood), 5)
@@ -7543,12 +10421,30 @@ def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_a_flood_at_a_nodes_own_address_leaves_room_for_copies(cluster: Cluster, family: int) -> None:
-    """The kernel tells copies by who sends them: 50,000 errors of strangers cost not one of ten copies its place."""
+def test_a_flood_at_a_nodes_own_address_leaves_room_for_copies(
+    cluster: Cluster, family: int
+) -> None:
+    """The kernel tells copies by who sends them.
+
+    50,000 errors of strangers cost not one of ten copies its place.
+    """
     node, own = cluster.nodes[0], Cluster.node_address(1, family)
-    net, copies = (V4, V6)[family == 6], flow_errors(family, src=Cluster.node_address(2, family), dst=own)
-    junk = [mtu_error(net, src=str(ip_address(int(ip_address({4: "198.18.0.0", 6: "2001:db8:bad::"}[family])) + n)),
-                      dst=own, quoted_src=Cluster.vip("host", family), transport=tcp_start(80, n)) for n in range(5000)]
+    net, copies = (
+        (V4, V6)[family == 6],
+        flow_errors(family, src=Cluster.node_address(2, family), dst=own),
+    )
+    junk = [
+        mtu_error(
+            net,
+            src=str(
+                ip_address(int(ip_address({4: "198.18.0.0", 6: "2001:db8:bad::"}[family])) + n)
+            ),
+            dst=own,
+            quoted_src=Cluster.vip("host", family),
+            transport=tcp_start(80, n),
+        )
+        for n in range(5000)
+    ]
     with daemons([node], "--peers", PEER_LISTS[family]):
         begun = time.monotonic()
         with Frames(cluster.fabric, f"to-{node.name}", node, "eth0") as frames:
@@ -7564,17 +10460,28 @@ def test_a_flood_at_a_nodes_own_address_leaves_room_for_copies(cluster: Cluster,
 
 
 def test_as_many_peers_as_there_may_be(tmp_path: Path) -> None:
-    """16,384 of each family are in the kernel's sets, in one transaction, and in as many headers; then fewer are."""
+    """16,384 of each family are in the kernel's sets, in one transaction, and in as many headers.
+
+    Then fewer are.
+    """
     path, most = tmp_path / "peers", pmtud.PEERS_MAX
     four, six = (ip_address(text) for text in ("10.64.0.1", "fd64::1"))
     path.write_text("\n".join(str((four if n % 2 else six) + n) for n in range(most)))
     with Net() as net:
         node = net.host("node")
-        node.ip("link add eth0 type veth peer name far", "link set far up", "addr add 10.0.0.11/8 dev eth0",
-                "addr add fd00::11/8 dev eth0 nodad", "link set eth0 up", "route add default via 10.0.0.1")  # fmt: skip
+        node.ip(
+            "link add eth0 type veth peer name far",
+            "link set far up",
+            "addr add 10.0.0.11/8 dev eth0",
+            "addr add fd00::11/8 dev eth0 nodad",
+            "link set eth0 up",
+            "route add default via 10.0.0.1",
+        )
         process = daemon(node, "--peers", f"file:{path}")
         rules = node.run("nft", "list", "ruleset")
-        assert (len(re.findall(r"10\.64\.\d+\.\d+", rules)), len(re.findall("fd64::", rules))) == (most // 2,) * 2
+        assert (len(re.findall(r"10\.64\.\d+\.\d+", rules)), len(re.findall("fd64::", rules))) == (
+            most // 2,
+        ) * 2
         assert f"limit rate {pmtud.COPIES_PER_SECOND // (most // 2)}/second" in rules
         path.write_text("10.64.0.1")
         assert poll(lambda: "fd64::" not in node.run("nft", "list", "ruleset"), 5)
@@ -7597,11 +10504,17 @@ def test_wall_clock_stepped(cluster: Cluster) -> None:
 
 
 def test_a_saved_ruleset_is_restored(node: Host, tmp_path: Path) -> None:
-    """Our table in it makes the kernel refuse the whole; saved by the README's command it comes back, beside ours."""
+    """Our table in it makes the kernel refuse the whole.
+
+    Saved by the README's command it comes back, beside ours.
+    """
     (command,) = re.findall(r"`(nft list tables .*) >f`", README)
     saved = [tmp_path / "all", tmp_path / "others"]
     with daemons([node], "--metrics-port", "0"):
-        node.run("nft", "table ip nat { chain c { tcp dport 1 drop; }; }; table inet fw { chain c { accept; }; }")
+        node.run(
+            "nft",
+            "table ip nat { chain c { tcp dport 1 drop; }; }; table inet fw { chain c { accept; }; }",
+        )
         before = node.run("nft", "list", "ruleset")
         saved[0].write_text(before)
         node.run("sh", "-c", f"{command} >{saved[1]}".replace("\\|", "|"))
@@ -7616,7 +10529,10 @@ def test_a_saved_ruleset_is_restored(node: Host, tmp_path: Path) -> None:
         node.run("nft", "-f", str(saved[1]))
         after = node.run("nft", "list", "ruleset")
     pattern = re.compile(r"^table [^}]+}\n}|^table inet pmtud_33 ", re.MULTILINE)
-    assert sorted(pattern.findall(after)) == sorted(pattern.findall(before)) and len(pattern.findall(after)) == 3
+    assert (
+        sorted(pattern.findall(after)) == sorted(pattern.findall(before))
+        and len(pattern.findall(after)) == 3
+    )
 
 
 # -- when things go wrong: the README's table, row by row
@@ -7624,44 +10540,69 @@ def test_a_saved_ruleset_is_restored(node: Host, tmp_path: Path) -> None:
 FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "The interface goes down and comes up": (test_interface_down_and_up,),
     "The interface is deleted and created again": (test_interface_deleted_and_created_again,),
-    "A node's address changes": (test_address_changed, test_an_address_that_moves_here_is_removed_from_the_peers),
+    "A node's address changes": (
+        test_address_changed,
+        test_an_address_that_moves_here_is_removed_from_the_peers,
+    ),
     "No default route at the start": (test_start_failures_are_one_line,),
     "The default route goes, or moves": (test_default_route_gone_and_moved,),
     "A peer cannot be reached": (
-        test_peers_that_cannot_be_reached, test_one_bad_peer_does_not_starve_the_others,
-        test_refused_copies_are_named_once_a_minute),
+        test_peers_that_cannot_be_reached,
+        test_one_bad_peer_does_not_starve_the_others,
+        test_refused_copies_are_named_once_a_minute,
+    ),
     "A firewall refuses our copies": (test_a_firewall_that_refuses_copies,),
     "A copy is larger than the path to a peer": (test_copies_larger_than_the_path_to_a_peer,),
     "The send buffer is full": (test_queues_full_of_copies_nobody_takes,),
     "Errors come faster than we read": (test_nflog_overrun_is_counted_exactly,),
-    "The NFLOG socket breaks": (test_a_broken_nflog_socket_is_opened_again,
-                                test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon),
+    "The NFLOG socket breaks": (
+        test_a_broken_nflog_socket_is_opened_again,
+        test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon,
+    ),
     "Another process wants our NFLOG group": (
-        test_another_process_wants_the_group, test_group_held_by_another_program),
+        test_another_process_wants_the_group,
+        test_group_held_by_another_program,
+    ),
     "pmtud is started a second time": (
         test_second_daemon_names_the_first,
-        test_second_daemon_knows_the_first_however_that_was_started),
+        test_second_daemon_knows_the_first_however_that_was_started,
+    ),
     "`nft flush ruleset`, a firewall reload": (
-        test_flush_ruleset_leaves_our_table, test_flush_ruleset_where_tables_cannot_be_owned),
+        test_flush_ruleset_leaves_our_table,
+        test_flush_ruleset_where_tables_cannot_be_owned,
+    ),
     "A firewall loaded later filters or marks at `raw` or `mangle`": (
         test_a_reverse_path_filter_loaded_after_us_drops_nothing_before_us,
-        test_a_mark_overwritten_after_us_lets_nothing_out, test_a_mark_overwritten_before_the_guard_is_noticed),
+        test_a_mark_overwritten_after_us_lets_nothing_out,
+        test_a_mark_overwritten_before_the_guard_is_noticed,
+    ),
     "The service network has a discard route, or no route": (
-        test_discard_routes_and_no_route_refuse_no_delivery,),
+        test_discard_routes_and_no_route_refuse_no_delivery,
+    ),
     "This node's stack refuses a delivery": (test_a_delivery_that_the_stack_refuses_is_said_once,),
     "A saved ruleset is restored": (test_a_saved_ruleset_is_restored,),
     "Conntrack comes into use after us": (test_conntrack_that_comes_later_is_noticed,),
     "The conntrack table is full": (test_conntrack_table_full,),
-    "A peer file is missing or bad": (test_file_source_failing_in_each_way, test_start_failures_are_one_line),
+    "A peer file is missing or bad": (
+        test_file_source_failing_in_each_way,
+        test_start_failures_are_one_line,
+    ),
     "DNS or the API server fails: no answer, SERVFAIL, garbage, 410, 429, a stall": (
-        test_peers_follow_dns, test_an_hour_without_the_api_changes_nothing, test_kube_source_lists_again_after_410,
-        test_kube_source_waits_as_long_as_the_server_wants, test_kube_source_gives_a_stalled_answer_up),
+        test_peers_follow_dns,
+        test_an_hour_without_the_api_changes_nothing,
+        test_kube_source_lists_again_after_410,
+        test_kube_source_waits_as_long_as_the_server_wants,
+        test_kube_source_gives_a_stalled_answer_up,
+    ),
     "The metrics port is taken": (test_metrics_port_of_another_program, test_metrics_port_taken),
     "A Service has the metrics port as its node port": (test_who_answers_where_the_daemon_listens,),
     "prometheus-client is damaged": (test_a_damaged_prometheus_client,),
     "Slow, huge or many HTTP clients": (test_http_clients_that_mean_no_good, test_slowloris),
     "Standard error is closed, or nobody reads it": (
-        test_standard_streams_closed, test_standard_error_is_a_full_pipe, test_standard_error_without_a_reader),
+        test_standard_streams_closed,
+        test_standard_error_is_a_full_pipe,
+        test_standard_error_without_a_reader,
+    ),
     "No file descriptors left": (test_file_descriptors_exhausted,),
     "Hundreds of nodes come or go at once": (test_changes_within_a_second_are_taken_together,),
     "A storm of SIGHUPs": (test_sighup_storm,),
@@ -7669,12 +10610,17 @@ FAULT_TESTS: dict[str, tuple[Callable[..., None], ...]] = {
     "A memory limit, and a flood": (test_memory_limit_under_a_flood,),
     "The wall clock is stepped": (test_wall_clock_stepped,),
     "SIGKILL, a crash": (test_sigkill_leaves_nothing,),
-}  # fmt: skip
+}
 
 
 def test_every_row_of_when_things_go_wrong_is_proven() -> None:
     """The README's table and the tests above name the same faults, in the same order."""
-    chapter = (HERE / "README.md").read_text().split("\n## When things go wrong\n", 1)[1].split("\n## ", 1)[0]
+    chapter = (
+        (HERE / "README.md")
+        .read_text()
+        .split("\n## When things go wrong\n", 1)[1]
+        .split("\n## ", 1)[0]
+    )
     rows = [line.split(" | ") for line in chapter.splitlines() if line.startswith("| ")][1:]
     assert [row[0][2:] for row in rows] == list(FAULT_TESTS)
     assert all(len(row) == 3 and all(row) for row in rows)
@@ -7687,7 +10633,10 @@ def caches(cluster: Cluster) -> dict[str, list[str]]:
     """Every learned path MTU in the cluster, by namespace."""
     found = {}
     for host in cluster.nodes + cluster.pods:
-        text = "".join(execute("ip", family, "-n", host.namespace, "route", "show", "cache") for family in ("-4", "-6"))
+        text = "".join(
+            execute("ip", family, "-n", host.namespace, "route", "show", "cache")
+            for family in ("-4", "-6")
+        )
         found[host.name] = [line for line in text.splitlines() if "mtu" in line]
     return {name: lines for name, lines in found.items() if lines}
 
@@ -7695,13 +10644,18 @@ def caches(cluster: Cluster) -> dict[str, list[str]]:
 def forged_copies(family: int, service: str, **fields: Any) -> list[bytes]:
     """Errors to each node that look like a copy from its neighbour."""
     nodes = [Cluster.node_address(i, family) for i in (1, 2, 3)]
-    return [packet for node, peer in zip(nodes, nodes[1:] + nodes[:1])
-            for packet in flow_errors(family, service, src=peer, dst=node, **fields)]  # fmt: skip
+    return [
+        packet
+        for node, peer in zip(nodes, nodes[1:] + nodes[:1])
+        for packet in flow_errors(family, service, src=peer, dst=node, **fields)
+    ]
 
 
 @pytest.mark.parametrize("service", ["host", "pod"])
 @pytest.mark.parametrize("family", [4, 6])
-def test_forged_errors_about_flows_that_do_not_exist(cluster: Cluster, family: int, service: str) -> None:
+def test_forged_errors_about_flows_that_do_not_exist(
+    cluster: Cluster, family: int, service: str
+) -> None:
     """As a router's and as copies: all are acted on, and no cache in any node or pod changes."""
     with invalid_dropped(cluster), daemons(cluster.nodes, "--peers", ALL_PEERS):
         assert_served(cluster, [(family, service)])
@@ -7709,9 +10663,15 @@ def test_forged_errors_about_flows_that_do_not_exist(cluster: Cluster, family: i
         cluster.flush()
         assert not caches(cluster)
         before = acted(cluster)
-        inject(cluster.router, family, flow_errors(family, service, src={4: "203.0.113.66", 6: "2001:db8::66"}[family]))
+        inject(
+            cluster.router,
+            family,
+            flow_errors(family, service, src={4: "203.0.113.66", 6: "2001:db8::66"}[family]),
+        )
         inject(cluster.router, family, forged_copies(family, service, mtu=1399))
-        assert poll(lambda: acted(cluster) - before == ERRORS * 3 + ERRORS * 3, 3), acted(cluster) - before
+        assert poll(lambda: acted(cluster) - before == ERRORS * 3 + ERRORS * 3, 3), (
+            acted(cluster) - before
+        )
         assert not caches(cluster)
 
 
@@ -7744,8 +10704,13 @@ def next_sequence(client: socket.socket) -> int:
 @pytest.mark.parametrize("service", ["host", "pod"])
 @pytest.mark.parametrize("family", [4, 6])
 def test_forged_errors_outside_the_tcp_window(cluster: Cluster, family: int, service: str) -> None:
-    """A real connection, a wrong sequence number: TCP itself refuses it on the owner. The right one is believed."""
-    servers = [host.start(sys.executable, "-c", IDLE_SERVER) for host in cluster.nodes + cluster.pods]
+    """A real connection, a wrong sequence number.
+
+    TCP itself refuses it on the owner. The right one is believed.
+    """
+    servers = [
+        host.start(sys.executable, "-c", IDLE_SERVER) for host in cluster.nodes + cluster.pods
+    ]
     for server in servers:
         server.wait_for("listening")
     vip, address = Cluster.vip(service, family), Cluster.client_address(7, family)
@@ -7756,10 +10721,23 @@ def test_forged_errors_outside_the_tcp_window(cluster: Cluster, family: int, ser
     def forge(sequence: int, mtu: int) -> list[bytes]:
         tcp = struct.pack("!HHII", 81, client.getsockname()[1], sequence, 0) + bytes(8)
         source = {4: "203.0.113.66", 6: "2001:db8::66"}[family]
-        return [mtu_error((V4, V6)[family == 6], src=source, dst=vip, quoted_src=vip, quoted_dst=address, mtu=mtu,
-                          transport=tcp)]
+        return [
+            mtu_error(
+                (V4, V6)[family == 6],
+                src=source,
+                dst=vip,
+                quoted_src=vip,
+                quoted_dst=address,
+                mtu=mtu,
+                transport=tcp,
+            )
+        ]
 
-    with invalid_dropped(cluster), daemons(cluster.nodes, "--peers", ALL_PEERS), cluster.client.inside(dial) as client:
+    with (
+        invalid_dropped(cluster),
+        daemons(cluster.nodes, "--peers", ALL_PEERS),
+        cluster.client.inside(dial) as client,
+    ):
         assert len(client.recv(1000)) == 100
         sequence = next_sequence(client)
         inject(cluster.router, family, forge((sequence + 100_000) & 0xFFFFFFFF, 1300))
@@ -7775,20 +10753,33 @@ def test_forged_errors_outside_the_tcp_window(cluster: Cluster, family: int, ser
         server.stop()
 
 
-@pytest.mark.parametrize("options", [["--ports", "443"], ["--service-networks", "192.0.2.0/24,2001:db8::/32"]])
+@pytest.mark.parametrize(
+    "options", [["--ports", "443"], ["--service-networks", "192.0.2.0/24,2001:db8::/32"]]
+)
 def test_what_the_options_close_stays_closed(cluster: Cluster, options: list[str]) -> None:
-    """No copy and no delivery of what is not served: as a router's, as copies, without ports, both families."""
+    """No copy and no delivery of what is not served.
+
+    As a router's, as copies, without ports, both families.
+    """
     with daemons(cluster.nodes, "--peers", ALL_PEERS, *options), Capture(cluster.fabric) as wire:
         for family in (4, 6):
             for protocol in (6, 17, 50, {4: 1, 6: 58}[family]):
                 inject(cluster.router, family, flow_errors(family, protocol=protocol), gap=0)
-                inject(cluster.router, family, forged_copies(family, "pod", protocol=protocol), gap=0)
+                inject(
+                    cluster.router, family, forged_copies(family, "pod", protocol=protocol), gap=0
+                )
         wanted = 2 * 4 * (ERRORS + 3 * ERRORS)
-        assert poll(lambda: sum(total(metrics(n), "pmtud_dropped_total") for n in cluster.nodes) == wanted, 3)
+        assert poll(
+            lambda: sum(total(metrics(n), "pmtud_dropped_total") for n in cluster.nodes) == wanted,
+            3,
+        )
         assert acted(cluster) == 0
         genuine = {packed(Cluster.node_address(i, family)) for i in (1, 2, 3) for family in (4, 6)}
-        sources = [s.packet[12:16] if s.packet[0] >> 4 == 4 else s.packet[8:24] for s in wire.settle()
-                   if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING]  # fmt: skip
+        sources = [
+            s.packet[12:16] if s.packet[0] >> 4 == 4 else s.packet[8:24]
+            for s in wire.settle()
+            if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING
+        ]
         assert not genuine & set(sources)
 
 
@@ -7801,11 +10792,17 @@ BOUNDS = {
 
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_amplification_is_bounded(cluster: Cluster, bound: str) -> None:
-    """A flood of valid errors: copies on the wire <= peers x limit x (seconds + 1), none below the MTU floor."""
+    """A flood of valid errors.
+
+    Copies on the wire <= peers x limit x (seconds + 1), none below the MTU floor.
+    """
     options, limit = BOUNDS[bound]
     node = cluster.nodes[ingress(cluster, 4)]
     flood = flow_errors(4, count=3000) + flow_errors(4, count=3000, mtu=551)
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[4], *options), Capture(cluster.fabric) as wire:
+    with (
+        daemons(cluster.nodes, "--peers", PEER_LISTS[4], *options),
+        Capture(cluster.fabric) as wire,
+    ):
         begun = time.monotonic()
         for start in range(0, len(flood), 500):
             blast(cluster.fabric, f"to-{node.name}", node, "eth0", flood[start : start + 500])
@@ -7816,7 +10813,10 @@ def test_amplification_is_bounded(cluster: Cluster, bound: str) -> None:
     assert {struct.unpack_from("!H", copy, 26)[0] for copy in copies} == {1400}
 
 
-FLOWLESS = {"echo reply": (58, b"\x81" + bytes(7)), "unconnected UDP": (17, struct.pack("!HHHH", 5353, 9, 100, 0))}
+FLOWLESS = {
+    "echo reply": (58, b"\x81" + bytes(7)),
+    "unconnected UDP": (17, struct.pack("!HHHH", 5353, 9, 100, 0)),
+}
 
 
 @pytest.mark.parametrize("quoted", FLOWLESS)
@@ -7824,19 +10824,34 @@ def test_what_the_kernel_believes_without_a_flow(cluster: Cluster, quoted: str) 
     """As the README says: one node without us, every node with us, no node of ours with --ports."""
     protocol, transport = FLOWLESS[quoted]
     vip = Cluster.vip("host", 6)
-    forged = [mtu_error(V6, src="2001:db8::66", dst=vip, quoted_src=vip, quoted_dst=Cluster.client_address(3, 6),
-                        protocol=protocol, transport=transport)]
+    forged = [
+        mtu_error(
+            V6,
+            src="2001:db8::66",
+            dst=vip,
+            quoted_src=vip,
+            quoted_dst=Cluster.client_address(3, 6),
+            protocol=protocol,
+            transport=transport,
+        )
+    ]
     with contextlib.ExitStack() as stack:
         for node in cluster.nodes:
-            unconnected = stack.enter_context(node.inside(lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)))
+            unconnected = stack.enter_context(
+                node.inside(lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+            )
             unconnected.bind(("::", 5353))
         inject(cluster.router, 6, forged)
-        assert poll(lambda: len(caches(cluster)) == 1, 2), "the kernel of the node that the fabric chose"
+        assert poll(lambda: len(caches(cluster)) == 1, 2), (
+            "the kernel of the node that the fabric chose"
+        )
         for options, believing in (([], 3), (["--ports", "80"], 1)):
             cluster.flush()
             with daemons(cluster.nodes, "--peers", ALL_PEERS, *options):
                 inject(cluster.router, 6, forged)
-                assert poll(lambda: any(total(metrics(n), "pmtud_received_total") for n in cluster.nodes), 2)
+                assert poll(
+                    lambda: any(total(metrics(n), "pmtud_received_total") for n in cluster.nodes), 2
+                )
                 assert poll(lambda wanted=believing: len(caches(cluster)) == wanted, 1)  # type: ignore[misc]
 
 
@@ -7852,20 +10867,37 @@ class Range(Net):
     VIPS = ("203.0.113.10/32", "2001:db8:2::10/128")
 
     def build(self) -> None:
-        self.outside, self.node, self.inside = (self.host(name) for name in ("outside", "node", "inside"))
+        self.outside, self.node, self.inside = (
+            self.host(name) for name in ("outside", "node", "inside")
+        )
         self.link(self.outside, self.node, names=("eth0", "eth0"))
         self.link(self.inside, self.node, names=("eth1", "eth1"))
-        self.node.ip("addr add 10.0.1.1/24 dev eth0", "addr add fd01::1/64 dev eth0",
-                     "route add default via 10.0.1.2", "route add ::/0 via fd01::2",
-                     "addr add 10.0.0.11/24 brd + dev eth1", "addr add fd00::11/64 dev eth1",
-                     *(f"addr add {vip} dev lo" for vip in self.VIPS))
+        self.node.ip(
+            "addr add 10.0.1.1/24 dev eth0",
+            "addr add fd01::1/64 dev eth0",
+            "route add default via 10.0.1.2",
+            "route add ::/0 via fd01::2",
+            "addr add 10.0.0.11/24 brd + dev eth1",
+            "addr add fd00::11/64 dev eth1",
+            *(f"addr add {vip} dev lo" for vip in self.VIPS),
+        )
         self.outside.ip("addr add 10.0.1.2/24 dev eth0", "addr add fd01::2/64 dev eth0")
         self.inside.ip("addr add 10.0.0.12/24 dev eth1", "addr add fd00::12/64 dev eth1")
 
 
-HOSTILE_OPTIONS = ("--iface", "eth0", "--peers", "10.0.0.12,fd00::12", "--ignore-networks", "10.9.0.0/16,fd09::/64",
-                   "--ports", "443,8000-8999", "--service-networks",
-                   "203.0.113.0/24,2001:db8:2::/64,10.0.0.11,fd00::11", *UNLIMITED)  # fmt: skip
+HOSTILE_OPTIONS = (
+    "--iface",
+    "eth0",
+    "--peers",
+    "10.0.0.12,fd00::12",
+    "--ignore-networks",
+    "10.9.0.0/16,fd09::/64",
+    "--ports",
+    "443,8000-8999",
+    "--service-networks",
+    "203.0.113.0/24,2001:db8:2::/64,10.0.0.11,fd00::11",
+    *UNLIMITED,
+)
 
 
 def any_address(random: Random, net: Plan) -> str:
@@ -7891,36 +10923,59 @@ def hostile_kinds(random: Random, net: Plan) -> list[tuple[str, dict[str, Any]]]
     unknown = UNCOUNTED[net.family.name]
     same_swapped = unknown + 0x0505
     return [
-        ("replicate", {}), ("replicate", {"quoted_length": 60_000}), ("replicate", {"quoted_length": unknown}),
+        ("replicate", {}),
+        ("replicate", {"quoted_length": 60_000}),
+        ("replicate", {"quoted_length": unknown}),
         ("replicate", {"quoted_length": unknown + 0x0006}),
         ("replicate", {"transport": tcp_start(443) + junk}),
-        ("replicate", {"quoted_dst": any_address(random, net)}), ("replicate", {"protocol": 17}),
-        ("deliver", copy), ("deliver", {**copy, "transport": tcp_start(8443) + junk}),
+        ("replicate", {"quoted_dst": any_address(random, net)}),
+        ("replicate", {"protocol": 17}),
+        ("deliver", copy),
+        ("deliver", {**copy, "transport": tcp_start(8443) + junk}),
         ("deliver", {"dst": net.node, "quoted_src": net.node}),
         ("replicate" if net is V4 else "bad_checksum", {"checksum": random.randrange(1, 0xFFFF)}),
-        ("quoted_short", {"quoted": inner[: random.randrange(len(inner))]}), ("quoted_short", {"quoted": b""}),
+        ("quoted_short", {"quoted": inner[: random.randrange(len(inner))]}),
+        ("quoted_short", {"quoted": b""}),
         ("quoted_family", {"quoted": bytes([random.choice((0, 1, 5, 9, 15)) << 4]) + inner[1:]}),
-        ("quoted_fragment", {"inner": {"fragment": random.randrange(1, 0x2000)}} if net is V4 else
-         {"inner": {"extensions": [fragment_header(random.randrange(1, 0x2000), False)]}}),
+        (
+            "quoted_fragment",
+            {"inner": {"fragment": random.randrange(1, 0x2000)}}
+            if net is V4
+            else {"inner": {"extensions": [fragment_header(random.randrange(1, 0x2000), False)]}},
+        ),
         ("quoted_proto", {"protocol": bad_protocol}),
         ("mtu_too_small", {"mtu": random.randrange(1, 552 if net is V4 else 1280)}),
-        ("mtu_not_smaller", {"quoted_length": same_swapped, "mtu": random.randrange(same_swapped + 60, 0xFFFF)}),
+        (
+            "mtu_not_smaller",
+            {"quoted_length": same_swapped, "mtu": random.randrange(same_swapped + 60, 0xFFFF)},
+        ),
         ("port_not_listed", {"transport": tcp_start(random.randrange(1, 443), 7, 8)}),
-        ("port_not_listed", {"protocol": 50}), ("port_not_listed", {"protocol": net.family.icmp_protocol}),
+        ("port_not_listed", {"protocol": 50}),
+        ("port_not_listed", {"protocol": net.family.icmp_protocol}),
         ("not_service", {"dst": any_address(random, net), "quoted_src": "", "same": True}),
         ("not_service", {**copy, "quoted_src": any_address(random, net)}),
-        ("own", {"src": net.node}), ("own", {"src": net.vip}), ("own", {"src": net.node, "dst": net.node}),
-        ("ignored_network", {"src": net.inside}), ("ignored_network", {"src": net.peer}),
-        ("misaddressed", {"dst": net.node}), ("misaddressed", {"quoted_src": any_address(random, net)}),
+        ("own", {"src": net.node}),
+        ("own", {"src": net.vip}),
+        ("own", {"src": net.node, "dst": net.node}),
+        ("ignored_network", {"src": net.inside}),
+        ("ignored_network", {"src": net.peer}),
+        ("misaddressed", {"dst": net.node}),
+        ("misaddressed", {"quoted_src": any_address(random, net)}),
         ("misaddressed", {**copy, "quoted_src": loopback}),
         ("truncated", {"payload": bytes(net.error) + bytes(random.randrange(6))}),
-        ("truncated", {"outer": {"fragment": 0x2000}} if net is V4 else
-         {"outer": {"extensions": [fragment_header(0, True)]}}),
-    ]  # fmt: skip
+        (
+            "truncated",
+            {"outer": {"fragment": 0x2000}}
+            if net is V4
+            else {"outer": {"extensions": [fragment_header(0, True)]}},
+        ),
+    ]
 
 
 class Template(NamedTuple):
-    """One hostile packet; `vary` is where its quoted destination port is, 0 where nothing may change."""
+    """One hostile packet; `vary` is where its quoted destination port is, 0 where nothing may
+    change.
+    """
 
     packet: bytes
     fate: str
@@ -7930,7 +10985,11 @@ class Template(NamedTuple):
 def hostile_templates(random: Random, net: Plan) -> Iterator[Template]:
     """One packet of each kind, with the fate that the RFCs and the options give it."""
     for fate, changes in hostile_kinds(random, net):
-        fields: dict[str, Any] = {"src": any_address(random, net), "mtu": any_mtu(random, net), **changes}
+        fields: dict[str, Any] = {
+            "src": any_address(random, net),
+            "mtu": any_mtu(random, net),
+            **changes,
+        }
         if fields.pop("same", False):
             fields["quoted_src"] = fields["dst"]
         fields.setdefault("transport", tcp_start(443, 7))
@@ -7938,7 +10997,9 @@ def hostile_templates(random: Random, net: Plan) -> Iterator[Template]:
         plain = set(changes) <= {"src", "dst", "quoted_src", "quoted_dst", "transport"}
         quoted_at = 2 * (20 if net is V4 else 40) + 8
         yield Template(packet, fate, quoted_at + 2 if plain else 0)
-        for _ in range(2):  # and twice with some bytes of the message overwritten: what it is now, parse() must say
+        for _ in range(
+            2
+        ):  # and twice with some bytes of the message overwritten: what it is now, parse() must say
             start = 20 if net is V4 else 48 if packet[6] == FRAGMENT else 40
             wild = bytearray(packet)
             for _ in range(random.randrange(1, 6)):
@@ -7955,24 +11016,45 @@ def fate_of(packet: bytes, policy: pmtud.Policy) -> str:
 
 
 def varied(template: Template, number: int) -> bytes:
-    """Another flow under the same checksum: one word takes from a sequence number what the port gets."""
+    """Another flow under the same checksum.
+
+    One word takes from a sequence number what the port gets.
+    """
     packet, at = template.packet, template.vary
     if not at:
         return packet
     port, sequence = struct.unpack_from("!HH", packet, at)
     other = number % 65000 + 1
-    return packet[:at] + struct.pack("!HH", other, (sequence + port - other - 1) % 0xFFFF + 1) + packet[at + 4:]
+    return (
+        packet[:at]
+        + struct.pack("!HH", other, (sequence + port - other - 1) % 0xFFFF + 1)
+        + packet[at + 4 :]
+    )
 
 
 def hostile_policy() -> pmtud.Policy:
     """The policy of the daemon on the range, out of its own command line."""
     config = pmtud.parse_args(HOSTILE_OPTIONS, {}).config
-    own = [packed(text.partition("/")[0]) for text in
-           ("10.0.1.1", "fd01::1", "10.0.0.11", "fd00::11", *Range.VIPS, "127.0.0.1", "::1")]  # fmt: skip
+    own = [
+        packed(text.partition("/")[0])
+        for text in (
+            "10.0.1.1",
+            "fd01::1",
+            "10.0.0.11",
+            "fd00::11",
+            *Range.VIPS,
+            "127.0.0.1",
+            "::1",
+        )
+    ]
     node = frozenset((packed("10.0.0.11"), packed("fd00::11")))
-    view = pmtud.View(own=frozenset(own), node=node, groups=frozenset((packed("10.0.0.255"),)),
-                      peers=frozenset(peer.packed for peer in config.peers),
-                      networks=pmtud.Membership(config.ignore_networks))  # fmt: skip
+    view = pmtud.View(
+        own=frozenset(own),
+        node=node,
+        groups=frozenset((packed("10.0.0.255"),)),
+        peers=frozenset(peer.packed for peer in config.peers),
+        networks=pmtud.Membership(config.ignore_networks),
+    )
     return pmtud.Policy(config, view)
 
 
@@ -7993,7 +11075,9 @@ class Arsenal:
 
     def __init__(self, seed: int, rounds: int) -> None:
         random, policy = Random(seed), hostile_policy()
-        templates = [t for net in (V4, V6) for _ in range(rounds) for t in hostile_templates(random, net)]
+        templates = [
+            t for net in (V4, V6) for _ in range(rounds) for t in hostile_templates(random, net)
+        ]
         self.templates = [t._replace(fate=t.fate or fate_of(t.packet, policy)) for t in templates]
         random.shuffle(self.templates)
         self.sent = 0
@@ -8015,19 +11099,27 @@ class Arsenal:
 
 
 def message_of(packet: bytes) -> bytes:
-    """The ICMP message without its checksum, which covers addresses over IPv6; a wrong one over IPv4 stays wrong."""
+    """The ICMP message without its checksum, which covers addresses over IPv6.
+
+    A wrong one over IPv4 stays wrong.
+    """
     start = 20 if packet[0] >> 4 == 4 else 40
     return packet[start : start + 2] + packet[start + 4 :]
 
 
 def test_hostile_flood() -> None:
-    """Every packet has exactly one fate, counted; at the peer arrive exactly the copies of the good ones.
+    """Every packet has exactly one fate, counted; at the peer arrive exactly the copies of the good
+    ones.
 
     PMTUD_TEST_PACKETS=1000000 for the long one.
     """
     wanted = int(ENVIRONMENT.get("PMTUD_TEST_PACKETS", "100000"))
     arsenal = Arsenal(2026, rounds=wanted // 5000)
-    with Range() as net, daemons([net.node], *HOSTILE_OPTIONS) as [process], Capture(net.outside) as outside:
+    with (
+        Range() as net,
+        daemons([net.node], *HOSTILE_OPTIONS) as [process],
+        Capture(net.outside) as outside,
+    ):
         metrics(net.node)  # imports what a scrape needs
         usages: list[dict[str, int]] = []
         with Capture(net.inside) as inside, Frames(net.outside, "eth0", net.node, "eth0") as frames:
@@ -8038,26 +11130,50 @@ def test_hostile_flood() -> None:
             assert settled(net.node) == arsenal.sent
             samples = metrics(net.node)
             copies = [s.packet for s in inside.settle() if s.kind == socket.PACKET_HOST]
-        assert total(samples, "pmtud_nflog_lost_total") == total(samples, "pmtud_copy_errors_total") == 0
+        assert (
+            total(samples, "pmtud_nflog_lost_total")
+            == total(samples, "pmtud_copy_errors_total")
+            == 0
+        )
         dropped = Counter(drops(samples))
-        actions = Counter({a: int(samples[f'pmtud_acted_total{{action="{a}"}}']) for a in ("replicate", "deliver")})
+        actions = Counter(
+            {
+                a: int(samples[f'pmtud_acted_total{{action="{a}"}}'])
+                for a in ("replicate", "deliver")
+            }
+        )
         assert dropped + actions == arsenal.fates
-        unmet = {"not_frag_needed", "limited_flow", "limited_source", "limited_total", "dry_run"}  # by rule and options
-        assert set(arsenal.fates) == {reason.value for reason in Reason} - unmet | {"replicate", "deliver"}
+        unmet = {
+            "not_frag_needed",
+            "limited_flow",
+            "limited_source",
+            "limited_total",
+            "dry_run",
+        }  # by rule and options
+        assert set(arsenal.fates) == {reason.value for reason in Reason} - unmet | {
+            "replicate",
+            "deliver",
+        }
         assert {packet[12:16] if packet[0] >> 4 == 4 else packet[8:24] for packet in copies} == {
-            packed("10.0.0.11"), packed("fd00::11")}  # fmt: skip
+            packed("10.0.0.11"),
+            packed("fd00::11"),
+        }
         assert Counter(map(message_of, copies)) == arsenal.copies
         assert not [s for s in outside.packets() if s.kind == socket.PACKET_HOST]
         assert_flat(usages, process)
 
 
 def assert_flat(usages: Sequence[dict[str, int]], process: Process) -> None:
-    """No growth: descriptors and threads as at the first fifth, once the last scrape is over; RSS within 4 MB of it."""
+    """No growth: descriptors and threads as at the first fifth, once the last scrape is over.
+
+    RSS within 4 MB of it.
+    """
     early = usages[len(usages) // 5]
 
     def flat() -> bool:
         late = usage(process)
         return late["fds"] <= early["fds"] and late["Threads"] <= early["Threads"]
+
     assert poll(flat, 2), (early, usage(process))
     print(f"first fifth {early}, end {usage(process)}")
     assert usage(process)["VmRSS"] < early["VmRSS"] + 4096
@@ -8093,17 +11209,38 @@ atheris.Fuzz()
 
 
 def test_coverage_guided_fuzzing(tmp_path: Path) -> None:
-    """libFuzzer through atheris on the parsers and the netlink codec; PMTUD_FUZZ_SECONDS, by default 5."""
+    """libFuzzer through atheris on the parsers and the netlink codec.
+
+    PMTUD_FUZZ_SECONDS, by default 5.
+    """
     if importlib.util.find_spec("atheris") is None:
-        pytest.skip(f"there is no atheris for Python {sys.version_info[:2]} on {os.uname().machine}")
+        pytest.skip(
+            f"there is no atheris for Python {sys.version_info[:2]} on {os.uname().machine}"
+        )
     seconds, corpus = int(ENVIRONMENT.get("PMTUD_FUZZ_SECONDS", "5")), tmp_path / "corpus"
     corpus.mkdir()
-    for number, packet in enumerate(packet for net in (V4, V6) for packet, _, _ in hostile_templates(Random(1), net)):
+    for number, packet in enumerate(
+        packet for net in (V4, V6) for packet, _, _ in hostile_templates(Random(1), net)
+    ):
         (corpus / f"packet{number}").write_bytes(packet)
         (corpus / f"nflog{number}").write_bytes(nflog_message(packet, number, b"pmtud rpf"))
-    done = subprocess.run([sys.executable, "-c", FUZZ, f"-max_total_time={seconds}", "-seed=1", "-timeout=5",
-                           f"-artifact_prefix={tmp_path}/", str(corpus)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=seconds + 60)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            FUZZ,
+            f"-max_total_time={seconds}",
+            "-seed=1",
+            "-timeout=5",
+            f"-artifact_prefix={tmp_path}/",
+            str(corpus),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        timeout=seconds + 60,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     [runs] = re.findall(r"Done (\d+) runs", done.stderr)
     print(f"{runs} runs in {seconds} s")
@@ -8115,7 +11252,10 @@ def test_coverage_guided_fuzzing(tmp_path: Path) -> None:
 
 def churn(random: Random, path: Path) -> None:
     """Some of the peers, some addresses of nobody, one of them listed twice, renamed into place."""
-    peers = [*ALL_PEERS.split(","), *(f"10.0.0.{random.randrange(100, 200)}" for _ in range(random.randrange(30)))]
+    peers = [
+        *ALL_PEERS.split(","),
+        *(f"10.0.0.{random.randrange(100, 200)}" for _ in range(random.randrange(30))),
+    ]
     chosen = random.sample(peers, random.randrange(1, len(peers)))
     new = path.with_suffix(".new")
     new.write_text("\n".join([*chosen, chosen[0]]))
@@ -8130,16 +11270,29 @@ def account(samples: dict[str, float]) -> tuple[int, int]:
 
 
 def load(cluster: Cluster, random: Random) -> None:
-    """Between nothing and some thousand errors, of both families, through the fabric or straight to a node."""
+    """Between nothing and some thousand errors, of both families, through the fabric or straight to
+    a node.
+    """
     family, node = random.choice((4, 6)), random.choice(cluster.nodes)
-    errors = flow_errors(family, random.choice(("host", "pod")), random.choice((0, 1, 100, 3000)),
-                         mtu=random.randrange(1280, 1500))  # fmt: skip
+    errors = flow_errors(
+        family,
+        random.choice(("host", "pod")),
+        random.choice((0, 1, 100, 3000)),
+        mtu=random.randrange(1280, 1500),
+    )
     blast(cluster.fabric, f"to-{node.name}", node, "eth0", errors)
 
 
 def test_soak(cluster: Cluster, tmp_path: Path) -> None:
-    """Peers churn, load varies, scrapes come in: no growth, and the accounts balance. PMTUD_SOAK_SECONDS, here 15."""
-    path, random, seconds = tmp_path / "peers", Random(4), float(ENVIRONMENT.get("PMTUD_SOAK_SECONDS", "15"))
+    """Peers churn, load varies, scrapes come in.
+
+    No growth, and the accounts balance. PMTUD_SOAK_SECONDS, here 15.
+    """
+    path, random, seconds = (
+        tmp_path / "peers",
+        Random(4),
+        float(ENVIRONMENT.get("PMTUD_SOAK_SECONDS", "15")),
+    )
     path.write_text(ALL_PEERS)
     with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
         usages: list[list[dict[str, int]]] = [[], [], []]
@@ -8160,7 +11313,12 @@ def test_soak(cluster: Cluster, tmp_path: Path) -> None:
         accounts = [account(metrics(node)) for node in cluster.nodes]
         print(f"{len(usages[0])} rounds, received and accounted for: {accounts}")
         assert all(got == judged > 0 for got, judged in accounts)
-        assert poll(lambda: all(metrics(n)[f'pmtud_peers{{source="file:{path}"}}'] == 4 for n in cluster.nodes), 5)
+        assert poll(
+            lambda: all(
+                metrics(n)[f'pmtud_peers{{source="file:{path}"}}'] == 4 for n in cluster.nodes
+            ),
+            5,
+        )
         for process, row in zip(processes, usages):
             assert_flat(row, process)
         assert_served(cluster)
@@ -8184,7 +11342,8 @@ while True:
 
 @pytest.mark.parametrize("old_is_first", [True, False])
 def test_side_by_side_with_the_go_pmtud_of_2020(cluster: Cluster, old_is_first: bool) -> None:
-    """Its wire format: outer source the node, outer destination the peer, the message intact; both ways.
+    """Its wire format: outer source the node, outer destination the peer, the message intact; both
+    ways.
 
     What it sends we deliver, to pods too. What we send reaches the sockets of a node that runs it.
     """
@@ -8194,7 +11353,14 @@ def test_side_by_side_with_the_go_pmtud_of_2020(cluster: Cluster, old_is_first: 
         for i, node in enumerate(cluster.nodes):
             if (i == first) == old_is_first:
                 others = ",".join(Cluster.node_address(j, 4) for j in (1, 2, 3) if j != i + 1)
-                old = node.start(sys.executable, "-c", GO_PMTUD_2020, "--peers", others, env={"PYTHONPATH": str(HERE)})
+                old = node.start(
+                    sys.executable,
+                    "-c",
+                    GO_PMTUD_2020,
+                    "--peers",
+                    others,
+                    env={"PYTHONPATH": str(HERE)},
+                )
                 stack.callback(old.stop)
                 old.wait_for("limits:")
             else:
@@ -8207,8 +11373,12 @@ def test_side_by_side_with_the_go_pmtud_of_2020(cluster: Cluster, old_is_first: 
 # -----------------------------------------------------------------------------
 # Section: documentation -- what the README says is what the program does
 
+
 def table(header: str) -> dict[str, list[str]]:
-    """A README table by its header's first cell: the other cells of each row, by the code in its first one."""
+    """A README table by its header's first cell.
+
+    The other cells of each row, by the code in its first one.
+    """
     rows = README.split(f"\n| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {row[0].strip("`"): row[1:] for row in cells}
@@ -8217,14 +11387,25 @@ def table(header: str) -> dict[str, list[str]]:
 def test_option_table() -> None:
     """Every option is there and nothing else, with the default that Config or the help text has."""
     rows = table("option")
-    options = {action.option_strings[0]: action for action in pmtud.build_parser()._actions if action.option_strings}
+    options = {
+        action.option_strings[0]: action
+        for action in pmtud.build_parser()._actions
+        if action.option_strings
+    }
     assert set(rows) == set(options) - {"-h", "--version", "--json", "--no-color"}
     config = pmtud.Config()
-    for option, field in (("--nflog-group", config.nflog_group), ("--metrics-port", config.metrics_port),
-                          ("--ttl", config.ttl), ("--rules", config.rules), ("--flow-interval", config.flow_interval),
-                          ("--source-rate", int(config.source_rate)), ("--rate", int(config.rate)),
-                          ("--min-mtu", ",".join(map(str, config.min_mtu))), ("--log-level", config.log_level),
-                          ("--log-format", config.log_format)):  # fmt: skip
+    for option, field in (
+        ("--nflog-group", config.nflog_group),
+        ("--metrics-port", config.metrics_port),
+        ("--ttl", config.ttl),
+        ("--rules", config.rules),
+        ("--flow-interval", config.flow_interval),
+        ("--source-rate", int(config.source_rate)),
+        ("--rate", int(config.rate)),
+        ("--min-mtu", ",".join(map(str, config.min_mtu))),
+        ("--log-level", config.log_level),
+        ("--log-format", config.log_format),
+    ):
         assert rows[option][0] == str(field)
         assert f"(default: {field})" in (options[option].help or ""), option
 
@@ -8232,7 +11413,9 @@ def test_option_table() -> None:
 def test_metric_table() -> None:
     """Names, types and labels."""
     suffix = {"counter": "_total"}
-    program = {m.name + suffix.get(m.kind, ""): [m.kind, ", ".join(m.labels)] for m in pmtud.METRICS}
+    program = {
+        m.name + suffix.get(m.kind, ""): [m.kind, ", ".join(m.labels)] for m in pmtud.METRICS
+    }
     assert {name: cells[:2] for name, cells in table("metric").items()} == program
 
 
@@ -8250,7 +11433,7 @@ def test_rules_in_the_readme_are_the_printed_ones(
     monkeypatch.setattr(pmtud, "default_route_interfaces", lambda: ("eth0",))
     assert pmtud.main(["rules", "--iface", "eth0"]) == 0
     printed = capsys.readouterr().out
-    ours = printed[:printed.index("# or iptables")].strip()
+    ours = printed[: printed.index("# or iptables")].strip()
     assert ours in README
     assert f"iptables {SEED_RULE}" in README
 
@@ -8259,8 +11442,20 @@ def test_go_pmtud_options_exist_with_their_defaults() -> None:
     """The options of the model are ours."""
     config = pmtud.Config()
     assert (config.nflog_group, config.metrics_port, config.ttl) == (33, 30040, 10)
-    known = {action.option_strings[0][2:] for action in pmtud.build_parser()._actions if action.option_strings}
-    assert {"peers", "iface", "nodename", "nflog-group", "metrics-port", "ttl", "ignore-networks"} <= known
+    known = {
+        action.option_strings[0][2:]
+        for action in pmtud.build_parser()._actions
+        if action.option_strings
+    }
+    assert {
+        "peers",
+        "iface",
+        "nodename",
+        "nflog-group",
+        "metrics-port",
+        "ttl",
+        "ignore-networks",
+    } <= known
 
 
 def code_blocks(language: str) -> list[str]:
@@ -8277,16 +11472,27 @@ def test_every_code_block_ends() -> None:
 
 def test_alerts_and_queries(tmp_path: Path) -> None:
     """promtool takes them, and every metric and label value in them exists."""
-    (rules,), queries = code_blocks("yaml"), [line for text in code_blocks("promql") for line in text.splitlines()]
+    (rules,), queries = (
+        code_blocks("yaml"),
+        [line for text in code_blocks("promql") for line in text.splitlines()],
+    )
     assert (rules.count("- alert:"), len(queries)) == (7, 5)
-    recorded = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
-    (tmp_path / "queries").write_text(json.dumps({"groups": [{"name": "queries", "rules": recorded}]}))
+    recorded = [
+        {"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)
+    ]
+    (tmp_path / "queries").write_text(
+        json.dumps({"groups": [{"name": "queries", "rules": recorded}]})
+    )
     (tmp_path / "alerts").write_text(rules)
     for name in ("alerts", "queries"):
         assert "SUCCESS" in execute("promtool", "check", "rules", str(tmp_path / name))
     used = set(re.findall(r"\bpmtud_\w+", "\n".join([rules, *queries])))
     assert used <= {*METRIC_LABELS}
-    assert set(re.findall(r'(?:origin|result)="(\w+)"', "\n".join(queries))) == {"router", "peer", "owner"}
+    assert set(re.findall(r'(?:origin|result)="(\w+)"', "\n".join(queries))) == {
+        "router",
+        "peer",
+        "owner",
+    }
 
 
 def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
@@ -8295,7 +11501,9 @@ def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
     with daemons([node], "--peers", PEER_LISTS[4]):
         inject(cluster.router, 4, flow_errors(4, count=3))
         page = node.run("curl", "-sS", "http://127.0.0.1:30040/metrics")
-    done = subprocess.run(["promtool", "check", "metrics"], input=page, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=page, text=True, capture_output=True, check=False
+    )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -8303,7 +11511,9 @@ def test_the_log_tells_routers_and_mtus(cluster: Cluster) -> None:
     """The README's sed, on a daemon's log."""
     (expression,) = re.findall(r"sed -n '(.*)' \| sort", README)
     node, other = cluster.nodes[0], flow_errors(4, count=1, src="172.20.20.2", mtu=1300)
-    with daemons([node]) as [process]:  # straight to it: the fabric hashes the two routers apart on some machines
+    with daemons([node]) as [
+        process
+    ]:  # straight to it: the fabric hashes the two routers apart on some machines
         blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=2) + other)
         received(node, 3)
         process.wait_for("mtu=1300")
@@ -8312,7 +11522,9 @@ def test_the_log_tells_routers_and_mtus(cluster: Cluster) -> None:
 
 
 def test_what_was_learned_outlives_the_daemon(cluster: Cluster) -> None:
-    """The kernel keeps it; and transfers that start while one node after the other is replaced all finish."""
+    """The kernel keeps it; and transfers that start while one node after the other is replaced all
+    finish.
+    """
     with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
         assert len(cluster.download("host")) == 23
     assert_learned(cluster, "host", 4)
@@ -8331,8 +11543,10 @@ def test_links_and_files() -> None:
     """Everything the README points to is there."""
     for target in re.findall(r"\]\(([^)#h][^)]*)\)", README):
         assert (HERE / target).exists(), target
-    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
-               for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}  # fmt: skip
+    anchors = {
+        re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
     assert set(re.findall(r"\]\(#([^)]*)\)", README)) <= anchors
 
 
@@ -8344,7 +11558,8 @@ CALICO_DEFAULT_MTU, JUMBO_POD_MTU = 1450, NIC_MTU - VXLAN_OVERHEAD
 API, SERVER_POD = "10.10.10.10", "192.168.20.2"
 CURL = f"curl -sSk --connect-timeout 3 https://{API}:6443/healthz"
 
-# The handshake is done by the connection's own thread, so that a hung client cannot hold up the next.
+# The handshake is done by the connection's own thread, so that a hung client cannot hold up the
+# next.
 TLS_SERVER = """
 import http.server, socketserver, ssl, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -8369,22 +11584,65 @@ server.serve_forever()
 
 
 def make_chain(folder: str) -> str:
-    """A PEM file: the leaf's key, the leaf with the many names an API server has, and two intermediates: over 4 KB."""
-    names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]
+    """A PEM file: the leaf's key, the leaf with the many names an API server has, and two
+    intermediates: over 4 KB.
+    """
+    names = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+    ]
     names += [f"api-{i}.k01.mtu-lab.example.internal" for i in range(60)]
-    leaf = "basicConstraints=CA:FALSE\nsubjectAltName=IP:10.10.10.10," + ",".join(f"DNS:{name}" for name in names)
+    leaf = "basicConstraints=CA:FALSE\nsubjectAltName=IP:10.10.10.10," + ",".join(
+        f"DNS:{name}" for name in names
+    )
     authority, pem = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign", ""
-    for name, issuer, extensions in (("root", "", authority), ("zone", "root", authority),
-                                     ("cluster", "zone", authority), ("leaf", "cluster", leaf)):
+    for name, issuer, extensions in (
+        ("root", "", authority),
+        ("zone", "root", authority),
+        ("cluster", "zone", authority),
+        ("leaf", "cluster", leaf),
+    ):
         base = os.path.join(folder, name)
         with open(f"{base}.ext", "w") as file:
             file.write(extensions + "\n")
-        execute("openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", f"/O=mtu-lab/CN={name}",
-                "-keyout", f"{base}.key", "-out", f"{base}.csr")
+        execute(
+            "openssl",
+            "req",
+            "-new",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-subj",
+            f"/O=mtu-lab/CN={name}",
+            "-keyout",
+            f"{base}.key",
+            "-out",
+            f"{base}.csr",
+        )
         signer = os.path.join(folder, issuer)
-        by = ["-CA", f"{signer}.crt", "-CAkey", f"{signer}.key"] if issuer else ["-signkey", f"{base}.key"]
-        execute("openssl", "x509", "-req", "-in", f"{base}.csr", "-days", "2", "-set_serial", str(time.time_ns()),
-                "-extfile", f"{base}.ext", "-out", f"{base}.crt", *by)
+        by = (
+            ["-CA", f"{signer}.crt", "-CAkey", f"{signer}.key"]
+            if issuer
+            else ["-signkey", f"{base}.key"]
+        )
+        execute(
+            "openssl",
+            "x509",
+            "-req",
+            "-in",
+            f"{base}.csr",
+            "-days",
+            "2",
+            "-set_serial",
+            str(time.time_ns()),
+            "-extfile",
+            f"{base}.ext",
+            "-out",
+            f"{base}.crt",
+            *by,
+        )
     for part in ("leaf.key", "leaf.crt", "cluster.crt", "zone.crt"):
         with open(os.path.join(folder, part)) as file:
             pem += file.read()
@@ -8405,17 +11663,24 @@ class State(NamedTuple):
 class MtuLab(Net):
     """Four nodes in two VLANs and the switch between them.
 
-    Vlan10 and Vlan20 are bridges in the switch: their ports pass 9000 bytes, whatever the MTU of the bridge itself,
-    which is the SVI's: it counts only for what the switch routes. Errors leave with the preferred source of the route
-    back to the sender, 172.20.20.2, which the nodes reach over `mgmt` (as over containerlab's eth0), never over eth1.
+    Vlan10 and Vlan20 are bridges in the switch: their ports pass 9000 bytes, whatever the MTU of
+    the bridge itself, which is the SVI's: it counts only for what the switch routes. Errors leave
+    with the preferred source of the route back to the sender, 172.20.20.2, which the nodes reach
+    over `mgmt` (as over containerlab's eth0), never over eth1.
     """
 
     NODES: ClassVar[dict[str, str]] = {
-        "control-plane": API, "worker": "10.10.10.11", "worker2": "10.10.10.12", "worker3": "10.10.20.20"}
+        "control-plane": API,
+        "worker": "10.10.10.11",
+        "worker2": "10.10.10.12",
+        "worker3": "10.10.20.20",
+    }
     PODS: ClassVar[dict[str, str]] = {"netshoot-client": "worker", "netshoot-server": "worker3"}
 
     def build(self) -> None:
-        self.at: dict[str, Host] = {name: self.host(name, forward=True) for name in (*self.NODES, "ceos01")}
+        self.at: dict[str, Host] = {
+            name: self.host(name, forward=True) for name in (*self.NODES, "ceos01")
+        }
         self.at["docker"] = self.host("docker")
         self.daemon: Process | None = None
         self._build_switch()
@@ -8428,36 +11693,54 @@ class MtuLab(Net):
 
     def _build_switch(self) -> None:
         switch, docker = self.at["ceos01"], self.at["docker"]
-        # arp_announce: the SVI's own address in ARP requests, or strict nodes would not answer the one with 172.20.20.2
+        # arp_announce: the SVI's own address in ARP requests, or strict nodes would not answer the
+        # one with 172.20.20.2
         switch.sysctls({"net.ipv4.icmp_ratelimit": 0, "net.ipv4.conf.all.arp_announce": 2})
-        docker.ip("link add docker0 type bridge mcast_snooping 0", "addr add 172.20.20.1/24 dev docker0",
-                  "link set docker0 up")
+        docker.ip(
+            "link add docker0 type bridge mcast_snooping 0",
+            "addr add 172.20.20.1/24 dev docker0",
+            "link set docker0 up",
+        )
         self.link(docker, switch, names=("to-ceos01", "Management0"))
         docker.ip("link set to-ceos01 master docker0")
         switch.ip("addr add 172.20.20.2/24 dev Management0")
         for vlan in (10, 20):
-            switch.ip(f"link add Vlan{vlan} type bridge mcast_snooping 0", f"link set Vlan{vlan} mtu {NIC_MTU} up",
-                      f"addr add 10.10.{vlan}.1/24 dev Vlan{vlan}",
-                      f"route replace 10.10.{vlan}.0/24 dev Vlan{vlan} src 172.20.20.2")
+            switch.ip(
+                f"link add Vlan{vlan} type bridge mcast_snooping 0",
+                f"link set Vlan{vlan} mtu {NIC_MTU} up",
+                f"addr add 10.10.{vlan}.1/24 dev Vlan{vlan}",
+                f"route replace 10.10.{vlan}.0/24 dev Vlan{vlan} src 172.20.20.2",
+            )
 
     def _build_node(self, number: int, name: str) -> None:
         node, address = self.at[name], self.NODES[name]
         vlan, last = address.split(".")[2:]
-        node.sysctl("net.ipv4.conf.all.rp_filter", 1)  # the larger of this and the interface's own, 0, is in force
+        node.sysctl(
+            "net.ipv4.conf.all.rp_filter", 1
+        )  # the larger of this and the interface's own, 0, is in force
         self.link(self.at["ceos01"], node, mtu=NIC_MTU, names=(f"Ethernet{number}", "eth1"))
         self.link(self.at["docker"], node, names=(f"port{number}", "mgmt"))
         self.at["ceos01"].ip(f"link set Ethernet{number} master Vlan{vlan}")
         self.at["docker"].ip(f"link set port{number} master docker0")
-        node.ip(f"addr add {address}/24 dev eth1", f"route add 10.10.0.0/16 via 10.10.{vlan}.1",
-                f"addr add 172.20.20.{last}/24 dev mgmt", "route add default via 172.20.20.1")
+        node.ip(
+            f"addr add {address}/24 dev eth1",
+            f"route add 10.10.0.0/16 via 10.10.{vlan}.1",
+            f"addr add 172.20.20.{last}/24 dev mgmt",
+            "route add default via 172.20.20.1",
+        )
 
     def _build_overlay(self, node: str, other: str) -> None:
-        """As Calico does it: a /32 on vxlan.calico, and the other node's block of pods behind that node's /32."""
+        """As Calico does it: a /32 on vxlan.calico, and the other node's block of pods behind that
+        node's /32.
+        """
         own, peer = (self.NODES[name].split(".")[3] for name in (node, other))
-        self.at[node].ip(f"link add vxlan.calico mtu {CALICO_DEFAULT_MTU} type vxlan id 4096 dstport 4789 "
-                         f"local {self.NODES[node]} remote {self.NODES[other]} dev eth1",
-                         f"addr add 192.168.{own}.0/32 dev vxlan.calico", "link set vxlan.calico up",
-                         f"route add 192.168.{peer}.0/26 via 192.168.{peer}.0 dev vxlan.calico onlink")
+        self.at[node].ip(
+            f"link add vxlan.calico mtu {CALICO_DEFAULT_MTU} type vxlan id 4096 dstport 4789 "
+            f"local {self.NODES[node]} remote {self.NODES[other]} dev eth1",
+            f"addr add 192.168.{own}.0/32 dev vxlan.calico",
+            "link set vxlan.calico up",
+            f"route add 192.168.{peer}.0/26 via 192.168.{peer}.0 dev vxlan.calico onlink",
+        )
 
     def make_pods(self, mtu: int) -> None:
         """New pods, in place of the old ones if there are any."""
@@ -8470,10 +11753,15 @@ class MtuLab(Net):
             # A deleted namespace's interfaces go a little later: the old cali0 may still be there.
             execute("ip", "-n", self.at[node].namespace, "link", "delete", "cali0", check=False)
             self.link(self.at[node], pod, mtu=mtu, names=("cali0", "eth0"))
-            self.at[node].sysctls({"net.ipv4.conf.cali0.proxy_arp": 1, "net.ipv4.neigh.cali0.proxy_delay": 0})
+            self.at[node].sysctls(
+                {"net.ipv4.conf.cali0.proxy_arp": 1, "net.ipv4.neigh.cali0.proxy_delay": 0}
+            )
             self.at[node].ip(f"route add {address}/32 dev cali0")
-            pod.ip(f"addr add {address}/32 dev eth0", "route add 169.254.1.1 dev eth0 scope link",
-                   "route add default via 169.254.1.1")
+            pod.ip(
+                f"addr add {address}/32 dev eth0",
+                "route add 169.254.1.1 dev eth0 scope link",
+                "route add default via 169.254.1.1",
+            )
 
     def _start_server(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -8550,8 +11838,16 @@ class Screen:
 
     def prose(self, text: str, mark: str = "  ", style: str = "") -> None:
         """Text filled to the width, a mark before its first line."""
-        self.write(textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=f"  {mark}", subsequent_indent="    ",
-                                 break_on_hyphens=False), style)
+        self.write(
+            textwrap.fill(
+                " ".join(text.split()),
+                WIDTH,
+                initial_indent=f"  {mark}",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+            ),
+            style,
+        )
 
     def command(self, host: str, line: str) -> None:
         self.write(f"  {host}# {line}", CYAN)
@@ -8560,15 +11856,27 @@ class Screen:
         """A command's output; long lines are folded."""
         for line in text.expandtabs(4).rstrip().splitlines():
             room = WIDTH - 4 - (indent := len(line) - len(line.lstrip()))
-            lines = textwrap.wrap(line.strip(), room, subsequent_indent="    ", break_on_hyphens=False)
+            lines = textwrap.wrap(
+                line.strip(), room, subsequent_indent="    ", break_on_hyphens=False
+            )
             self.write("\n".join(" " * (4 + indent) + part for part in lines))
 
     def wait(self, condition: Callable[[], bool], limit: float) -> None:
-        """Until the condition holds, or well beyond the limit. On a terminal: a dot each half second, what is left."""
+        """Until the condition holds, or well beyond the limit.
+
+        On a terminal: a dot each half second, what is left.
+        """
         start = time.monotonic()
-        while not poll(condition, 0.5 / PATIENCE) and (seconds := time.monotonic() - start) < limit + 5 * PATIENCE:
+        while (
+            not poll(condition, 0.5 / PATIENCE)
+            and (seconds := time.monotonic() - start) < limit + 5 * PATIENCE
+        ):
             if self.live:
-                print(f"\r    {'.' * int(seconds * 2)} {max(0, limit - seconds):.0f} s left ", end="", flush=True)
+                print(
+                    f"\r    {'.' * int(seconds * 2)} {max(0, limit - seconds):.0f} s left ",
+                    end="",
+                    flush=True,
+                )
         self.erase()
 
     def erase(self) -> None:
@@ -8580,7 +11888,10 @@ class Screen:
         """Columns as wide as their widest cell, two spaces between them."""
         cells = [list(map(str, row)) for row in (head, *rows)]
         widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in cells
+        ]
         self.write(f"\n  {title}", BOLD)
         for line in (lines[0], "─" * max(map(len, lines)), *lines[1:]):
             self.write(f"    {line}")
@@ -8628,7 +11939,9 @@ class Lab:
 
     def networks(self) -> list[Net]:
         """Those that have been made."""
-        return [net for net in vars(self).values() if isinstance(net, Net)]  # where cached_property puts them
+        return [
+            net for net in vars(self).values() if isinstance(net, Net)
+        ]  # where cached_property puts them
 
     def keep(self) -> None:
         """Leave everything standing when this ends."""
@@ -8637,7 +11950,10 @@ class Lab:
         self.stack.pop_all()
 
     def run(self, host: str, line: str, limit: float = 3) -> Ran:
-        """The line, run by a shell in that host of the VLAN lab, shown with all it prints; the limit is in seconds."""
+        """The line, run by a shell in that host of the VLAN lab, shown with all it prints.
+
+        The limit is in seconds.
+        """
         self.screen.command(host, line)
         start = time.monotonic()
         process = self.vlans.at[host].start("sh", "-c", line)
@@ -8652,11 +11968,16 @@ class Lab:
 
     def counter(self, host: str, name: str) -> int:
         """A kernel counter, as nstat shows it."""
-        found = re.search(rf"{name}\s+(\d+)", self.run(host, f"nstat -asz {name} | tail -n 1").output)
+        found = re.search(
+            rf"{name}\s+(\d+)", self.run(host, f"nstat -asz {name} | tail -n 1").output
+        )
         return int(found[1]) if found else -1
 
     def watch(self, action: Callable[[], Ran], *captures: tuple[str, str]) -> tuple[Ran, list[str]]:
-        """What tcpdump printed while action() ran, for each (host, line); with a -c in the line it ends by itself."""
+        """What tcpdump printed while action() ran, for each (host, line).
+
+        With a -c in the line it ends by itself.
+        """
         started = []
         for host, line in captures:
             self.screen.command(host, f"{line} &")
@@ -8698,11 +12019,13 @@ class Exercise(NamedTuple):
 EXERCISES: list[Exercise] = []
 
 
-def exercise(number: str, title: str, meaning: str, needs: State | None) -> Callable[
-        [Callable[[Lab], Result]], Callable[[Lab], Result]]:
+def exercise(
+    number: str, title: str, meaning: str, needs: State | None
+) -> Callable[[Callable[[Lab], Result]], Callable[[Lab], Result]]:
     def register(function: Callable[[Lab], Result]) -> Callable[[Lab], Result]:
         EXERCISES.append(Exercise(number, title, meaning, needs, function))
         return function
+
     return register
 
 
@@ -8722,7 +12045,11 @@ def timed_out(ran: Ran) -> bool:
 
 def transfer(ran: Ran, prefix: str = "") -> dict[str, Any]:
     """The facts about one curl."""
-    said = "ok" if answered(ran) else ran.output.strip().removeprefix("curl: ") or f"exit status {ran.status}"
+    said = (
+        "ok"
+        if answered(ran)
+        else ran.output.strip().removeprefix("curl: ") or f"exit status {ran.status}"
+    )
     return {f"{prefix}curl": said, f"{prefix}seconds": round(ran.seconds, 2)}
 
 
@@ -8742,12 +12069,20 @@ PING = f"ping -c 3 -i 0.2 -s 8900 -M do {SERVER_POD}"
 ROUTE_GET = "ip route get 10.10.20.20"
 
 
-@exercise("1.1", "The hosts and the pods",
-          "Four nodes, one of them in the other VLAN; a pod on worker and a pod on worker3.", BASIC)
+@exercise(
+    "1.1",
+    "The hosts and the pods",
+    "Four nodes, one of them in the other VLAN; a pod on worker and a pod on worker3.",
+    BASIC,
+)
 def the_hosts(lab: Lab) -> Result:
     found = {}
-    for name, interface in [(node, "eth1") for node in MtuLab.NODES] + [(pod, "eth0") for pod in MtuLab.PODS]:
-        found[name] = " ".join(re.findall(r"\S+(?=/)", lab.run(name, f"ip -br -4 addr show {interface}").output))
+    for name, interface in [(node, "eth1") for node in MtuLab.NODES] + [
+        (pod, "eth0") for pod in MtuLab.PODS
+    ]:
+        found[name] = " ".join(
+            re.findall(r"\S+(?=/)", lab.run(name, f"ip -br -4 addr show {interface}").output)
+        )
     expected = {**MtuLab.NODES, "netshoot-client": "192.168.11.2", "netshoot-server": SERVER_POD}
     return Result(found == expected, found)
 
@@ -8761,22 +12096,38 @@ def shows_mtu(name: str, host: str, interface: str, expected: int) -> Callable[[
     def run(lab: Lab) -> Result:
         mtu = link_mtu(lab, host, interface)
         return Result(mtu == expected, {name: mtu})
+
     return run
 
 
-exercise("1.2", "The pod's interface", "{pod} bytes: what Calico gives a pod when nobody tells it otherwise.",
-         BASIC)(shows_mtu("pod", "netshoot-client", "eth0", CALICO_DEFAULT_MTU))
-exercise("1.3", "The node's interface", "{nic} bytes: the network below could carry packets six times as big.",
-         BASIC)(shows_mtu("nic", "worker", "eth1", NIC_MTU))
+exercise(
+    "1.2",
+    "The pod's interface",
+    "{pod} bytes: what Calico gives a pod when nobody tells it otherwise.",
+    BASIC,
+)(shows_mtu("pod", "netshoot-client", "eth0", CALICO_DEFAULT_MTU))
+exercise(
+    "1.3",
+    "The node's interface",
+    "{nic} bytes: the network below could carry packets six times as big.",
+    BASIC,
+)(shows_mtu("nic", "worker", "eth1", NIC_MTU))
 
 
-@exercise("1.4", "A small ping", "Small packets get through, which is why nobody notices at first.", BASIC)
+@exercise(
+    "1.4", "A small ping", "Small packets get through, which is why nobody notices at first.", BASIC
+)
 def a_small_ping(lab: Lab) -> Result:
     ran = lab.run("netshoot-client", f"ping -c 3 -i 0.2 {SERVER_POD}")
     return Result(ran.output.count("64 bytes from") == 3, {"status": ran.status})
 
 
-@exercise("1.5", "A large ping", "8900 bytes with \"don't fragment\": the pod's own interface refuses them.", BASIC)
+@exercise(
+    "1.5",
+    "A large ping",
+    "8900 bytes with \"don't fragment\": the pod's own interface refuses them.",
+    BASIC,
+)
 def a_large_ping(lab: Lab) -> Result:
     ran = lab.run("netshoot-client", PING)
     said = re.search(r"message too long, mtu=\d+", ran.output, re.IGNORECASE)
@@ -8784,32 +12135,49 @@ def a_large_ping(lab: Lab) -> Result:
     return Result(ran.status == 1 and facts["said"].lower().endswith("too long, mtu=1450"), facts)
 
 
-@exercise("1.6", "Where the large ping ends",
-          "worker forwarded {large} packets of the large ping, {small} of a small one (one each way): the large one "
-          "never leaves the pod, so nothing outside, no router and no pmtud, can help it.", BASIC)
+@exercise(
+    "1.6",
+    "Where the large ping ends",
+    "worker forwarded {large} packets of the large ping, {small} of a small one (one each way): the large one "
+    "never leaves the pod, so nothing outside, no router and no pmtud, can help it.",
+    BASIC,
+)
 def where_it_ends(lab: Lab) -> Result:
     counts = [lab.counter("worker", "IpForwDatagrams")]
     for size in (8900, 56):
-        lab.run("netshoot-client", f"ping -c 1 -W 1 -q -s {size} -M do {SERVER_POD} | grep transmitted")
+        lab.run(
+            "netshoot-client", f"ping -c 1 -W 1 -q -s {size} -M do {SERVER_POD} | grep transmitted"
+        )
         counts.append(lab.counter("worker", "IpForwDatagrams"))
     facts = {"large": counts[1] - counts[0], "small": counts[2] - counts[1]}
     return Result(facts == {"large": 0, "small": 2}, facts)
 
 
-@exercise("1.7", "A larger MTU for the overlay",
-          "Pod MTU = NIC MTU - VXLAN overhead = 9000 - 50 = 8950. With Calico one line does this on all nodes: kubectl "
-          "patch installation default --type=merge -p '{{\"spec\":{{\"calicoNetwork\":{{\"mtu\":8950}}}}}}'. "
-          "The pods keep their {pod}.", BASIC)
+@exercise(
+    "1.7",
+    "A larger MTU for the overlay",
+    "Pod MTU = NIC MTU - VXLAN overhead = 9000 - 50 = 8950. With Calico one line does this on all nodes: kubectl "
+    'patch installation default --type=merge -p \'{{"spec":{{"calicoNetwork":{{"mtu":8950}}}}}}\'. '
+    "The pods keep their {pod}.",
+    BASIC,
+)
 def a_larger_overlay(lab: Lab) -> Result:
     for node in MtuLab.PODS.values():
         lab.run(node, f"ip link set vxlan.calico mtu {JUMBO_POD_MTU}")
-    facts = {"overlay": link_mtu(lab, "worker", "vxlan.calico"), "pod": link_mtu(lab, "netshoot-client", "eth0")}
+    facts = {
+        "overlay": link_mtu(lab, "worker", "vxlan.calico"),
+        "pod": link_mtu(lab, "netshoot-client", "eth0"),
+    }
     return Result(facts == {"overlay": JUMBO_POD_MTU, "pod": CALICO_DEFAULT_MTU}, facts)
 
 
-@exercise("1.8", "New pods",
-          "A pod gets its MTU when it is made, so both were deleted and made again (kubectl delete pod, kubectl "
-          "apply): new namespaces, new interfaces, and they answer.", PATCHED)
+@exercise(
+    "1.8",
+    "New pods",
+    "A pod gets its MTU when it is made, so both were deleted and made again (kubectl delete pod, kubectl "
+    "apply): new namespaces, new interfaces, and they answer.",
+    PATCHED,
+)
 def new_pods(lab: Lab) -> Result:
     inode = "stat -Lc %i /proc/self/ns/net"
     before = lab.run("netshoot-client", inode).output
@@ -8817,29 +12185,42 @@ def new_pods(lab: Lab) -> Result:
     lab.screen.prose("(both pods are deleted and made again)", style=DIM)
     after = lab.run("netshoot-client", inode).output
     ran = lab.run("netshoot-client", f"ping -c 1 -W 1 -q {SERVER_POD} | grep transmitted")
-    return Result(before != after and " 0% packet loss" in ran.output, {"namespaces": (before, after)})
+    return Result(
+        before != after and " 0% packet loss" in ran.output, {"namespaces": (before, after)}
+    )
 
 
-exercise("1.9", "The new pod's interface", "{pod} bytes.",
-         JUMBO)(shows_mtu("pod", "netshoot-client", "eth0", JUMBO_POD_MTU))
+exercise("1.9", "The new pod's interface", "{pod} bytes.", JUMBO)(
+    shows_mtu("pod", "netshoot-client", "eth0", JUMBO_POD_MTU)
+)
 
 
-@exercise("1.10", "The large ping again",
-          "8900 bytes of data + 8 of ICMP = the 8908 in each reply; + 20 of IP = {inner}, which worker wraps in VXLAN "
-          "and sends as {outer}: {overhead} more, and 9000 is enough.", JUMBO)
+@exercise(
+    "1.10",
+    "The large ping again",
+    "8900 bytes of data + 8 of ICMP = the 8908 in each reply; + 20 of IP = {inner}, which worker wraps in VXLAN "
+    "and sends as {outer}: {overhead} more, and 9000 is enough.",
+    JUMBO,
+)
 def the_large_ping_again(lab: Lab) -> Result:
     capture = ("worker", "tcpdump -t -i eth1 -nn -v -c 1 'udp port 4789 and greater 1500'")
     ran, (packet,) = lab.watch(lambda: lab.run("netshoot-client", PING), capture)
     lengths = [int(length) for length in re.findall(r"proto .*, length (\d+)\)", packet)]
     outer, inner = lengths if len(lengths) == 2 else (0, 0)
     replies = ran.output.count("8908 bytes from")
-    facts = {"replies": f"{replies} of 3 replies", "outer": outer, "inner": inner, "overhead": outer - inner,
-             "standard": 1500 - (outer - inner)}
+    facts = {
+        "replies": f"{replies} of 3 replies",
+        "outer": outer,
+        "inner": inner,
+        "overhead": outer - inner,
+        "standard": 1500 - (outer - inner),
+    }
     return Result(replies == 3 and inner == 8928 and facts["overhead"] == VXLAN_OVERHEAD, facts)
 
 
 def svis(set_mtu: int | None, expected: list[int]) -> Callable[[Lab], Result]:
     """Sets the MTU of Vlan20 if there is one to set, and shows both."""
+
     def run(lab: Lab) -> Result:
         if set_mtu:
             lab.run("ceos01", f"ip link set Vlan20 mtu {set_mtu}")
@@ -8848,59 +12229,100 @@ def svis(set_mtu: int | None, expected: list[int]) -> Callable[[Lab], Result]:
         shown = lab.run("ceos01", "ip -o link show type bridge | cut -d' ' -f2-5").output
         mtus = [int(mtu) for mtu in re.findall(r" mtu (\d+)", shown)]
         return Result(mtus == expected, {"mtus": mtus})
+
     return run
 
 
-exercise("2.1", "The switch's VLAN interfaces", "Both routed interfaces carry 9000 bytes.",
-         BASIC)(svis(None, [NIC_MTU, NIC_MTU]))
+exercise("2.1", "The switch's VLAN interfaces", "Both routed interfaces carry 9000 bytes.", BASIC)(
+    svis(None, [NIC_MTU, NIC_MTU])
+)
 
 
-@exercise("2.2", "From worker3 to the API server", "Through the switch, from VLAN 20 to VLAN 10: answered.", BASIC)
+@exercise(
+    "2.2",
+    "From worker3 to the API server",
+    "Through the switch, from VLAN 20 to VLAN 10: answered.",
+    BASIC,
+)
 def across_vlans(lab: Lab) -> Result:
     ran = lab.curl()
     return Result(answered(ran), transfer(ran))
 
 
-exercise("2.3", "VLAN 20 at 1500", "The mistake: one routed interface has the standard MTU, all hosts the jumbo one.",
-         BASIC)(svis(1500, [NIC_MTU, 1500]))
+exercise(
+    "2.3",
+    "VLAN 20 at 1500",
+    "The mistake: one routed interface has the standard MTU, all hosts the jumbo one.",
+    BASIC,
+)(svis(1500, [NIC_MTU, 1500]))
 
 
-@exercise("2.4", "From worker3 to the API server: fails",
-          "The TCP handshake fits, the server's certificates do not; curl gives up after {seconds} s. The API server "
-          "has learned {learned}.", BROKEN)
+@exercise(
+    "2.4",
+    "From worker3 to the API server: fails",
+    "The TCP handshake fits, the server's certificates do not; curl gives up after {seconds} s. The API server "
+    "has learned {learned}.",
+    BROKEN,
+)
 def across_vlans_fails(lab: Lab) -> Result:
     ran = lab.curl()
     mtu = learned(lab.run("control-plane", ROUTE_GET))
-    return Result(timed_out(ran) and ran.seconds > 2.9 and mtu is None, {**transfer(ran), "learned": mtu or "nothing"})
+    return Result(
+        timed_out(ran) and ran.seconds > 2.9 and mtu is None,
+        {**transfer(ran), "learned": mtu or "nothing"},
+    )
 
 
-@exercise("2.5", "From worker, in the API server's own VLAN",
-          "Within VLAN 10 the frames are switched, no routed interface is in the way. Of the handshake one message is "
-          "large, Certificate: {certificate} bytes.", BROKEN)
+@exercise(
+    "2.5",
+    "From worker, in the API server's own VLAN",
+    "Within VLAN 10 the frames are switched, no routed interface is in the way. Of the handshake one message is "
+    "large, Certificate: {certificate} bytes.",
+    BROKEN,
+)
 def within_the_vlan(lab: Lab) -> Result:
     ran = lab.curl("worker")
-    handshake = lab.run("worker", f"openssl s_client -connect {API}:6443 -msg </dev/null 2>&1 | grep Handshake")
-    messages = [(name, "client" if arrow == ">>>" else "server", int(length, 16)) for arrow, length, name in
-                re.findall(r"(...) TLS \S+, Handshake \[length (\w+)\], (\w+)", handshake.output)]
+    handshake = lab.run(
+        "worker", f"openssl s_client -connect {API}:6443 -msg </dev/null 2>&1 | grep Handshake"
+    )
+    messages = [
+        (name, "client" if arrow == ">>>" else "server", int(length, 16))
+        for arrow, length, name in re.findall(
+            r"(...) TLS \S+, Handshake \[length (\w+)\], (\w+)", handshake.output
+        )
+    ]
     large = [(name, length) for name, _, length in messages if length > 1500]
     facts = {**transfer(ran), "messages": messages, "certificate": large[0][1] if large else 0}
-    return Result(answered(ran) and [name for name, _ in large] == ["Certificate"] and facts["certificate"] > 4096,
-                  facts)
+    return Result(
+        answered(ran)
+        and [name for name, _ in large] == ["Certificate"]
+        and facts["certificate"] > 4096,
+        facts,
+    )
 
 
 FRAG_NEEDED = "172.20.20.2 > 10.10.10.10: ICMP 10.10.20.20 unreachable - need to frag (mtu 1500)"
 ICMP_FILTER = "'icmp[icmptype] == 3 and icmp[icmpcode] == 4'"
 
 
-@exercise("2.6", "Why: the error arrives, and is thrown away",
-          "The server's certificates leave with DF, in a packet of {length}, and end at the switch. It says 1500, but "
-          "says it from its management address, and the route to that address is mgmt, not eth1: strict RPF dropped "
-          "all {dropped} errors, silently.", BROKEN)
+@exercise(
+    "2.6",
+    "Why: the error arrives, and is thrown away",
+    "The server's certificates leave with DF, in a packet of {length}, and end at the switch. It says 1500, but "
+    "says it from its management address, and the route to that address is mgmt, not eth1: strict RPF dropped "
+    "all {dropped} errors, silently.",
+    BROKEN,
+)
 def why_it_fails(lab: Lab) -> Result:
     before = lab.counter("control-plane", "TcpExtIPReversePathFilter")
     ran, (arrived, on_switch) = lab.watch(
-        lab.curl, ("control-plane", f"tcpdump -t -i eth1 -nn -v -c 1 {ICMP_FILTER}"),
-        ("ceos01", "tcpdump -t -i Ethernet1 -nn -q -c 2 'icmp or (src port 6443 and greater 1500)'"))
+        lab.curl,
+        ("control-plane", f"tcpdump -t -i eth1 -nn -v -c 1 {ICMP_FILTER}"),
+        (
+            "ceos01",
+            "tcpdump -t -i Ethernet1 -nn -q -c 2 'icmp or (src port 6443 and greater 1500)'",
+        ),
+    )
     dropped = lab.counter("control-plane", "TcpExtIPReversePathFilter") - before
     setting = rpf(lab)
     quoted = re.search(r"flags \[DF\], proto TCP \(6\), length (\d+)", arrived)
@@ -8909,43 +12331,67 @@ def why_it_fails(lab: Lab) -> Result:
     return Result(seen and timed_out(ran) and dropped > 0 and setting == "1", facts)
 
 
-@exercise("2.7", "The usual advice: no RPF, or loose RPF",
-          "0: no source is checked. 2: a source is accepted if any interface has a route to it; 172.20.20.2 has one, "
-          "over mgmt.", BROKEN)
+@exercise(
+    "2.7",
+    "The usual advice: no RPF, or loose RPF",
+    "0: no source is checked. 2: a source is accepted if any interface has a route to it; 172.20.20.2 has one, "
+    "over mgmt.",
+    BROKEN,
+)
 def loose_rpf(lab: Lab) -> Result:
     settings, off = rpf(lab, "0"), lab.curl()
     mtu = learned(lab.run("control-plane", ROUTE_GET))
     lab.run("control-plane", "ip route flush cache")
     settings, loose = settings + rpf(lab, "2"), lab.curl()
-    return Result(answered(off) and mtu == 1500 and answered(loose) and settings == "02",
-                  {**transfer(off, "off_"), "learned": mtu, **transfer(loose, "loose_")})
+    return Result(
+        answered(off) and mtu == 1500 and answered(loose) and settings == "02",
+        {**transfer(off, "off_"), "learned": mtu, **transfer(loose, "loose_")},
+    )
 
 
-@exercise("2.8", "Path MTU Discovery works",
-          "The first connection learns 1500 from the error, half-way. The second knows: worker3's SYN says mss 8960, "
-          "the server's answer mss {mss} = 1500 - 40.", LOOSE)
+@exercise(
+    "2.8",
+    "Path MTU Discovery works",
+    "The first connection learns 1500 from the error, half-way. The second knows: worker3's SYN says mss 8960, "
+    "the server's answer mss {mss} = 1500 - 40.",
+    LOOSE,
+)
 def discovery_works(lab: Lab) -> Result:
     first = lab.curl()
     syns = "'port 6443 and tcp[tcpflags] & tcp-syn != 0'"
-    second, (packets,) = lab.watch(lab.curl, ("control-plane", f"tcpdump -t -i eth1 -nn -c 2 {syns}"))
+    second, (packets,) = lab.watch(
+        lab.curl, ("control-plane", f"tcpdump -t -i eth1 -nn -c 2 {syns}")
+    )
     mtu = learned(lab.run("control-plane", ROUTE_GET))
     mss = [int(value) for value in re.findall(r"mss (\d+)", packets)]
     facts = {**transfer(first), "mss": mss[-1] if mss else None, "learned": mtu}
-    return Result(answered(first) and answered(second) and mss == [8960, 1460] and mtu == 1500, facts)
+    return Result(
+        answered(first) and answered(second) and mss == [8960, 1460] and mtu == 1500, facts
+    )
 
 
-@exercise("2.9", "What was learned",
-          "One exception for one destination, forgotten after ten minutes; the neighbour keeps the full 9000.", LOOSE)
+@exercise(
+    "2.9",
+    "What was learned",
+    "One exception for one destination, forgotten after ten minutes; the neighbour keeps the full 9000.",
+    LOOSE,
+)
 def what_was_learned(lab: Lab) -> Result:
     ran = lab.curl()
-    facts = {"worker3": learned(lab.run("control-plane", ROUTE_GET)),
-             "worker": learned(lab.run("control-plane", "ip route get 10.10.10.11"))}
+    facts = {
+        "worker3": learned(lab.run("control-plane", ROUTE_GET)),
+        "worker": learned(lab.run("control-plane", "ip route get 10.10.10.11")),
+    }
     return Result(answered(ran) and facts == {"worker3": 1500, "worker": None}, facts)
 
 
-@exercise("2.10", "Strict again",
-          "What was learned outlives the setting for a while; once it is gone ({mtu} before the flush), the failure "
-          "is back.", LOOSE)
+@exercise(
+    "2.10",
+    "Strict again",
+    "What was learned outlives the setting for a while; once it is gone ({mtu} before the flush), the failure "
+    "is back.",
+    LOOSE,
+)
 def strict_again(lab: Lab) -> Result:
     learner = lab.curl()
     setting = rpf(lab, "1")
@@ -8956,9 +12402,13 @@ def strict_again(lab: Lab) -> Result:
     return Result(ok, {"mtu": mtu, **transfer(ran)})
 
 
-@exercise("2.11", "What loose RPF costs",
-          "worker2 pretends to be 172.20.20.77 of the management network. Forged packets accepted: {off} of 1 without "
-          "RPF, {strict} of 1 strict, {loose} of 1 loose. That is why rp_filter=2 is no fix.", BROKEN)
+@exercise(
+    "2.11",
+    "What loose RPF costs",
+    "worker2 pretends to be 172.20.20.77 of the management network. Forged packets accepted: {off} of 1 without "
+    "RPF, {strict} of 1 strict, {loose} of 1 loose. That is why rp_filter=2 is no fix.",
+    BROKEN,
+)
 def what_loose_costs(lab: Lab) -> Result:
     lab.run("worker2", "ip addr replace 172.20.20.77/32 dev lo")
     # First an honest one: a strict node does not even answer ARP for a wrong source.
@@ -8973,40 +12423,62 @@ def what_loose_costs(lab: Lab) -> Result:
     return Result(accepted == [1, 0, 1], dict(zip(("off", "strict", "loose"), accepted)))
 
 
-exercise("2.12", "The cause removed: VLAN 20 at 9000", "The same MTU on every hop: the one fix without a catch.",
-         BROKEN)(svis(NIC_MTU, [NIC_MTU, NIC_MTU]))
+exercise(
+    "2.12",
+    "The cause removed: VLAN 20 at 9000",
+    "The same MTU on every hop: the one fix without a catch.",
+    BROKEN,
+)(svis(NIC_MTU, [NIC_MTU, NIC_MTU]))
 
 
-@exercise("2.13", "From worker3 to the API server: restored",
-          "With matching MTUs no error is needed, so rp_filter plays no part.", BASIC)
+@exercise(
+    "2.13",
+    "From worker3 to the API server: restored",
+    "With matching MTUs no error is needed, so rp_filter plays no part.",
+    BASIC,
+)
 def restored(lab: Lab) -> Result:
     strict = lab.curl()
     rpf(lab, "2")
     loose = lab.curl()
-    return Result(answered(strict) and answered(loose), {**transfer(strict, "strict_"), **transfer(loose, "loose_")})
+    return Result(
+        answered(strict) and answered(loose),
+        {**transfer(strict, "strict_"), **transfer(loose, "loose_")},
+    )
 
 
-@exercise("2.14", "VLAN 20 at 1500, strict RPF, and pmtud",
-          "pmtud saw the error before the RPF check and gave it to this node's own stack: the transfer works, 1500 is "
-          "learned, and rp_filter is still {setting}. --iface, because errors come in on eth1 and the default route is "
-          "over mgmt.", BROKEN)
+@exercise(
+    "2.14",
+    "VLAN 20 at 1500, strict RPF, and pmtud",
+    "pmtud saw the error before the RPF check and gave it to this node's own stack: the transfer works, 1500 is "
+    "learned, and rp_filter is still {setting}. --iface, because errors come in on eth1 and the default route is "
+    "over mgmt.",
+    BROKEN,
+)
 def with_pmtud(lab: Lab) -> Result:
     lab.screen.command("control-plane", "python3 pmtud.py --iface eth1 &")
     daemon = lab.vlans.start_daemon()
-    ran, (packets,) = lab.watch(lab.curl, ("control-plane", f"tcpdump -t -i eth1 -nn -c 1 {ICMP_FILTER}"))
+    ran, (packets,) = lab.watch(
+        lab.curl, ("control-plane", f"tcpdump -t -i eth1 -nn -c 1 {ICMP_FILTER}")
+    )
     mtu = learned(lab.run("control-plane", ROUTE_GET))
     setting = rpf(lab)
     lab.screen.prose("pmtud on control-plane:", style=DIM)
     lab.screen.output(daemon.output())
     ok = answered(ran) and FRAG_NEEDED in packets and mtu == 1500 and setting == "1"
-    return Result(ok and daemon.returncode() is None, {**transfer(ran), "learned": mtu, "setting": setting})
+    return Result(
+        ok and daemon.returncode() is None, {**transfer(ran), "learned": mtu, "setting": setting}
+    )
 
 
 FLOWS = 23
 
 
 def ecmp_cluster(lab: Lab, worst: bool, daemons: bool) -> Cluster:
-    """The ECMP cluster; worst: strict RPF on every node and errors from the router's management address."""
+    """The ECMP cluster; worst.
+
+    Strict RPF on every node and errors from the router's management address.
+    """
     net = lab.ecmp
     while lab.daemons:
         lab.daemons.pop().stop()
@@ -9029,7 +12501,9 @@ def download(lab: Lab, net: Cluster, service: str, deadline: float = 10) -> int:
         lab.screen.wait(transfers.done, deadline)
     seconds = transfers.result()
     slowest = f"  slowest {max(seconds) * 1000:.0f} ms" if seconds else ""
-    lab.screen.output(f"{service:6}{Cluster.vip(service):12}{len(seconds):3} of {FLOWS} clients get 200 kB{slowest}")
+    lab.screen.output(
+        f"{service:6}{Cluster.vip(service):12}{len(seconds):3} of {FLOWS} clients get 200 kB{slowest}"
+    )
     return len(seconds)
 
 
@@ -9039,9 +12513,13 @@ def heard_and_served(host: Host) -> Counter[str]:
     return Counter({name: int(value) for name, value in re.findall(r"(\w+)\s+(\d+)", shown)})
 
 
-@exercise("3.1", "A service on three nodes, no daemon",
-          "The fabric sends all errors about a service to one node. The flows which that node serves complete, {host}, "
-          "{pod} and {cross} by the kernels' own counters, and no other.", None)
+@exercise(
+    "3.1",
+    "A service on three nodes, no daemon",
+    "The fabric sends all errors about a service to one node. The flows which that node serves complete, {host}, "
+    "{pod} and {cross} by the kernels' own counters, and no other.",
+    None,
+)
 def ecmp_before(lab: Lab) -> Result:
     net = ecmp_cluster(lab, worst=False, daemons=False)
     done: dict[str, int] = {}
@@ -9051,12 +12529,22 @@ def ecmp_before(lab: Lab) -> Result:
         before = [heard_and_served(server) for server in servers]
         done[service] = download(lab, net, service, 3)
         changes = [heard_and_served(server) - old for server, old in zip(servers, before)]
-        informed[service] = [change["TcpPassiveOpens"] for change in changes if change["IcmpInDestUnreachs"]]
-    ok = all(len(informed[service]) < 2 and count == sum(informed[service]) < FLOWS for service, count in done.items())
+        informed[service] = [
+            change["TcpPassiveOpens"] for change in changes if change["IcmpInDestUnreachs"]
+        ]
+    ok = all(
+        len(informed[service]) < 2 and count == sum(informed[service]) < FLOWS
+        for service, count in done.items()
+    )
     return Result(ok, {**done, "informed": informed})
 
 
-@exercise("3.2", "And strict RPF, errors from a management address", "Every error is dropped on arrival.", None)
+@exercise(
+    "3.2",
+    "And strict RPF, errors from a management address",
+    "Every error is dropped on arrival.",
+    None,
+)
 def ecmp_worst(lab: Lab) -> Result:
     net = ecmp_cluster(lab, worst=True, daemons=False)
     done = {service: download(lab, net, service, 1.5) for service in Cluster.SERVICES}
@@ -9064,31 +12552,45 @@ def ecmp_worst(lab: Lab) -> Result:
 
 
 COUNTERS = {  # column: what it sums up
-    "router": 'received_total{family="ipv4",origin="router"}', "peer": 'received_total{family="ipv4",origin="peer"}',
-    "limited": 'dropped_total{reason="limited', "passing": 'dropped_total{reason="ignored_network"}',
-    "copies": "copies_sent_total", "owner": 'delivered_total{family="ipv4",result="owner"}',
-    "not_owner": 'delivered_total{family="ipv4",result="not_owner"}', "rescued": "rpf_rescued_total",
+    "router": 'received_total{family="ipv4",origin="router"}',
+    "peer": 'received_total{family="ipv4",origin="peer"}',
+    "limited": 'dropped_total{reason="limited',
+    "passing": 'dropped_total{reason="ignored_network"}',
+    "copies": "copies_sent_total",
+    "owner": 'delivered_total{family="ipv4",result="owner"}',
+    "not_owner": 'delivered_total{family="ipv4",result="not_owner"}',
+    "rescued": "rpf_rescued_total",
 }
 
 
 def node_counters(node: Host) -> dict[str, int]:
     """The node's counters, summed up by the columns of the table."""
     lines = node.run("curl", "-sS", "http://127.0.0.1:30040/metrics").splitlines()
-    return {column: int(sum(float(line.split()[-1]) for line in lines if line.startswith(f"pmtud_{start}")))
-            for column, start in COUNTERS.items()}
+    return {
+        column: int(
+            sum(float(line.split()[-1]) for line in lines if line.startswith(f"pmtud_{start}"))
+        )
+        for column, start in COUNTERS.items()
+    }
 
 
 def balanced(rows: Sequence[dict[str, int]]) -> bool:
     """Whether every copy arrived, and every error was limited, let pass or delivered."""
     copies, arrived = (sum(row[name] for row in rows) for name in ("copies", "peer"))
     return copies == arrived - sum(row["passing"] for row in rows) > 0 and all(
-        sum(row[name] for name in ("limited", "passing", "owner", "not_owner")) == row["router"] + row["peer"]
-        for row in rows)
+        sum(row[name] for name in ("limited", "passing", "owner", "not_owner"))
+        == row["router"] + row["peer"]
+        for row in rows
+    )
 
 
-@exercise("3.3", "The same, pmtud on every node",
-          "Strict RPF, the wrong address, the wrong node: every transfer completes. Of the errors those beyond one per "
-          "flow in 0.1 s were limited; of the rest each became two copies and each copy arrived.", None)
+@exercise(
+    "3.3",
+    "The same, pmtud on every node",
+    "Strict RPF, the wrong address, the wrong node: every transfer completes. Of the errors those beyond one per "
+    "flow in 0.1 s were limited; of the rest each became two copies and each copy arrived.",
+    None,
+)
 def ecmp_with_pmtud(lab: Lab) -> Result:
     net = ecmp_cluster(lab, worst=True, daemons=True)
     done = {service: download(lab, net, service) for service in Cluster.SERVICES}
@@ -9099,6 +12601,7 @@ def ecmp_with_pmtud(lab: Lab) -> Result:
     def settled() -> bool:
         counts.update({node.name: node_counters(node) for node in net.nodes})
         return balanced(list(counts.values()))
+
     whole = poll(settled, 3)
     whole = whole and any(row["rescued"] for row in counts.values())
     return Result(whole and set(done.values()) == {FLOWS}, {**done, "counters": counts})
@@ -9107,10 +12610,21 @@ def ecmp_with_pmtud(lab: Lab) -> Result:
 # -----------------------------------------------------------------------------
 # Section: lab command -- the tour, its tables, what stays behind
 
-PARTS = {"1": ("Part 1: the MTU of pods", ""), "2": ("Part 2: the MTU of a VLAN interface", ""),
-         "3": ("Part 3: many nodes behind one address", ECMP_DRAWING)}
-TOOLS = {"ip": "iproute2", "nstat": "iproute2", "nft": "nftables", "tcpdump": "tcpdump", "curl": "curl",
-         "ping": "iputils-ping", "openssl": "openssl", "sysctl": "procps"}
+PARTS = {
+    "1": ("Part 1: the MTU of pods", ""),
+    "2": ("Part 2: the MTU of a VLAN interface", ""),
+    "3": ("Part 3: many nodes behind one address", ECMP_DRAWING),
+}
+TOOLS = {
+    "ip": "iproute2",
+    "nstat": "iproute2",
+    "nft": "nftables",
+    "tcpdump": "tcpdump",
+    "curl": "curl",
+    "ping": "iputils-ping",
+    "openssl": "openssl",
+    "sysctl": "procps",
+}
 
 
 def tell(lab: Lab, step: Exercise) -> Result:
@@ -9122,38 +12636,70 @@ def tell(lab: Lab, step: Exercise) -> Result:
         lab.screen.prose(step.meaning.format(**result.facts), "✓ ", GREEN)
     else:
         facts = ", ".join(f"{name}={value}" for name, value in result.facts.items())
-        lab.screen.prose(f"NOT AS IT SHOULD BE after {time.monotonic() - start:.1f} s: {facts}", "✗ ", RED)
+        lab.screen.prose(
+            f"NOT AS IT SHOULD BE after {time.monotonic() - start:.1f} s: {facts}", "✗ ", RED
+        )
     return result
 
 
-# A title, the columns, and the rows: the exercises a row is about, and cells filled in with what these have measured.
+# A title, the columns, and the rows: the exercises a row is about, and cells filled in with what
+# these have measured.
 TABLES: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]], ...] = (
-    ("8900-byte ping between pods, DF set", ("pod MTU", "result"), (
-        ("1.5", "1450", "{said}"),
-        ("1.10", "8950", "{replies}"))),
-    ("MTU settings", ("NIC", "Calico", "pod"), (
-        ("1.2, 1.3", "{nic}", "not set", "{pod}"),
-        ("1.3, 1.7, 1.9", "{nic}", "{overlay}", "{pod}"),
-        ("1.10", "1500", "1500 - {overhead}", "{standard}, computed"))),
-    (f"curl to https://{API}:6443/healthz", ("from", "SVI 20 MTU", "rp_filter", "pmtud", "result", "time", "learned"), (
-        ("2.2", "worker3", "9000", "1", "-", "{curl}", "{seconds} s", ""),
-        ("2.13", "worker3", "9000", "1", "-", "{strict_curl}", "{strict_seconds} s", ""),
-        ("2.13", "worker3", "9000", "2", "-", "{loose_curl}", "{loose_seconds} s", ""),
-        ("2.5", "worker", "1500", "1", "-", "{curl}", "{seconds} s", ""),
-        ("2.4", "worker3", "1500", "1", "-", "{curl}", "{seconds} s", "{learned}"),
-        ("2.7", "worker3", "1500", "0", "-", "{off_curl}", "{off_seconds} s", "{learned}"),
-        ("2.8", "worker3", "1500", "2", "-", "{curl}", "{seconds} s", "{learned}"),
-        ("2.14", "worker3", "1500", "1", "running", "{curl}", "{seconds} s", "{learned}"))),
-    ("200 kB from a service behind ECMP", ("", *Cluster.SERVICES), tuple(
-        (key, label, *(f"{{{service}}} of {FLOWS}" for service in Cluster.SERVICES))
-        for key, label in (("3.1", "rp_filter 0, no daemon"), ("3.2", "rp_filter 1, management address, no daemon"),
-                           ("3.3", "rp_filter 1, management address, pmtud")))),
-    ("Troubleshooting", ("symptom", "cause", "cure"), (
-        ("1.5, 1.10", "{said}", "pods at 1450", "pods at 8950: {replies}"),
-        ("2.4, 2.13", "{curl}", "VLAN 20 at 1500", "VLAN 20 at 9000: {strict_curl}"),
-        ("2.6, 2.14", '{dropped} "need to frag" ignored', "strict RPF", "pmtud: {curl}"),
-        ("2.6, 2.7, 2.11", '{dropped} "need to frag" ignored', "strict RPF",
-         "loose: {loose_curl}, as is {loose} of 1 forged"))),
+    (
+        "8900-byte ping between pods, DF set",
+        ("pod MTU", "result"),
+        (("1.5", "1450", "{said}"), ("1.10", "8950", "{replies}")),
+    ),
+    (
+        "MTU settings",
+        ("NIC", "Calico", "pod"),
+        (
+            ("1.2, 1.3", "{nic}", "not set", "{pod}"),
+            ("1.3, 1.7, 1.9", "{nic}", "{overlay}", "{pod}"),
+            ("1.10", "1500", "1500 - {overhead}", "{standard}, computed"),
+        ),
+    ),
+    (
+        f"curl to https://{API}:6443/healthz",
+        ("from", "SVI 20 MTU", "rp_filter", "pmtud", "result", "time", "learned"),
+        (
+            ("2.2", "worker3", "9000", "1", "-", "{curl}", "{seconds} s", ""),
+            ("2.13", "worker3", "9000", "1", "-", "{strict_curl}", "{strict_seconds} s", ""),
+            ("2.13", "worker3", "9000", "2", "-", "{loose_curl}", "{loose_seconds} s", ""),
+            ("2.5", "worker", "1500", "1", "-", "{curl}", "{seconds} s", ""),
+            ("2.4", "worker3", "1500", "1", "-", "{curl}", "{seconds} s", "{learned}"),
+            ("2.7", "worker3", "1500", "0", "-", "{off_curl}", "{off_seconds} s", "{learned}"),
+            ("2.8", "worker3", "1500", "2", "-", "{curl}", "{seconds} s", "{learned}"),
+            ("2.14", "worker3", "1500", "1", "running", "{curl}", "{seconds} s", "{learned}"),
+        ),
+    ),
+    (
+        "200 kB from a service behind ECMP",
+        ("", *Cluster.SERVICES),
+        tuple(
+            (key, label, *(f"{{{service}}} of {FLOWS}" for service in Cluster.SERVICES))
+            for key, label in (
+                ("3.1", "rp_filter 0, no daemon"),
+                ("3.2", "rp_filter 1, management address, no daemon"),
+                ("3.3", "rp_filter 1, management address, pmtud"),
+            )
+        ),
+    ),
+    (
+        "Troubleshooting",
+        ("symptom", "cause", "cure"),
+        (
+            ("1.5, 1.10", "{said}", "pods at 1450", "pods at 8950: {replies}"),
+            ("2.4, 2.13", "{curl}", "VLAN 20 at 1500", "VLAN 20 at 9000: {strict_curl}"),
+            ("2.6, 2.14", '{dropped} "need to frag" ignored', "strict RPF", "pmtud: {curl}"),
+            (
+                "2.6, 2.7, 2.11",
+                '{dropped} "need to frag" ignored',
+                "strict RPF",
+                "loose: {loose_curl}, as is {loose} of 1 forged",
+            ),
+        ),
+    ),
 )
 
 
@@ -9167,19 +12713,30 @@ class Facts(dict[str, Any]):
 def tables(screen: Screen, done: dict[str, Result]) -> None:
     """The summary: only rows all of whose exercises were run."""
     if messages := done["2.5"].facts.get("messages") if "2.5" in done else None:
-        screen.table("TLS handshake in 2.5", ["message", "from", "bytes", "more than 1500"],
-                     [(*message, "yes" if message[2] > 1500 else "no") for message in messages])
+        screen.table(
+            "TLS handshake in 2.5",
+            ["message", "from", "bytes", "more than 1500"],
+            [(*message, "yes" if message[2] > 1500 else "no") for message in messages],
+        )
     if counts := done["3.3"].facts.get("counters") if "3.3" in done else None:
-        screen.table("errors on each node in 3.3, by /metrics", ["node", *COUNTERS],
-                     [[name, *row.values()] for name, row in counts.items()])
-        screen.prose("router, peer: received from. limited: more than one per flow in 0.1 s. passing: another node's "
-                     "delivery on its way to a pod here. copies: sent. owner, not_owner: delivered here, and whether "
-                     "the flow was ours. rescued: deliveries of what strict RPF then dropped.", style=DIM)
+        screen.table(
+            "errors on each node in 3.3, by /metrics",
+            ["node", *COUNTERS],
+            [[name, *row.values()] for name, row in counts.items()],
+        )
+        screen.prose(
+            "router, peer: received from. limited: more than one per flow in 0.1 s. passing: another node's "
+            "delivery on its way to a pod here. copies: sent. owner, not_owner: delivered here, and whether "
+            "the flow was ours. rescued: deliveries of what strict RPF then dropped.",
+            style=DIM,
+        )
     for title, head, rows in TABLES:
         cells = []
         for keys, *texts in rows:
             if set(numbers := keys.split(", ")) <= set(done):
-                facts = Facts({name: fact for number in numbers for name, fact in done[number].facts.items()})
+                facts = Facts(
+                    {name: fact for number in numbers for name, fact in done[number].facts.items()}
+                )
                 cells.append([*(text.format_map(facts) for text in texts), keys])
         if cells:
             screen.table(title, [*head, "in"], cells)
@@ -9198,8 +12755,11 @@ def tour(lab: Lab, steps: Sequence[Exercise]) -> int:
     lab.screen.write(f"\nSummary\n{'─' * WIDTH}", BOLD)
     tables(lab.screen, done)
     failed = [number for number, result in done.items() if not result.ok]
-    lab.screen.write(f"\n  {len(done) - len(failed)} of {len(done)} exercises went as they should"
-                     + (f"; not so: {', '.join(failed)}" if failed else ""), RED if failed else GREEN)
+    lab.screen.write(
+        f"\n  {len(done) - len(failed)} of {len(done)} exercises went as they should"
+        + (f"; not so: {', '.join(failed)}" if failed else ""),
+        RED if failed else GREEN,
+    )
     return len(failed)
 
 
@@ -9210,27 +12770,48 @@ def explain_keep(lab: Lab) -> None:
     for host in hosts:
         lab.screen.write(f"  sudo ip netns exec {host.namespace} bash")
     lab.screen.write("Remove it all with:", BOLD)
-    lab.screen.write(f"  ip netns | grep -o '^pm{os.getpid()}-[^ ]*' | while read n; do \\\n"
-                     "      sudo ip netns pids $n | xargs -r sudo kill; sudo ip netns delete $n; done")
+    lab.screen.write(
+        f"  ip netns | grep -o '^pm{os.getpid()}-[^ ]*' | while read n; do \\\n"
+        "      sudo ip netns pids $n | xargs -r sudo kill; sudo ip netns delete $n; done"
+    )
 
 
 def lab_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="test_pmtud.py lab", description="The MTU lab, in network namespaces.")
-    parser.add_argument("--keep", action="store_true", help="leave it standing, and say how to enter and remove it")
-    parser.add_argument("--only", action="extend", type=lambda text: text.split(","), default=[], metavar="N",
-                        help="exercises (2.4) or parts (2), comma-separated and repeatable")
+    parser = argparse.ArgumentParser(
+        prog="test_pmtud.py lab", description="The MTU lab, in network namespaces."
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave it standing, and say how to enter and remove it"
+    )
+    parser.add_argument(
+        "--only",
+        action="extend",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="N",
+        help="exercises (2.4) or parts (2), comma-separated and repeatable",
+    )
     parser.add_argument("--no-color", action="store_true", help="plain text, also on a terminal")
     options = parser.parse_args(argv)
-    chosen = {one: [step for step in EXERCISES if f"{step.number}.".startswith(f"{one}.")] for one in options.only}
-    options.steps = [step for step in EXERCISES if not chosen or any(step in steps for steps in chosen.values())]
+    chosen = {
+        one: [step for step in EXERCISES if f"{step.number}.".startswith(f"{one}.")]
+        for one in options.only
+    }
+    options.steps = [
+        step for step in EXERCISES if not chosen or any(step in steps for steps in chosen.values())
+    ]
     missing = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
     if unknown := [one for one, steps in chosen.items() if not steps]:
-        parser.error(f"no exercise {', '.join(unknown)}; there are {', '.join(one.number for one in EXERCISES)}")
+        parser.error(
+            f"no exercise {', '.join(unknown)}; there are {', '.join(one.number for one in EXERCISES)}"
+        )
     if os.geteuid():
         parser.error("network namespaces need root: sudo python3 test_pmtud.py lab")
     if missing:
         parser.error(f"programs are missing: apt-get install {' '.join(missing)}")
-    if not importlib.util.find_spec("prometheus_client") and any(step.number == "3.3" for step in options.steps):
+    if not importlib.util.find_spec("prometheus_client") and any(
+        step.number == "3.3" for step in options.steps
+    ):
         parser.error("part 3 reads /metrics: pip install prometheus-client, or --only 1,2")
     return options
 
@@ -9246,7 +12827,10 @@ def interrupt(*_: object) -> None:
 
 
 def lab(argv: Sequence[str]) -> int:
-    """The guided tour; 0 if everything went as it says, 1 if not, 130 after a signal. Removes what it made."""
+    """The guided tour; 0 if everything went as it says, 1 if not, 130 after a signal.
+
+    Removes what it made.
+    """
     options = lab_arguments(argv)
     terminal = sys.stdout.isatty()
     screen = Screen(terminal and not options.no_color and "NO_COLOR" not in os.environ, terminal)
@@ -9268,7 +12852,9 @@ def lab(argv: Sequence[str]) -> int:
             screen.write("\ninterrupted; everything was removed", RED)
         return 130
     except BrokenPipeError:  # `lab | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for the interpreter's last flush
         return 1
     return 1 if failed else 0
 
@@ -9312,13 +12898,25 @@ def namespaces_of(pid: int) -> list[str]:
 
 def start_lab(*argv: str, **environ: str) -> subprocess.Popen[str]:
     """The default signals: where these tests run under nohup, the lab would ignore SIGHUP."""
-    return subprocess.Popen(["env", "--default-signal", sys.executable, __file__, "lab", *argv], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                            env={**ENVIRONMENT, **environ})  # fmt: skip
+    return subprocess.Popen(
+        ["env", "--default-signal", sys.executable, __file__, "lab", *argv],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env={**ENVIRONMENT, **environ},
+    )
 
 
-@pytest.mark.parametrize(("sig", "stop_at"), [(signal.SIGINT, "The MTU lab"), (signal.SIGINT, "2.4 "),
-                                              (signal.SIGTERM, "3.2 "), (signal.SIGHUP, "2.4 ")])
+@pytest.mark.parametrize(
+    ("sig", "stop_at"),
+    [
+        (signal.SIGINT, "The MTU lab"),
+        (signal.SIGINT, "2.4 "),
+        (signal.SIGTERM, "3.2 "),
+        (signal.SIGHUP, "2.4 "),
+    ],
+)
 def test_an_interrupt_removes_the_lab(sig: int, stop_at: str) -> None:
     process = start_lab("--only", "2.4,3.2")
     assert process.stdout
@@ -9333,8 +12931,13 @@ def test_an_interrupt_removes_the_lab(sig: int, stop_at: str) -> None:
 
 
 def test_a_reader_that_goes_away_ends_the_lab() -> None:
-    process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "1"], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=ENVIRONMENT)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, __file__, "lab", "--only", "1"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
     assert process.stdout and process.stderr
     for _ in range(20):
         process.stdout.readline()
@@ -9357,7 +12960,10 @@ def test_keep_says_how_to_enter_and_how_to_remove() -> None:
         assert sorted(hosts) == sorted(namespaces_of(process.pid)) and len(hosts) == 18
         worker3 = next(host for host in hosts if host.endswith("-worker3"))
         curl = ["ip", "netns", "exec", worker3, "curl", "-sSk", "https://10.10.10.10:6443/healthz"]
-        assert subprocess.run(curl, capture_output=True, text=True, timeout=5, check=False).stdout == "ok"
+        assert (
+            subprocess.run(curl, capture_output=True, text=True, timeout=5, check=False).stdout
+            == "ok"
+        )
     finally:
         removal = text.partition("Remove it all with:\n")[2].replace("sudo ", "")
         subprocess.run(["sh", "-c", removal], timeout=30, check=True)
@@ -9367,14 +12973,20 @@ def test_keep_says_how_to_enter_and_how_to_remove() -> None:
 def test_output_is_plain_and_narrow_and_fails_when_an_exercise_fails() -> None:
     process = start_lab("--only", "2.14", PMTUD_SCRIPT="/nonexistent")
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "NOT AS IT SHOULD BE" in text and "not so: 2.14" in text, text
+    assert process.returncode == 1 and "NOT AS IT SHOULD BE" in text and "not so: 2.14" in text, (
+        text
+    )
     assert "\033" not in text and "\r" not in text and max(map(len, text.splitlines())) <= WIDTH
 
 
-@pytest.mark.parametrize(("argv", "text"), [
-    (["--only", "2.4,9"], r"no exercise 9; there are 1\.1, "), (["--only", "1.11"], r"no exercise 1\.11; "),
-    (["--frob"], r"unrecognized arguments: --frob"),
-])
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--only", "2.4,9"], r"no exercise 9; there are 1\.1, "),
+        (["--only", "1.11"], r"no exercise 1\.11; "),
+        (["--frob"], r"unrecognized arguments: --frob"),
+    ],
+)
 def test_usage_errors(argv: list[str], text: str) -> None:
     process = start_lab(*argv)
     printed, _ = process.communicate(timeout=10)
@@ -9384,8 +12996,12 @@ def test_usage_errors(argv: list[str], text: str) -> None:
 @pytest.mark.parametrize("argv", [[], ["--no-color"]])
 def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
     parent, child = pty.openpty()
-    process = subprocess.Popen([sys.executable, __file__, "lab", "--only", "2.4", *argv], stdout=child, stderr=child,
-                               env=ENVIRONMENT)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, __file__, "lab", "--only", "2.4", *argv],
+        stdout=child,
+        stderr=child,
+        env=ENVIRONMENT,
+    )
     os.close(child)
     chunks: list[bytes] = []
 
@@ -9395,6 +13011,7 @@ def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
                 chunks.append(data)
         except OSError:
             pass  # EIO: the other side is closed
+
     reader = threading.Thread(target=collect)
     reader.start()
     assert process.wait(30) == 0
@@ -9405,11 +13022,17 @@ def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
 
 
 def test_check_gives_the_labs_own_answers() -> None:
-    """In each state of the lab `check` says what the seed lab's troubleshooting table says, and how to repair it."""
+    """In each state of the lab `check` says what the seed lab's troubleshooting table says, and how
+    to repair it.
+    """
+
     def answers(host: str, *hosts: str) -> list[tuple[str, str, str]]:
         options = ("check", "--nodename", host, "--json", *hosts)
         report = net.at[host].run(sys.executable, str(PROGRAM), *options, check=False)
-        return [(entry["status"], entry["found"], entry["fix"]) for entry in json.loads(report)["checks"]]
+        return [
+            (entry["status"], entry["found"], entry["fix"])
+            for entry in json.loads(report)["checks"]
+        ]
 
     with MtuLab() as net:
         net.bring(BASIC)
@@ -9419,12 +13042,16 @@ def test_check_gives_the_labs_own_answers() -> None:
         net.bring(PATCHED)
         text = "cali0 1450 < eth1 9000 - 50 = 8950: jumbo frames left unused"
         remake = "kubectl drain worker --ignore-daemonsets && kubectl uncordon worker"
-        assert [entry for entry in answers("worker") if "kubectl" in entry[2]] == [("WARN", text, remake)]
+        assert [entry for entry in answers("worker") if "kubectl" in entry[2]] == [
+            ("WARN", text, remake)
+        ]
         net.bring(JUMBO)
         assert ("OK", "vxlan.calico 8950 = eth1 9000 - 50", "") in answers("worker")
         net.bring(BROKEN)
-        text = ("10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500; "
-                "the report arrived here and was dropped by rp_filter")  # fmt: skip
+        text = (
+            "10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500; "
+            "the report arrived here and was dropped by rp_filter"
+        )
         found = answers("control-plane", "10.10.20.20")[-1]
         assert found[:2] == ("FAIL", text) and found[2].endswith("pmtud.py --iface eth1")
         net.bring(LOOSE)
@@ -9439,7 +13066,8 @@ def test_check_gives_the_labs_own_answers() -> None:
 # -----------------------------------------------------------------------------
 # Section: bench -- how fast, against a C floor on the same traffic in the same run, counted where it arrives
 
-# The floor: NFLOG in, one raw copy per peer out, nothing else. No parsing, no limits, no delivery, no counters.
+# The floor: NFLOG in, one raw copy per peer out, nothing else. No parsing, no limits, no delivery,
+# no counters.
 FLOOR = r"""
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -9505,10 +13133,14 @@ int main(int argc, char **argv) {
     }
 }
 """
-FLOOR_RULES = ("table inet bench {{ chain c {{ type filter hook prerouting priority raw; "
-               "icmp type 3 log group {0}\n}}\n}}")  # fmt: skip
-SINK_RULES = ('table netdev bench {{ chain {0} {{ type filter hook ingress device "{0}" priority 0; '
-              "icmp type 3 drop\n}}\n}}")  # fmt: skip
+FLOOR_RULES = (
+    "table inet bench {{ chain c {{ type filter hook prerouting priority raw; "
+    "icmp type 3 log group {0}\n}}\n}}"
+)
+SINK_RULES = (
+    'table netdev bench {{ chain {0} {{ type filter hook ingress device "{0}" priority 0; '
+    "icmp type 3 drop\n}}\n}}"
+)
 PACKET_QDISC_BYPASS, SO_TIMESTAMPNS = 20, 35  # linux/if_packet.h, asm-generic/socket.h
 libc.sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
 BENCH_VIP, BENCH_OWNER_PORT = "10.96.0.1", 4433
@@ -9517,13 +13149,21 @@ NO_LIMITS = ("--flow-interval=0", "--source-rate=0", "--rate=0")
 
 
 def varied_errors(count: int, sources: int, mac: bytes) -> bytes:
-    """Frames with errors, each about another flow, from this many routers in turn; 0: from one each.
+    """Frames with errors, each about another flow, from this many routers in turn; 0: from one
+    each.
 
-    All sums stay right: what is added to the client's address and port is taken from the sequence number.
+    All sums stay right: what is added to the client's address and port is taken from the sequence
+    number.
     """
     transport = struct.pack("!HHIIBBHHH", 443, 0, 0xFFFFFFFF, 0, 0x50, 0x10, 512, 0, 0)
-    plain = mtu_error(V4, src="0.0.0.0", dst=BENCH_VIP, quoted_src=BENCH_VIP, quoted_dst="100.64.0.0",
-                      transport=transport)  # fmt: skip
+    plain = mtu_error(
+        V4,
+        src="0.0.0.0",
+        dst=BENCH_VIP,
+        quoted_src=BENCH_VIP,
+        quoted_dst="100.64.0.0",
+        transport=transport,
+    )
     words = ~int.from_bytes(plain[10:12], "big") & 0xFFFF  # the header's sum without its source
     frames = []
     for number in range(count):
@@ -9532,26 +13172,45 @@ def varied_errors(count: int, sources: int, mac: bytes) -> bytes:
         total = words + high + low
         total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
         host, port = number & 0xFFFF, number * 40503 & 0xFFFF
-        frames.append(mac + b"\x02\0\0\0\0\x01\x08\0" + plain[:10] + struct.pack("!HHH", total, high, low)
-                      + plain[16:46] + struct.pack("!H", host) + plain[48:50]
-                      + struct.pack("!HHH", port, 0xFFFF - host, 0xFFFF - port) + plain[56:])  # fmt: skip
+        frames.append(
+            mac
+            + b"\x02\0\0\0\0\x01\x08\0"
+            + plain[:10]
+            + struct.pack("!HHH", total, high, low)
+            + plain[16:46]
+            + struct.pack("!H", host)
+            + plain[48:50]
+            + struct.pack("!HHH", port, 0xFFFF - host, 0xFFFF - port)
+            + plain[56:]
+        )
     return b"".join(frames)
 
 
 class Traffic:
-    """Errors sent from the router's end of a link as fast as can be, or at a rate: prepared frames, sendmmsg()."""
+    """Errors sent from the router's end of a link as fast as can be, or at a rate.
+
+    Prepared frames, sendmmsg().
+    """
 
     CALL = 256  # frames in one system call
 
-    def __init__(self, host: Host, interface: str, mac: bytes, sources: int = 1, count: int = 1 << 15) -> None:
-        self._frames = ctypes.create_string_buffer(frames := varied_errors(count, sources, mac), len(frames))
+    def __init__(
+        self, host: Host, interface: str, mac: bytes, sources: int = 1, count: int = 1 << 15
+    ) -> None:
+        self._frames = ctypes.create_string_buffer(
+            frames := varied_errors(count, sources, mac), len(frames)
+        )
         self._size, self._count, self._at = len(frames) // count, count, 0
         start = ctypes.addressof(self._frames)
-        parts = b"".join(struct.pack("@PN", start + n * self._size, self._size) for n in range(count))
+        parts = b"".join(
+            struct.pack("@PN", start + n * self._size, self._size) for n in range(count)
+        )
         self._parts = ctypes.create_string_buffer(parts, len(parts))
         first = ctypes.addressof(self._parts)  # of struct iovec; below: mmsghdr
-        heads = b"".join(struct.pack("@PIxxxxPNPNixxxxIxxxx", 0, 0, first + 16 * n, 1, 0, 0, 0, 0)
-                         for n in range(count))  # fmt: skip
+        heads = b"".join(
+            struct.pack("@PIxxxxPNPNixxxxIxxxx", 0, 0, first + 16 * n, 1, 0, 0, 0, 0)
+            for n in range(count)
+        )
         self._heads = ctypes.create_string_buffer(heads, len(heads))
         self._socket = host.inside(lambda: self._open(interface))
         self.sent = 0
@@ -9566,7 +13225,9 @@ class Traffic:
     def burst(self, count: int) -> None:
         """The next `count` errors, at most CALL of them, at once."""
         count = min(count, self._count - self._at)
-        done = libc.sendmmsg(self._socket.fileno(), ctypes.addressof(self._heads) + 64 * self._at, count, 0)
+        done = libc.sendmmsg(
+            self._socket.fileno(), ctypes.addressof(self._heads) + 64 * self._at, count, 0
+        )
         if done < 0:
             raise OSError(ctypes.get_errno(), "sendmmsg")
         self._at = (self._at + done) % self._count
@@ -9586,9 +13247,11 @@ class Traffic:
 
     def during(self, seconds: float, rate: float = 0) -> threading.Thread:
         """run() in a thread, on the first processor: the daemon has the last one."""
+
         def work() -> None:
             os.sched_setaffinity(0, {0})
             self.run(seconds, rate)
+
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         return thread
@@ -9606,10 +13269,12 @@ class Contender(NamedTuple):
 
 
 class BenchNet(Net):
-    """routers --eth0-- node K --peers-- sink: each contender has a node, so they take turns without a restart.
+    """routers --eth0-- node K --peers-- sink: each contender has a node, so they take turns without
+    a restart.
 
-    Node K is 10.5.K.2 on eth0 and 10.K+100.255.254 among its 1,000 peers 10.K+100.x.y, static neighbours that all
-    are the sink's end of the link. The sink drops every error in its ingress hook, after its interface counted it.
+    Node K is 10.5.K.2 on eth0 and 10.K+100.255.254 among its 1,000 peers 10.K+100.x.y, static
+    neighbours that all are the sink's end of the link. The sink drops every error in its ingress
+    hook, after its interface counted it.
     """
 
     MAC_NODE, MAC_SINK = "02:00:00:00:05:{0:02x}", "02:00:00:00:06:{0:02x}"
@@ -9621,9 +13286,13 @@ class BenchNet(Net):
 
     def build(self) -> None:
         self.routers, self.sink = self.host("routers"), self.host("sink")
-        self.contenders = {name: Contender(name, k, self.host(name)) for k, name in enumerate(self.names)}
+        self.contenders = {
+            name: Contender(name, k, self.host(name)) for k, name in enumerate(self.names)
+        }
         for host in self.hosts:
-            host.sysctls({"net.ipv6.conf.all.disable_ipv6": 1, "net.ipv6.conf.default.disable_ipv6": 1})
+            host.sysctls(
+                {"net.ipv6.conf.all.disable_ipv6": 1, "net.ipv6.conf.default.disable_ipv6": 1}
+            )
         for one in self.contenders.values():
             self._build_node(one)
 
@@ -9633,11 +13302,17 @@ class BenchNet(Net):
         self.link(self.sink, node, names=(f"n{k}", "peers"))
         self.sink.ip(f"link set n{k} address {self.MAC_SINK.format(k)}")
         self.sink.run("nft", "-f", "-", input=SINK_RULES.format(f"n{k}"))
-        node.ip(f"link set eth0 address {self.MAC_NODE.format(k)}", f"addr add 10.5.{k}.2/24 dev eth0",
-                f"addr add {self.address(one)}/16 brd + dev peers", f"addr add {BENCH_VIP}/32 dev lo",
-                "route add 100.64.0.0/10 dev peers",
-                *(f"neigh add {peer} lladdr {self.MAC_SINK.format(k)} dev peers nud permanent"
-                  for peer in self.peers(one, 1000)))  # fmt: skip
+        node.ip(
+            f"link set eth0 address {self.MAC_NODE.format(k)}",
+            f"addr add 10.5.{k}.2/24 dev eth0",
+            f"addr add {self.address(one)}/16 brd + dev peers",
+            f"addr add {BENCH_VIP}/32 dev lo",
+            "route add 100.64.0.0/10 dev peers",
+            *(
+                f"neigh add {peer} lladdr {self.MAC_SINK.format(k)} dev peers nud permanent"
+                for peer in self.peers(one, 1000)
+            ),
+        )
 
     @staticmethod
     def peers(one: Contender, count: int) -> list[str]:
@@ -9655,19 +13330,34 @@ class BenchNet(Net):
 
     def arrived(self, one: Contender) -> int:
         """Packets that the peers of a contender have received so far."""
+
         def read() -> int:
             with open("/proc/thread-self/net/dev") as file:
                 rows = (line.split(":") for line in file if ":" in line)
-                return next(int(fields.split()[1]) for name, fields in rows if name.strip() == f"n{one.number}")
+                return next(
+                    int(fields.split()[1])
+                    for name, fields in rows
+                    if name.strip() == f"n{one.number}"
+                )
+
         return self.sink.inside(read)
 
     def start(self, one: Contender, count: int, *options: str) -> Process:
-        """Its daemon with this many peers, ready, on the last processor; errors come from NFLOG group 33."""
+        """Its daemon with this many peers, ready, on the last processor.
+
+        Errors come from NFLOG group 33.
+        """
         last, peers = ("taskset", "-c", str((os.cpu_count() or 1) - 1)), self.peers(one, count)
         if one.name == "pmtud":
             listed = ",".join((self.address(one), *peers))
-            process = one.node.start(*last, sys.executable, SCRIPT, "--iface=eth0", f"--peers={listed}",
-                                     *(options or NO_LIMITS))  # fmt: skip
+            process = one.node.start(
+                *last,
+                sys.executable,
+                SCRIPT,
+                "--iface=eth0",
+                f"--peers={listed}",
+                *(options or NO_LIMITS),
+            )
             process.wait_for("limits:")
             return process
         one.node.run("nft", "-f", "-", input=FLOOR_RULES.format(33))
@@ -9675,8 +13365,10 @@ class BenchNet(Net):
             process = one.node.start(*last, self.floor, "33", *peers)
             process.wait_for("ready")
         else:
-            process = one.node.start(*last, *shlex.split(self.against.format(iface="eth0", group=33,
-                                                                                  peers=",".join(peers))))
+            process = one.node.start(
+                *last,
+                *shlex.split(self.against.format(iface="eth0", group=33, peers=",".join(peers))),
+            )
             time.sleep(1)
         return process
 
@@ -9687,7 +13379,10 @@ class BenchNet(Net):
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far, by its CPU clock (clock_getcpuclockid(3)): /proc counts in 10 ms."""
+    """User and system time of a process so far, by its CPU clock (clock_getcpuclockid(3)).
+
+    /proc counts in 10 ms.
+    """
     return time.clock_gettime(~pid << 3 | 2)
 
 
@@ -9723,17 +13418,24 @@ class Sample(NamedTuple):
     cpu: float  # seconds of the daemon's processor time per copy
 
 
-def measure_copies(net: BenchNet, one: Contender, process: Process, traffic: Traffic, seconds: float) -> Sample:
+def measure_copies(
+    net: BenchNet, one: Contender, process: Process, traffic: Traffic, seconds: float
+) -> Sample:
     """Copies that arrive per second while errors come faster than they can be handled.
 
-    Before and afterwards the daemon is stopped: what it has still queued must not slow the next one.
+    Before and afterwards the daemon is stopped: what it has still queued must not slow the next
+    one.
     """
     os.kill(process.pid, signal.SIGCONT)
     load = traffic.during(seconds + 0.4)
     time.sleep(0.2)
     begin, before, cpu = time.monotonic(), net.arrived(one), cpu_seconds(process.pid)
     time.sleep(seconds)
-    copies, spent, passed = net.arrived(one) - before, cpu_seconds(process.pid) - cpu, time.monotonic() - begin
+    copies, spent, passed = (
+        net.arrived(one) - before,
+        cpu_seconds(process.pid) - cpu,
+        time.monotonic() - begin,
+    )
     load.join()
     os.kill(process.pid, signal.SIGSTOP)
     return Sample(copies / passed, spent / max(copies, 1))
@@ -9742,26 +13444,51 @@ def measure_copies(net: BenchNet, one: Contender, process: Process, traffic: Tra
 def bench_fanout(net: BenchNet, seconds: float) -> None:
     """Copies per second; the contenders take turns, medians of five rounds.
 
-    The floor delivers nothing, so pmtud does not either (--no-rescue); what delivery adds is measured by itself.
+    The floor delivers nothing, so pmtud does not either (--no-rescue); what delivery adds is
+    measured by itself.
     """
-    print(f"   peers   ratio  target          copies/s: {', '.join(net.contenders)};"
-          " us of processor time per error, and with delivery")  # fmt: skip
-    traffic, costs, mine = {name: net.traffic(one) for name, one in net.contenders.items()}, [], net.contenders["pmtud"]
+    print(
+        f"   peers   ratio  target          copies/s: {', '.join(net.contenders)};"
+        " us of processor time per error, and with delivery"
+    )
+    traffic, costs, mine = (
+        {name: net.traffic(one) for name, one in net.contenders.items()},
+        [],
+        net.contenders["pmtud"],
+    )
     for count, target in FANOUT_TARGETS.items():
-        running = {name: net.start(one, count, *NO_LIMITS, "--no-rescue") for name, one in net.contenders.items()}
-        rounds = [{name: measure_copies(net, net.contenders[name], process, traffic[name], seconds)
-                   for name, process in running.items()} for _ in range(5)]  # fmt: skip
+        running = {
+            name: net.start(one, count, *NO_LIMITS, "--no-rescue")
+            for name, one in net.contenders.items()
+        }
+        rounds = [
+            {
+                name: measure_copies(net, net.contenders[name], process, traffic[name], seconds)
+                for name, process in running.items()
+            }
+            for _ in range(5)
+        ]
         for name, process in running.items():
             net.stop(net.contenders[name], process)
         process = net.start(mine, count)
         delivering = measure_copies(net, mine, process, traffic["pmtud"], seconds).cpu * count * 1e6
         net.stop(mine, process)
-        ratio = median([one["pmtud"].copies / one["floor"].copies if "floor" in one else math.nan for one in rounds])
-        rates = "".join(f"{median([one[name].copies for one in rounds]):10,.0f}" for name in running)
+        ratio = median(
+            [
+                one["pmtud"].copies / one["floor"].copies if "floor" in one else math.nan
+                for one in rounds
+            ]
+        )
+        rates = "".join(
+            f"{median([one[name].copies for one in rounds]):10,.0f}" for name in running
+        )
         cpu = {name: median([one[name].cpu for one in rounds]) * count * 1e6 for name in running}
         costs.append((float(count), cpu["pmtud"]))
-        print(f"   {count:5}   {ratio:5.2f}  {target:4.2f} {mark(ratio >= target):6} {rates}   "
-              + "".join(f"{cost:9.1f}" for cost in (*cpu.values(), delivering)), flush=True)  # fmt: skip
+        print(
+            f"   {count:5}   {ratio:5.2f}  {target:4.2f} {mark(ratio >= target):6} {rates}   "
+            + "".join(f"{cost:9.1f}" for cost in (*cpu.values(), delivering)),
+            flush=True,
+        )
     base, each = fit(costs)
     print(f"   growth: {base:.1f} us + {each:.2f} us x peers")
 
@@ -9769,22 +13496,45 @@ def bench_fanout(net: BenchNet, seconds: float) -> None:
 def flow_error(number: int, **fields: Any) -> bytes:
     """An error about the UDP flow VIP:4433 -> 100.64.200.NUMBER:NUMBER."""
     transport = struct.pack("!HHHH", BENCH_OWNER_PORT, number, 1480, 0)
-    return mtu_error(V4, **{"src": f"198.51.100.{number}", "dst": BENCH_VIP, "quoted_src": BENCH_VIP, "mtu": 1400,
-                            "quoted_dst": f"100.64.200.{number}", "protocol": UDP_PROTOCOL, "transport": transport,
-                            **fields})  # fmt: skip
+    return mtu_error(
+        V4,
+        **{
+            "src": f"198.51.100.{number}",
+            "dst": BENCH_VIP,
+            "quoted_src": BENCH_VIP,
+            "mtu": 1400,
+            "quoted_dst": f"100.64.200.{number}",
+            "protocol": UDP_PROTOCOL,
+            "transport": transport,
+            **fields,
+        },
+    )
 
 
-RETRANSMISSIONS = (0.0,) * 10 + (0.2, 0.6, 1.4, 3.0)  # seconds: a window at once, then with exponential backoff
+RETRANSMISSIONS = (0.0,) * 10 + (
+    0.2,
+    0.6,
+    1.4,
+    3.0,
+)  # seconds: a window at once, then with exponential backoff
 
 
 NEVER = 9.0
 
 
-def rescue(net: BenchNet, one: Contender, number: int, times: Sequence[float], patience: float = 3.0,
-           **fields: Any) -> float:  # fmt: skip
-    """Seconds from the first of some errors about a flow of the node to its socket knowing; it is waited for that long
-    after the last of them, and then it is NEVER.
+def rescue(
+    net: BenchNet,
+    one: Contender,
+    number: int,
+    times: Sequence[float],
+    patience: float = 3.0,
+    **fields: Any,
+) -> float:
+    """Seconds from the first of some errors about a flow of the node to its socket knowing.
+
+    It is waited for that long after the last of them, and then it is NEVER.
     """
+
     def connect() -> socket.socket:
         flow = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         flow.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -9792,9 +13542,13 @@ def rescue(net: BenchNet, one: Contender, number: int, times: Sequence[float], p
         flow.bind((BENCH_VIP, BENCH_OWNER_PORT))
         flow.connect((f"100.64.200.{number}", number))
         return flow
+
     mac = bytes.fromhex(BenchNet.MAC_NODE.format(one.number).replace(":", ""))
     frame = mac + b"\x02\0\0\0\0\x01\x08\0" + flow_error(number, **fields)
-    with one.node.inside(connect) as flow, net.routers.inside(lambda: Traffic._open(f"n{one.number}")) as wire:
+    with (
+        one.node.inside(connect) as flow,
+        net.routers.inside(lambda: Traffic._open(f"n{one.number}")) as wire,
+    ):
         begin, todo = time.monotonic(), list(times)
         while (now := time.monotonic() - begin) < times[-1] + patience:
             while todo and todo[0] <= now:
@@ -9807,7 +13561,10 @@ def rescue(net: BenchNet, one: Contender, number: int, times: Sequence[float], p
 
 
 class Flood(NamedTuple):
-    """What a daemon with default limits does under a flood from this many routers; 0: each error from another."""
+    """What a daemon with default limits does under a flood from this many routers.
+
+    0: each error from another.
+    """
 
     sources: int
     rate: float  # errors per second that came
@@ -9827,13 +13584,23 @@ def flood(net: BenchNet, one: Contender, process: Process, sources: int, seconds
     numbers = range(10 * (sources % 7), 10 * (sources % 7) + 5)
     with ThreadPoolExecutor(10) as pool:
         routers = [pool.submit(rescue, net, one, 1 + n, RETRANSMISSIONS) for n in numbers]
-        peers = [pool.submit(rescue, net, one, 101 + n, [0.3], src=net.peers(one, 1)[0], dst=net.address(one))
-                 for n in numbers]  # fmt: skip
+        peers = [
+            pool.submit(
+                rescue, net, one, 101 + n, [0.3], src=net.peers(one, 1)[0], dst=net.address(one)
+            )
+            for n in numbers
+        ]
     load.join()
     core = (cpu_seconds(process.pid) - cpu) / (time.monotonic() - begin)
     traffic.close()
-    return Flood(sources, traffic.sent / seconds, core, resident_mb(process.pid),
-                 [f.result() for f in routers], [f.result() for f in peers])  # fmt: skip
+    return Flood(
+        sources,
+        traffic.sent / seconds,
+        core,
+        resident_mb(process.pid),
+        [f.result() for f in routers],
+        [f.result() for f in peers],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -9841,44 +13608,70 @@ def flooded() -> Iterator[tuple[BenchNet, Contender, Process]]:
     """A node under strict reverse path filtering, with three peers and default limits."""
     with BenchNet(["pmtud"]) as net:
         one = net.contenders["pmtud"]
-        one.node.sysctls({f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")})
+        one.node.sysctls(
+            {f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")}
+        )
         assert rescue(net, one, 1, RETRANSMISSIONS) == NEVER, "rescued without pmtud"
         yield net, one, net.start(one, 3, "--log-level=info")
 
 
 @pytest.mark.parametrize("sources", [1, 1000, 0])
-def test_genuine_routers_are_heard_in_a_flood(flooded: tuple[BenchNet, Contender, Process], sources: int) -> None:
-    """One loud router, 1,000 or any number: five others and a peer get through, and use no budget of the daemon's."""
+def test_genuine_routers_are_heard_in_a_flood(
+    flooded: tuple[BenchNet, Contender, Process], sources: int
+) -> None:
+    """One loud router, 1,000 or any number.
+
+    Five others and a peer get through, and use no budget of the daemon's.
+    """
     net, one, process = flooded
     begun, before = time.monotonic(), total(metrics(one.node), "pmtud_received_total")
     got = flood(net, one, process, sources, 4.5)
     assert max(got.rescues) < NEVER and max(got.copies) < NEVER, got
     passed = total(metrics(one.node), "pmtud_received_total") - before
-    assert passed < 1.5 * pmtud.Config().rate * (time.monotonic() - begun + 1), got  # the kernel shed the rest
+    assert passed < 1.5 * pmtud.Config().rate * (time.monotonic() - begun + 1), (
+        got
+    )  # the kernel shed the rest
     assert drops(metrics(one.node)).get("limited_total", 0) == 0
 
 
 def bench_flood(net: BenchNet, seconds: float) -> None:
-    """With default limits and strict rp_filter, so that only pmtud can rescue; last without our rules."""
+    """With default limits and strict rp_filter, so that only pmtud can rescue.
+
+    Last without our rules.
+    """
     one = net.contenders["pmtud"]
-    one.node.sysctls({f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")})
-    print("   peers  sources    errors/s  core < 5 %    memory   rescued within 3 s: router's, peer's copy  slowest")
-    for peers, rules, kinds in ((3, "auto", (1, 1000, 0)), (1000, "auto", (1000,)), (3, "off", (0,))):
+    one.node.sysctls(
+        {f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")}
+    )
+    print(
+        "   peers  sources    errors/s  core < 5 %    memory   rescued within 3 s: router's, peer's copy  slowest"
+    )
+    for peers, rules, kinds in (
+        (3, "auto", (1, 1000, 0)),
+        (1000, "auto", (1000,)),
+        (3, "off", (0,)),
+    ):
         process = net.start(one, peers, "--metrics-port=0", f"--rules={rules}")
         if rules == "off":
             one.node.run("nft", "-f", "-", input=FLOOR_RULES.format(33))
         for sources in kinds:
             got = flood(net, one, process, sources, 4.5)
             saved = [sum(t <= 3 for t in times) for times in (got.rescues, got.copies)]
-            good = saved == [5, 5] and (got.core < 0.05 or peers > 100)  # with more peers a third of a core is meant
-            print(f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  {got.resident:5.1f} MB"
-                  f"  {saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} {max(got.rescues):29.2f} s  "
-                  + (mark(good) if rules == "auto" else "--rules off"))  # fmt: skip
+            good = saved == [5, 5] and (
+                got.core < 0.05 or peers > 100
+            )  # with more peers a third of a core is meant
+            print(
+                f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  {got.resident:5.1f} MB"
+                f"  {saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} {max(got.rescues):29.2f} s  "
+                + (mark(good) if rules == "auto" else "--rules off")
+            )
         net.stop(one, process)
 
 
 class Clocked:
-    """Times single errors from the router's wire to the first copy on the peers' wire, by the kernel's time stamps."""
+    """Times single errors from the router's wire to the first copy on the peers' wire, by the
+    kernel's time stamps.
+    """
 
     def __init__(self, net: BenchNet, one: Contender) -> None:
         self._traffic = net.traffic(one, 1, 1024)
@@ -9914,7 +13707,10 @@ class Clocked:
 
 
 def latencies(net: BenchNet, names: Sequence[str], samples: int) -> dict[str, list[float]]:
-    """So many times of single errors for each running contender, in turns, 60 ms apart: nobody is busy."""
+    """So many times of single errors for each running contender, in turns, 60 ms apart.
+
+    Nobody is busy.
+    """
     clocks = {name: Clocked(net, net.contenders[name]) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(samples):
@@ -9928,6 +13724,7 @@ def latencies(net: BenchNet, names: Sequence[str], samples: int) -> dict[str, li
 
 def scrape_often(net: BenchNet, one: Contender, seconds: float) -> threading.Thread:
     """A scrape of its metrics each second, for a while."""
+
     def scrape_once() -> None:
         with socket.create_connection(("127.0.0.1", 30040), 5) as client:
             client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
@@ -9938,14 +13735,16 @@ def scrape_often(net: BenchNet, one: Contender, seconds: float) -> threading.Thr
         for _ in range(int(seconds)):
             one.node.inside(scrape_once)
             time.sleep(1)
+
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
 
 
 @contextlib.contextmanager
-def kube_daemon(net: BenchNet, one: Contender, folder: Path, peers: Sequence[str]) -> Iterator[
-        tuple[FakeApi, Process]]:  # fmt: skip
+def kube_daemon(
+    net: BenchNet, one: Contender, folder: Path, peers: Sequence[str]
+) -> Iterator[tuple[FakeApi, Process]]:
     """pmtud with these peers and no limits, and the API server stand-in that it watches."""
     last = ("taskset", "-c", str((os.cpu_count() or 1) - 1))
     with one.node.inside(lambda: FakeApi(folder)) as api:
@@ -9966,7 +13765,10 @@ def kube_daemon(net: BenchNet, one: Contender, folder: Path, peers: Sequence[str
 
 @contextlib.contextmanager
 def timed_errors(net: BenchNet, one: Contender) -> Iterator[list[float]]:
-    """Some forty errors a second; how long each takes to its first copy on the wire, 0.5: or longer."""
+    """Some forty errors a second.
+
+    How long each takes to its first copy on the wire, 0.5: or longer.
+    """
     times: list[float] = []
     enough = threading.Event()
 
@@ -9975,6 +13777,7 @@ def timed_errors(net: BenchNet, one: Contender) -> Iterator[list[float]]:
         while not enough.wait(0.02):
             times.append(clock.once())
         clock.close()
+
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
@@ -9985,7 +13788,9 @@ def timed_errors(net: BenchNet, one: Contender) -> Iterator[list[float]]:
 
 
 def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
-    """Errors are copied in time, the peers are complete soon after the last, and few lines tell of it."""
+    """Errors are copied in time, the peers are complete soon after the last, and few lines tell of
+    it.
+    """
     with BenchNet(["pmtud"]) as net:
         one = net.contenders["pmtud"]
         first, *others = net.peers(one, 1000)
@@ -9999,6 +13804,7 @@ def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
             def came() -> list[int]:
                 counts = re.findall(r"peers changed: (\d+) came", process.output())
                 return [int(count) for count in counts]
+
             assert poll(lambda: sum(came()) == 1000, 10), came()  # it was 24 s
             took = time.monotonic() - begun
             assert metrics(one.node)['pmtud_peers{source="kube:nodes"}'] == 1000
@@ -10008,7 +13814,8 @@ def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
 
 
 def change_peer(api: FakeApi, process: Process, kind: str, address: str) -> float:
-    """A node comes or goes, or nothing happens (""); seconds of the daemon's processor time in 1.2 s.
+    """A node comes or goes, or nothing happens (""); seconds of the daemon's processor time in 1.2
+    s.
 
     That is long enough for each change to come alone, and to be applied at once.
     """
@@ -10035,8 +13842,10 @@ def bench_change(net: BenchNet, seconds: float) -> None:
                     change_peer(api, process, kind, moving)
         target = f" (at most 20: {mark(cost <= 0.02)})" if count == 1000 else ""
         usual, slowest = median(times) * 1e3, max(times) * 1e3
-        print(f"   {count:5} peers: {cost * 1e3:4.1f} ms of processor time for a change{target}\n"
-              f"      errors meanwhile: median {usual:.1f} ms, slowest {slowest:.1f} ms")  # fmt: skip
+        print(
+            f"   {count:5} peers: {cost * 1e3:4.1f} ms of processor time for a change{target}\n"
+            f"      errors meanwhile: median {usual:.1f} ms, slowest {slowest:.1f} ms"
+        )
 
 
 def bench_latency(net: BenchNet, seconds: float) -> None:
@@ -10049,17 +13858,27 @@ def bench_latency(net: BenchNet, seconds: float) -> None:
     for name, process in running.items():
         net.stop(net.contenders[name], process)
     floor, mine = median(found.get("floor", [math.nan])), median(found["pmtud"])
-    print(f"   ratio {mine / floor:.2f} (at most 1.5: {mark(mine <= 1.5 * floor)}), "
-          f"median {mine * 1e6:.0f} us (at most 300: {mark(mine <= 0.0003)})")  # fmt: skip
+    print(
+        f"   ratio {mine / floor:.2f} (at most 1.5: {mark(mine <= 1.5 * floor)}), "
+        f"median {mine * 1e6:.0f} us (at most 300: {mark(mine <= 0.0003)})"
+    )
     for name, times in found.items():
         most = times[len(times) * 9 // 10]
-        print(f"   {name:8} median {median(times) * 1e6:5.0f} us, 9 of 10 within {most * 1e6:5.0f} us")
+        print(
+            f"   {name:8} median {median(times) * 1e6:5.0f} us, 9 of 10 within {most * 1e6:5.0f} us"
+        )
 
 
 def bench_start(net: BenchNet, seconds: float) -> None:
-    """From exec to ready, and resident memory, with metrics (scraped once) and without; medians of five."""
+    """From exec to ready, and resident memory, with metrics (scraped once) and without.
+
+    Medians of five.
+    """
     one = net.contenders["pmtud"]
-    for name, option, limit in (("with metrics", "--log-level=info", 40), ("without", "--metrics-port=0", 30)):
+    for name, option, limit in (
+        ("with metrics", "--log-level=info", 40),
+        ("without", "--metrics-port=0", 30),
+    ):
         times, sizes = [], []
         for _ in range(5):
             begin = time.monotonic()
@@ -10070,27 +13889,36 @@ def bench_start(net: BenchNet, seconds: float) -> None:
             sizes.append(resident_mb(process.pid))
             net.stop(one, process)
         ready, resident = median(times), median(sizes)
-        print(f"   {name:13} ready after {ready * 1000:4.0f} ms (at most 300: {mark(ready <= 0.3)}), "
-              f"resident {resident:4.1f} MB (at most {limit}: {mark(resident <= limit)})")  # fmt: skip
+        print(
+            f"   {name:13} ready after {ready * 1000:4.0f} ms (at most 300: {mark(ready <= 0.3)}), "
+            f"resident {resident:4.1f} MB (at most {limit}: {mark(resident <= limit)})"
+        )
 
 
 def bench_broadcast(net: BenchNet, seconds: float) -> None:
-    """Processor time per error with 100 nodes: a copy to each, and one copy to the subnet's broadcast address."""
+    """Processor time per error with 100 nodes.
+
+    A copy to each, and one copy to the subnet's broadcast address.
+    """
     one, cost = net.contenders["pmtud"], []
     traffic = net.traffic(one)
     for count, peers in ((100, []), (0, [f"--peers=10.{100 + one.number}.255.255"])):
         process = net.start(one, count, *NO_LIMITS, "--metrics-port=0", *peers)
         cost.append(measure_copies(net, one, process, traffic, seconds).cpu * max(count, 1) * 1e6)
         net.stop(one, process)
-    print(f"   ratio {cost[1] / cost[0]:.3f}: {cost[0]:.1f} us per error with 100 addresses, {cost[1]:.1f} us with one")
+    print(
+        f"   ratio {cost[1] / cost[0]:.3f}: {cost[0]:.1f} us per error with 100 addresses, {cost[1]:.1f} us with one"
+    )
 
 
 def bench_growth(net: BenchNet, seconds: float) -> None:
     """Limits that count but never bite, one peer."""
     one = net.contenders["pmtud"]
     process = net.start(one, 1, "--rate=1000000000", "--source-rate=1000000000", "--metrics-port=0")
-    for what, points in (("errors/s", ((300, 1), (1000, 1), (3000, 1), (10000, 1))),
-                         ("routers", ((5000, 1), (5000, 1000), (5000, 60000)))):  # fmt: skip
+    for what, points in (
+        ("errors/s", ((300, 1), (1000, 1), (3000, 1), (10000, 1))),
+        ("routers", ((5000, 1), (5000, 1000), (5000, 60000))),
+    ):
         costs = []
         for rate, sources in points:
             traffic, cpu = net.traffic(one, sources, 1 << 16), cpu_seconds(process.pid)
@@ -10100,23 +13928,32 @@ def bench_growth(net: BenchNet, seconds: float) -> None:
             costs.append((float(rate if what == "errors/s" else sources), spent))
             traffic.close()
         base, each = fit(costs)
-        print(f"   {what:9}" + "".join(f"{amount:7,.0f}: {cost:5.1f} us " for amount, cost in costs)
-              + f"  fit: {base:.1f} us {each * 1000:+.3f} us per 1,000")  # fmt: skip
+        print(
+            f"   {what:9}"
+            + "".join(f"{amount:7,.0f}: {cost:5.1f} us " for amount, cost in costs)
+            + f"  fit: {base:.1f} us {each * 1000:+.3f} us per 1,000"
+        )
     net.stop(one, process)
 
 
 def bench_suppression(net: BenchNet, seconds: float) -> None:
-    """200 downloads through the black hole of the test cluster, windows and retransmissions included."""
+    """200 downloads through the black hole of the test cluster, windows and retransmissions
+    included.
+    """
     with Cluster() as cluster, daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
-        cluster.client.ip(*(f"addr add {Cluster.client_address(k)}/24 dev to-router" for k in range(24, 201)))
+        cluster.client.ip(
+            *(f"addr add {Cluster.client_address(k)}/24 dev to-router" for k in range(24, 201))
+        )
         with Capture(cluster.fabric) as wire:
             done = cluster.download("host", count=200, deadline=4)
             seen = wire.settle()
         errors = sum(s.interface == "to-router" and s.kind != socket.PACKET_OUTGOING for s in seen)
         copies = len(node_packets(seen, 4))
-    print(f"   {copies / max(errors, 1):.2f} copies per error: {errors} errors came, {copies} copies left (2 peers); "
-          f"{len(done)} of 200 flows\n   finished ({mark(len(done) == 200)}), the slowest after "
-          f"{max(done, default=0):.2f} s")  # fmt: skip
+    print(
+        f"   {copies / max(errors, 1):.2f} copies per error: {errors} errors came, {copies} copies left (2 peers); "
+        f"{len(done)} of 200 flows\n   finished ({mark(len(done) == 200)}), the slowest after "
+        f"{max(done, default=0):.2f} s"
+    )
 
 
 BENCHES: dict[str, tuple[str, Callable[[BenchNet, float], None]]] = {
@@ -10126,17 +13963,31 @@ BENCHES: dict[str, tuple[str, Callable[[BenchNet, float], None]]] = {
     "suppression": ("a page of 200 hung flows through the test cluster", bench_suppression),
     "broadcast": ("100 nodes, an address each or one for all", bench_broadcast),
     "start": ("from exec to ready, and resident memory", bench_start),
-    "change": ("one peer comes or goes: what it costs, and how long errors wait meanwhile", bench_change),
+    "change": (
+        "one peer comes or goes: what it costs, and how long errors wait meanwhile",
+        bench_change,
+    ),
     "growth": ("processor time per error, one peer, default flow interval", bench_growth),
 }
 
 
 def bench_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="test_pmtud.py bench", description="Measures pmtud.py, in namespaces.")
-    parser.add_argument("--only", action="append", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES))
-    parser.add_argument("--seconds", type=float, default=0.7, help="for each measurement under full load")
-    parser.add_argument("--against", default="", metavar="COMMAND", help="another daemon on the same traffic, from an "
-                        "NFLOG rule; {iface} {group} {peers} in it are filled in")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="test_pmtud.py bench", description="Measures pmtud.py, in namespaces."
+    )
+    parser.add_argument(
+        "--only", action="append", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES)
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.7, help="for each measurement under full load"
+    )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="COMMAND",
+        help="another daemon on the same traffic, from an "
+        "NFLOG rule; {iface} {group} {peers} in it are filled in",
+    )
     options = parser.parse_args(argv)
     if os.geteuid():
         parser.error("network namespaces need root: sudo python3 test_pmtud.py bench")
@@ -10149,16 +14000,22 @@ def bench(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         floor, names = f"{folder}/floor", ["pmtud"]
         if shutil.which("gcc"):
-            subprocess.run(["gcc", "-O2", "-x", "c", "-o", floor, "-"], input=FLOOR, text=True, check=True)
+            subprocess.run(
+                ["gcc", "-O2", "-x", "c", "-o", floor, "-"], input=FLOOR, text=True, check=True
+            )
             names.insert(0, "floor")
         else:
             print("no gcc: no C floor to compare with, its ratios are nan (apt-get install gcc)")
         if options.against:
             names.append("against")
-            print("--against shows what another daemon makes of the same errors: copies that arrive, and their cost.\n"
-                  "It does not show whether they help: it may deliver or validate nothing, or copy to one address.")
-        print(f"Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} processors (errors come "
-              f"on the first,\ndaemons have the last), load {os.getloadavg()[0]:.1f}")
+            print(
+                "--against shows what another daemon makes of the same errors: copies that arrive, and their cost.\n"
+                "It does not show whether they help: it may deliver or validate nothing, or copy to one address."
+            )
+        print(
+            f"Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} processors (errors come "
+            f"on the first,\ndaemons have the last), load {os.getloadavg()[0]:.1f}"
+        )
         for name in options.only or BENCHES:
             text, section = BENCHES[name]
             print(f"{name}: {text}", flush=True)
@@ -10172,7 +14029,9 @@ def bench(argv: Sequence[str]) -> int:
 
 
 class Verdict:
-    """A pytest plugin: under CI a skipped test is a failure, and a run in which nothing passed is never green."""
+    """A pytest plugin: under CI a skipped test is a failure, and a run in which nothing passed is
+    never green.
+    """
 
     def __init__(self) -> None:
         self.passed = self.skipped = 0
@@ -10203,8 +14062,18 @@ def main(argv: Sequence[str]) -> int:
         hide_settings()
         return (lab if argv[0] == "lab" else bench)(argv[1:])
     unit, argv = argv[:1] == ["unit"], argv[argv[:1] == ["unit"] :]
-    options = ["-q", "-ra", "-p", "no:cacheprovider", "-W", "error::DeprecationWarning",
-               "-W", "ignore::pytest.PytestAssertRewriteWarning", str(Path(__file__)), *argv]
+    options = [
+        "-q",
+        "-ra",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "error::DeprecationWarning",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+        str(Path(__file__)),
+        *argv,
+    ]
     return int(pytest.main(options, plugins=[Verdict(), *([Units()] if unit else [])]))
 
 
