@@ -8342,6 +8342,38 @@ def test_rules_of_the_operator(node: Host) -> None:
             'type filter hook prerouting priority -300; iifname vmap { "eth0" : goto d, "eth1" : accept }; }',
             "OK",
         ),
+        (
+            "chain d { icmp type destination-unreachable log group 33; }; "
+            'map m { type ifname : verdict; elements = { "eth0" : jump d }; }; '
+            "chain c { type filter hook prerouting priority -300; iifname vmap @m; }",
+            "OK",
+        ),
+        (
+            "chain c { type filter hook prerouting priority -300; "
+            'iifname { "nope8", "nope9" } log group 33; }',
+            "FAIL",
+        ),
+        (
+            "chain c { type filter hook prerouting priority -300; "
+            'iifname { "nope9", "eth0" } log group 33; }',
+            "OK",
+        ),
+        (
+            'chain c { type filter hook prerouting priority -300; iifname "eth" log group 33; }',
+            "FAIL",
+        ),
+        (
+            "chain c { type filter hook prerouting priority -300; meta l4proto != tcp log group 33; }",
+            "OK",
+        ),
+        (
+            "chain c { type filter hook prerouting priority -300; meta l4proto { tcp, udp } log group 33; }",
+            "FAIL",
+        ),
+        (
+            "chain c { type filter hook prerouting priority -300; meta l4proto { tcp, icmp } log group 33; }",
+            "OK",
+        ),
     ],
 )
 def test_what_feeds_the_group(node: Host, chain: str, status: str) -> None:
@@ -8351,12 +8383,54 @@ def test_what_feeds_the_group(node: Host, chain: str, status: str) -> None:
 
 
 def test_rules_that_cannot_be_seen(node: Host, tmp_path: Path) -> None:
-    """Without nft nothing is claimed."""
+    """Without nft, or its JSON, nothing is claimed."""
     found = diagnose(node, "--rules", "off", before=("env", f"PATH={tmp_path}")).of("nflog_rule")
     assert (found["status"], found["found"]) == (
         "WARN",
         "--rules off, and what feeds the group cannot be seen: nft is not installed",
     )
+    (tmp_path / "nft").write_text(
+        "#!/bin/sh\necho 'Error: JSON support not compiled-in' >&2; exit 1\n"
+    )
+    (tmp_path / "nft").chmod(0o755)
+    found = diagnose(node, "--rules", "off", before=("env", f"PATH={tmp_path}")).of("nflog_rule")
+    assert (found["status"], found["found"]) == (
+        "WARN",
+        "--rules off, and what feeds the group cannot be seen: `nft -j list ruleset` gives no JSON",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "status"),
+    [
+        ("-i eth+ -p icmp -j NFLOG --nflog-group 33", "OK"),
+        ("-i eth -p icmp -j NFLOG --nflog-group 33", "FAIL"),
+        ("! -i nope9 ! -p tcp -j NFLOG --nflog-group 33", "OK"),
+        ("-i nope9 -j NFLOG --nflog-group 33", "FAIL"),
+        ("-p tcp -j NFLOG --nflog-group 33", "FAIL"),
+        ('-p icmp -m comment --comment "-i nope9 -p tcp" -j NFLOG --nflog-group 33', "OK"),
+        ('-p icmp -m comment --comment "-j NFLOG --nflog-group 33" -j ACCEPT', "FAIL"),
+        ("-p icmp -g hop", "OK"),
+    ],
+)
+def test_iptables_rules_that_feed_the_group(node: Host, rule: str, status: str) -> None:
+    """Read as text where nft does not see them."""
+    node.run("iptables-legacy", "-t", "raw", "-N", "hop")
+    node.run("iptables-legacy", "-t", "raw", "-A", "hop", "-j", "NFLOG", "--nflog-group", "33")
+    node.run("iptables-legacy", "-t", "raw", "-A", "PREROUTING", *shlex.split(rule))
+    assert diagnose(node, "--rules", "off").of("nflog_rule")["status"] == status
+
+
+@pytest.mark.parametrize("command", ["iptables-nft", "iptables-legacy"])
+def test_reverse_path_rules_of_iptables(node: Host, command: str) -> None:
+    """Of both kinds, with --invert only; one of IPv4 is none of IPv6."""
+    rule = f"{command} -t raw -A PREROUTING -m rpfilter".split()
+    node.run(*rule, "-j", "ACCEPT")
+    assert "dropped" not in diagnose(node).of("rp_filter")["found"]
+    node.run(*rule, "--invert", "-j", "DROP")
+    found = diagnose(node).of("rp_filter")
+    assert found["status"] == "WARN"
+    assert "is dropped by a rule in ip raw PREROUTING. Loosening" in found["found"]
 
 
 @pytest.mark.parametrize("command", ["iptables-nft", "iptables-legacy"])
