@@ -703,6 +703,13 @@ IPV6 = Family(
 FAMILIES = (IPV4, IPV6)
 
 
+def family_of_packet(packet: bytes) -> Family:
+    """The family of an IP packet, however broken."""
+    if packet and packet[0] >> 4 == 6:
+        return IPV6
+    return IPV4
+
+
 def family_of(packed: bytes) -> Family:
     """The family of a packed address."""
     return IPV4 if len(packed) == 4 else IPV6
@@ -864,7 +871,7 @@ def parse(packet: bytes) -> Union[MtuError, Reason]:
 
 def walk_error(packet: bytes) -> Union[MtuError, Reason]:
     """What parse() gives, for any headers."""
-    family = IPV6 if packet and packet[0] >> 4 == 6 else IPV4
+    family = family_of_packet(packet)
     outer = family.header(packet, 0, len(packet))
     if outer is None:
         return Reason.TRUNCATED
@@ -1074,6 +1081,17 @@ KNOWN_MAX = (
 REPLICATE, DELIVER, NOTHING = ACTIONS = ("replicate", "deliver", "none")
 
 
+Addresses = tuple[bytes, bytes, bytes]  # source, destination, quoted source; packed
+
+
+class Verdict(NamedTuple):
+    """What becomes of an error."""
+
+    origin: str  # one of ORIGINS
+    action: str  # one of ACTIONS
+    reason: Optional[Reason] = None  # why nothing is done
+
+
 class Membership:
     """Whether a packed address is in any of some networks."""
 
@@ -1151,7 +1169,7 @@ class Policy:
     """The rules of this run: the options that judge an error, and the memory of the limits."""
 
     def __init__(self, config: Config, view: View) -> None:
-        self.look(view)
+        self.set_view(view)
         self._min_mtu = {4: config.min_mtu[0], 6: config.min_mtu[1]}
         self._ports = config.ports
         self.services = Membership(config.service_networks) if config.service_networks else None
@@ -1161,12 +1179,22 @@ class Policy:
         self._sources = TokenBuckets(config.source_rate)
         self._total = TokenBuckets(config.rate)
 
-    def look(self, view: View) -> None:
+    def set_view(self, view: View) -> None:
         """From now on judge by this view."""
         self.view = view
-        self.known: dict[
-            tuple[bytes, bytes, bytes], tuple[str, Optional[Reason]]
-        ] = {}  # of judge_addresses()
+        self.known: dict[Addresses, Verdict] = {}  # of judge_addresses()
+
+    def judge(self, error: MtuError) -> Verdict:
+        """What its addresses say."""
+        origin, reason = classify(error, self.view)
+        if not reason and self.services and error.quoted_src not in self.services:
+            reason = Reason.NOT_SERVICE
+        if reason:
+            return Verdict(origin, NOTHING, reason)
+        # A node's own address has one owner.
+        if origin is PEER or error.quoted_src in self.view.node:
+            return Verdict(origin, DELIVER)
+        return Verdict(origin, REPLICATE)
 
     def invalid(self, error: MtuError) -> Optional[Reason]:
         """The first reason not to believe this error, or not to act on it.
@@ -1259,37 +1287,30 @@ def classify(error: MtuError, view: View) -> tuple[str, Optional[Reason]]:
     return PEER if node else ROUTER, Reason.MISADDRESSED
 
 
-def judge_addresses(error: MtuError, policy: Policy) -> tuple[str, Optional[Reason]]:
+def judge_addresses(error: MtuError, policy: Policy) -> Verdict:
     """What the addresses alone decide, remembered."""
     addresses = (error.src, error.dst, error.quoted_src)
-    found = policy.known.get(addresses)
-    if found is None:
-        origin, reason = classify(error, policy.view)
-        if (
-            reason is None
-            and policy.services is not None
-            and error.quoted_src not in policy.services
-        ):
-            reason = Reason.NOT_SERVICE
+    verdict = policy.known.get(addresses)
+    if verdict is None:
+        verdict = policy.judge(error)
         if len(policy.known) >= KNOWN_MAX:
             policy.known.clear()
-        found = policy.known[addresses] = origin, reason
-    return found
+        policy.known[addresses] = verdict
+    return verdict
 
 
-def decide(error: MtuError, policy: Policy, now: float) -> tuple[str, Union[str, Reason]]:
+def decide(error: MtuError, policy: Policy, now: float) -> Verdict:
     """Who sent the error, and what to do with it or why to drop it.
 
     `now` in seconds of a monotonic clock.
     """
-    origin, reason = judge_addresses(error, policy)
-    reason = reason or policy.invalid(error) or policy.limited(error, origin, now)
-    if reason is not None:
-        return origin, reason
-    alone = (
-        origin is PEER or error.quoted_src in policy.view.node
-    )  # a node's own address has one owner
-    return origin, DELIVER if alone else REPLICATE
+    verdict = judge_addresses(error, policy)
+    if verdict.reason:
+        return verdict
+    reason = policy.invalid(error) or policy.limited(error, verdict.origin, now)
+    if reason:
+        return Verdict(verdict.origin, NOTHING, reason)
+    return verdict
 
 
 # -----------------------------------------------------------------------------
@@ -1636,6 +1657,84 @@ def set_up_logging(level: str, form: str) -> None:
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False
     LOGGER.setLevel(level.upper())
+
+
+class Complaints:
+    """What is not in force now, and why: a warning once for as long as the problem is the same."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+
+    def say(self, about: str, text: str, **fields: object) -> None:
+        """Warn, unless the last warning about this said the same."""
+        said = f"{text} {fields}"
+        if self._said.get(about) != said:
+            self._said[about] = said
+            log("warning", text, **fields)
+
+    def withdraw(self, about: str) -> None:
+        """All is well again."""
+        self._said.pop(about, None)
+
+    def __contains__(self, about: str) -> bool:
+        return about in self._said
+
+
+class News:
+    """Which lines are due: not within an hour of the last about the same, PER_MINUTE in all."""
+
+    PER_MINUTE = 20
+    SECONDS = 3600.0
+
+    def __init__(self) -> None:
+        self._known = Recent(self.SECONDS, capacity=1024)
+        self._left = self.PER_MINUTE
+
+    def is_due(self, key: object, now: float, rationed: bool = True) -> bool:
+        """Whether a line about this is; `rationed` ones no more than PER_MINUTE."""
+        if self._known.get(key) is not None:
+            return False
+        if rationed:
+            if not self._left:
+                return False
+            self._left -= 1
+        self._known.put(key, now, now)
+        return True
+
+    def renew(self) -> None:
+        """A minute has gone."""
+        self._left = self.PER_MINUTE
+
+
+class Refusals:
+    """Copies that the kernel refused: a line each at debug, a warning for all once a minute."""
+
+    SECONDS = 60.0
+    SHOWN = 8
+
+    def __init__(self) -> None:
+        self._untold: Counter[tuple[PeerAddress, int]] = Counter()  # by peer and errno
+        self._tell_at = 0.0
+
+    def add(self, refused: Sequence[tuple[PeerAddress, int]]) -> None:
+        """Remember these (peer, errno)."""
+        self._untold.update(refused)
+        for peer, code in refused:
+            log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
+
+    def tell(self, now: float) -> None:
+        """Warn of those since the last warning."""
+        if not self._untold or now < self._tell_at:
+            return
+        shown = []
+        for (peer, code), count in self._untold.most_common(self.SHOWN):
+            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+            shown.append(f"{peer}: {problem}, {count} times")
+        if len(self._untold) > len(shown):
+            shown.append(f"and {len(self._untold) - len(shown)} more")
+        log("warning", f"the kernel refused copies to {'; '.join(shown)}")
+        self._untold.clear()
+        self._tell_at = now + self.SECONDS
 
 
 # -----------------------------------------------------------------------------
@@ -3364,6 +3463,13 @@ class Arrangement(NamedTuple):
         """The peers of both families."""
         return [peer for peers in self.targets.values() for peer in peers]
 
+    def needs_sockets_after(self, before: Arrangement) -> bool:
+        """Whether the sockets of an arrangement before do not fit."""
+        if any(peer.zone for peer in self.everyone):  # its interface may have a new index
+            return True
+        fields = (self.targets, self.sources, self.inside)
+        return fields != (before.targets, before.sources, before.inside)
+
     @property
     def senders(self) -> Senders:
         """Where copies may come from."""
@@ -3469,7 +3575,430 @@ def arrange(
 
 
 # -----------------------------------------------------------------------------
-# Section: service -- HTTP, and the loop that ties everything together
+# Section: forwarder -- the packet's way, whole: read, decide, copy, deliver, count
+
+
+class Lane:
+    """One family's ways out, and what is known of them.
+
+    Delivery to this node's own stack, and copies to its peers.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.counts = CopyCounts(())
+        self.delivery: Optional[DeliverySocket] = None
+        self.fanout: Optional[Fanout] = None  # None without peers
+        self._stack = contextlib.ExitStack()
+
+    def open(self, config: Config, arrangement: Arrangement) -> None:
+        """Open both sockets; raises OSError, or PmtudError without privileges."""
+        name = self.family.name
+        with contextlib.ExitStack() as stack:
+            delivery = DeliverySocket(self.family, arrangement.inside.get(name))
+            stack.enter_context(delivery)
+            copies = CopySocket(self.family, config.ttl, arrangement.sources.get(name, b""))
+            stack.enter_context(copies)
+            peers = []
+            for peer in arrangement.targets[name]:
+                if reachable(peer, copies, join=not config.dry_run):
+                    peers.append(peer)
+            self.counts = CopyCounts([str(peer) for peer in peers], self.counts)
+            if peers:
+                self.fanout = Fanout(copies, peers, self.counts)
+            self.delivery = delivery
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Close both sockets; harmless when repeated."""
+        self.delivery = self.fanout = None
+        self._stack.close()
+
+
+def reachable(peer: PeerAddress, copies: CopySocket, join: bool) -> bool:
+    """Whether the peer's interface exists; a multicast group is joined there, which sends reports."""
+    try:
+        place(peer)
+        if peer.is_multicast and join:
+            copies.join(peer)
+    except OSError as problem:
+        text = f"peer {peer} left out until its interface is there"
+        log("warning", text, problem=problem.strerror or problem)
+        return False
+    return True
+
+
+class RuleKeeper:
+    """Keeps our rules in force: where errors come in, who may send copies, what may go out."""
+
+    def __init__(self, config: Config, complaints: Complaints) -> None:
+        self.ifaces: tuple[str, ...] = ()
+        self.firewall: Optional[Firewall] = None
+        # By family name, as last probed: whether no error about another node's flow can leave.
+        self.guarded = {family.name: False for family in FAMILIES}
+        self.complaints = complaints
+        self._config = config
+        self._default_route: tuple[str, ...] = ()
+
+    def choose_ifaces(self) -> None:
+        """Where errors come in: --iface, or the default route; raises PmtudError."""
+        self._default_route = default_route_interfaces()
+        self.ifaces = self._config.ifaces
+        if self.ifaces:
+            check_ifaces(self.ifaces)
+            return
+        self.ifaces = self._default_route
+        if not self.ifaces and self._config.rules == "auto":
+            raise PmtudError(
+                "there is no default route; name the interface errors come in on with --iface"
+            )
+
+    def open(self, stack: contextlib.ExitStack, senders: Senders) -> None:
+        """Install our table; with --rules off it holds the guard only, and it may be missing."""
+        try:
+            self.firewall = Firewall(self._config, self.ifaces, senders=senders)
+            stack.enter_context(self.firewall)
+        except PmtudError as problem:
+            if self._config.rules == "auto":
+                raise
+            log("warning", "cannot install the guard", problem=str(problem))
+        self.probe_guard()
+
+    def replace(self) -> None:
+        """Install our table again, with what is known now."""
+        if not self.firewall:
+            return
+        try:
+            self.firewall.replace(self.ifaces)
+        except PmtudError as problem:
+            log("warning", "cannot replace our rules", problem=str(problem))
+
+    def follow_senders(self, senders: Senders) -> None:
+        """From now on copies come from these."""
+        if self.firewall and self.firewall.senders != senders:
+            self.firewall.senders = senders
+            self.replace()
+
+    def follow_default_route(self) -> bool:
+        """Whether it moved; the rules have followed then. One that is gone changes nothing."""
+        with contextlib.suppress(PmtudError, OSError):
+            found = default_route_interfaces()
+            if found and found != self._default_route:
+                self._default_route = found
+                if not self._config.ifaces:
+                    before = ",".join(self.ifaces)
+                    log("info", "the default route moved", before=before, now=",".join(found))
+                    self.ifaces = found
+                self.replace()
+                return True
+        return False
+
+    def conntrack_appeared(self) -> bool:
+        """Whether conntrack came into use after our start, as with kube-proxy; the guard asks it then."""
+        if not self.firewall or self.firewall.conntrack or not conntrack_in_use():
+            return False
+        log("info", "conntrack came into use: the guard now asks it who owns a flow")
+        self.replace()
+        return True
+
+    def probe_guard(self) -> None:
+        """Learn whether the guard holds; without it only errors for own addresses are delivered."""
+        for family in FAMILIES:
+            holds = self._restored(family)
+            about = f"no guard {family.name}"
+            if holds:
+                self.complaints.withdraw(about)
+            else:
+                text = (
+                    f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
+                    "install the output rules that `pmtud.py rules` prints"
+                )
+                self.complaints.say(about, text, family=family.name)
+            self.guarded[family.name] = holds
+
+    def _restored(self, family: Family) -> bool:
+        """Whether the guard holds, if need be after our rules have been installed again."""
+        holds = guard_holds(family)
+        if holds is None:  # the probe has no way out: believe the table, if we have one
+            return self.firewall is not None
+        if holds or not self.firewall:
+            return holds
+        self.replace()
+        about = f"overruled {family.name}"
+        if guard_holds(family):
+            self.complaints.withdraw(about)
+            log("warning", "our rules were flushed: installed again", family=family.name)
+            return True
+        text = (
+            f"our rules are overruled: another one in OUTPUT changes mark {MARK_DELIVER:#x} before "
+            "our chain `guard` (find it with: nft list ruleset | grep -B 9 'mark set')"
+        )
+        self.complaints.say(about, text, family=family.name)
+        return False
+
+
+def check_ifaces(names: Sequence[str]) -> None:
+    """Raise UsageError where --iface cannot work; say where it is not what was meant."""
+    existing = [name for _, name in socket.if_nameindex()]
+    for name in names:
+        if name not in existing:
+            there = ", ".join(existing)
+            raise UsageError(f"--iface: there is no interface {name}; there are {there}")
+        for role in ("brport", "bonding_slave"):
+            if os.path.exists(f"/sys/class/net/{name}/{role}"):
+                advice = "errors come in on that one; name it with --iface"
+                log("warning", f"{name} belongs to a bridge or bond: {advice}")
+    vrf = foreign_vrf(names)
+    if vrf:
+        raise UsageError(
+            f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
+            f"`ip vrf exec {vrf}`"
+        )
+
+
+class Acted(NamedTuple):
+    """An error that is acted on."""
+
+    error: MtuError
+    origin: str
+    action: str  # one of ACTIONS
+    rpf: bool  # strict reverse path filtering drops it
+
+
+class Forwarder:
+    """The packet's way: read what NFLOG has, decide on each error, copy, deliver, count."""
+
+    # Errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core
+    # takes 3 %.
+    BUSY = 100
+    # Errors and copies a turn then, so that no flood starves signals and timers.
+    BATCH = 40
+    BATCH_COPIES = 6400
+
+    def __init__(self, config: Config, counters: Counters, keeper: RuleKeeper) -> None:
+        self.news = News()
+        self.refusals = Refusals()
+        self._config = config
+        self._counters = counters
+        self._keeper = keeper
+        self._policy = Policy(config, View())
+        self._lanes = {family.name: Lane(family) for family in FAMILIES}
+        self._nflog: Optional[Nflog] = None
+        self._recent = 0  # errors since the last tick
+        self._gathering = 1  # how many the kernel hands over at a time
+
+    # -- read
+
+    def open(self) -> None:
+        """Bind the NFLOG group; raises PmtudError."""
+        self._nflog = Nflog(self._config.nflog_group)
+
+    def fileno(self) -> int:
+        """The NFLOG socket's descriptor; another one once a broken socket was opened again."""
+        return self._nflog.fileno() if self._nflog else -1
+
+    def close(self) -> None:
+        """Give the group back, and all sockets."""
+        self.close_lanes()
+        if self._nflog:
+            self._nflog.close()
+
+    def follow(self, arrangement: Arrangement) -> None:
+        """From now on judge and send by this arrangement; raises PmtudError."""
+        self._policy.set_view(arrangement.view)
+        self._counters.peers = arrangement.per_source
+        self.open_lanes(arrangement)
+        self.gather()  # with more peers fewer errors a turn
+
+    def open_lanes(self, arrangement: Arrangement) -> None:
+        """Sockets for each family that has none; one that has no use may go without."""
+        complaints = self._keeper.complaints
+        for name, lane in self._lanes.items():
+            if lane.delivery:
+                continue
+            try:
+                lane.open(self._config, arrangement)
+                self._counters.copies[name] = lane.counts
+                complaints.withdraw(name)
+            # Switched off in the kernel, or duplicate detection on the source address.
+            except OSError as problem:
+                if arrangement.targets[name]:
+                    complaints.say(name, f"no {name} sockets", problem=problem)
+
+    def close_lanes(self) -> None:
+        """Close the sockets of both families."""
+        for lane in self._lanes.values():
+            lane.close()
+
+    def _read(self) -> list[Logged]:
+        """What has arrived, nothing if nothing has.
+
+        A broken socket is opened again; PmtudError, the end of the daemon, if that fails.
+        """
+        if not self._nflog:
+            return []
+        before = self._nflog.lost
+        try:
+            logged = self._nflog.read()
+        except OSError as problem:
+            self._nflog.close()
+            self.open()
+            self._gathering = 1
+            log("error", "the NFLOG socket broke and was opened again", problem=problem.strerror)
+            return []
+        self._counters.nflog_lost += self._nflog.lost - before
+        return logged
+
+    def gather(self) -> None:
+        """While errors are many, have the kernel hand over as many at a time as a turn may take."""
+        errors = 1
+        if self._recent > self.BUSY:
+            most = max(len(lane.counts.refused) for lane in self._lanes.values())
+            errors = max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+        if self._nflog and errors != self._gathering:
+            with contextlib.suppress(OSError):
+                self._nflog.gather(errors)
+                self._gathering = errors
+
+    def tick(self, now: float) -> None:
+        """Once a second: see whether errors are still many, tell of refused copies."""
+        self.gather()
+        self._recent = 0
+        self.refusals.tell(now)
+
+    # -- decide
+
+    def handle_batch(self, now: float) -> None:
+        """Take what arrived, decide on each error, send the copies together, then deliver here."""
+        logged = self._read()
+        acted = []
+        for packet, _, rpf in logged:
+            one = self._judge(packet, rpf, now)
+            if one:
+                acted.append(one)
+        if not self._config.dry_run:
+            self._replicate(acted)
+            for error, origin, _, rpf in acted:
+                if origin is PEER or self._config.rescue:
+                    self._deliver(error, rpf)
+        self._account(acted, now)
+        if logged:
+            self._counters.last_error_received = time.time()
+            self._counters.batch_duration.observe(time.monotonic() - now)
+        self._recent += len(logged)
+        if self._recent > self.BUSY and self._gathering == 1:
+            self.gather()
+
+    def _judge(self, packet: bytes, rpf: bool, now: float) -> Optional[Acted]:
+        """What to do about one packet; None if nothing, which is counted by its Reason."""
+        error = parse(packet)
+        if isinstance(error, Reason):
+            self._counters.received[family_of_packet(packet).name, ROUTER] += 1
+            self._counters.dropped[error] += 1
+            return None
+        verdict = decide(error, self._policy, now)
+        self._counters.received[error.family.name, verdict.origin] += 1
+        if verdict.reason:
+            self._counters.dropped[verdict.reason] += 1
+            self._explain_drop(error, verdict.reason, now)
+            return None
+        return Acted(error, verdict.origin, self._action(error, verdict), rpf)
+
+    def _action(self, error: MtuError, verdict: Verdict) -> str:
+        """What the verdict comes to with these peers and options."""
+        if verdict.action is REPLICATE and self._lanes[error.family.name].fanout:
+            return REPLICATE
+        if verdict.origin is PEER or self._config.rescue:
+            return DELIVER
+        return NOTHING
+
+    # -- copy
+
+    def _replicate(self, acted: Sequence[Acted]) -> None:
+        """Send the copies of all errors of a family together."""
+        for lane in self._lanes.values():
+            bodies = []
+            for error, _, action, _ in acted:
+                if action is REPLICATE and error.family is lane.family:
+                    bodies.append(error.icmp)
+            if bodies and lane.fanout:
+                self.refusals.add(lane.fanout.send(bodies))
+
+    # -- deliver
+
+    def _deliver(self, error: MtuError, rpf: bool) -> None:
+        """Give the error to this node's own stack; the guard decides whether it is the owner."""
+        lane = self._lanes[error.family.name]
+        own = error.quoted_src in self._policy.view.own
+        result = "error"  # without a guard the error could leave this node towards the VIP
+        if lane.delivery and (own or self._keeper.guarded[error.family.name]):
+            code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
+            if code and self._keeper.conntrack_appeared():
+                code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
+            if code == 0:
+                result = "owner"
+            elif code == errno.EPERM:
+                result = "not_owner"
+            else:
+                self._explain_refusal(error, code)
+        self._counters.delivered[error.family.name, result] += 1
+        if rpf and result == "owner":
+            self._counters.rpf_rescued += 1
+
+    # -- count and tell
+
+    def _account(self, acted: Sequence[Acted], now: float) -> None:
+        """Count and log what was done, after all of it: a log line costs as much as ten copies."""
+        told = LOGGER.isEnabledFor(logging.DEBUG)
+        for error, origin, action, _ in acted:
+            if origin is ROUTER:
+                self._tell_report(error, now)
+            if self._config.dry_run:
+                self._counters.dropped[Reason.DRY_RUN] += 1
+                log("info", f"dry run: would {action}", origin=origin, error=error)
+                continue
+            self._counters.acted[action] += 1
+            self._counters.reported_mtu.observe(error.believed_mtu)
+            if told:
+                log("debug", "error", origin=origin, what=action, error=error)
+
+    def _tell_report(self, error: MtuError, now: float) -> None:
+        """One log line for each (router, destination, MTU)."""
+        if self.news.is_due((error.src, error.quoted_dst, error.mtu), now):
+            log(
+                "info",
+                "a router reports an MTU",
+                router=ipaddress.ip_address(error.src),
+                destination=ipaddress.ip_address(error.quoted_dst),
+                mtu=error.mtu,
+            )
+
+    def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
+        """One line for each dropped error at debug, and one for a peer that is not listed."""
+        if LOGGER.isEnabledFor(logging.DEBUG):
+            log("debug", "dropped", reason=reason.value, error=error)
+        if reason is Reason.MISADDRESSED and self.news.is_due(error.src, now):
+            source = ipaddress.ip_address(error.src)
+            text = (
+                f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
+                "address of a peer, add it to --peers or --ignore-networks"
+            )
+            log("warning", text, error=error)
+
+    def _explain_refusal(self, error: MtuError, code: int) -> None:
+        """A delivery that the stack refuses is the operator's problem: a line an errno and hour."""
+        problem = os.strerror(code)
+        log("debug", "not delivered", error=error, problem=problem)
+        if self.news.is_due(code, time.monotonic(), rationed=False):
+            text = (
+                "this node's stack refuses a delivery: that flow does not learn; "
+                "see `pmtud.py check`"
+            )
+            log("warning", text, problem=problem, error=error)
+
+
+# -----------------------------------------------------------------------------
+# Section: daemon -- its life: start, loop, signals, housekeeping, systemd, HTTP
 
 
 class StatusServer(socketserver.ThreadingTCPServer):
@@ -3636,49 +4165,6 @@ def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServe
         return StatusServer(config, "0.0.0.0", *serve)  # IPv6 is switched off here
 
 
-class Outlet:
-    """The two ways out for one family.
-
-    Delivery to this node's own stack, and copies to its peers.
-    """
-
-    def __init__(
-        self, family: Family, config: Config, arrangement: Arrangement, before: Optional[CopyCounts]
-    ) -> None:
-        source = arrangement.sources.get(family.name, b"")
-        with contextlib.ExitStack() as stack:
-            inside = arrangement.inside.get(family.name)
-            self.delivery: DeliverySocket = stack.enter_context(DeliverySocket(family, inside))
-            self.copies: CopySocket = stack.enter_context(CopySocket(family, config.ttl, source))
-            peers = [
-                peer
-                for peer in arrangement.targets[family.name]
-                if self._reachable(peer, not config.dry_run)
-            ]
-            self.counts = CopyCounts([str(peer) for peer in peers], before)
-            self.fanout = Fanout(self.copies, peers, self.counts) if peers else None
-            self._stack = stack.pop_all()
-
-    def _reachable(self, peer: PeerAddress, join: bool) -> bool:
-        """Whether the peer's interface exists; a multicast group is joined there."""
-        try:
-            place(peer)
-            if peer.is_multicast and join:  # which sends reports
-                self.copies.join(peer)
-        except OSError as problem:
-            log(
-                "warning",
-                f"peer {peer} left out until its interface is there",
-                problem=problem.strerror or problem,
-            )
-            return False
-        return True
-
-    def close(self) -> None:
-        """Close both sockets."""
-        self._stack.close()
-
-
 class ServiceManager:
     """What systemd is told, as sd_notify(3) has it.
 
@@ -3711,65 +4197,151 @@ class ServiceManager:
             self.tell("WATCHDOG=1")
 
 
-class Service:
-    """The running daemon: owns every descriptor, turns the loop, acts on each error as decide()
-    says.
-    """
+def per_second(rate: float) -> str:
+    """A rate for people."""
+    if not rate:
+        return "no limit"
+    return f"{rate:.10g}/s"
 
-    # Errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core
-    # takes 3 %
-    BUSY = 100
-    BATCH, BATCH_COPIES = (
-        40,
-        6400,
-    )  # errors and copies per turn then: signals and timers are never starved by a flood
+
+def describe_rules(config: Config, firewall: Optional[Firewall]) -> str:
+    """Whose rules are in force."""
+    text = ""
+    if config.rules == "off":
+        text = "your own NFLOG rule, "
+    if not firewall:
+        return f"{text}no guard"
+    text += f"table inet {firewall.table}"
+    if not firewall.owned:
+        text += " (not owned: old kernel)"
+    return text
+
+
+def describe_limits(config: Config, senders: Senders) -> str:
+    """How much is acted on, and what is believed."""
+    total = per_second(config.rate)
+    passed = senders.rate(config.rate)
+    if passed < config.rate:
+        total += f", {passed}/s for so many peers"
+    ipv4, ipv6 = config.min_mtu
+    text = (
+        f"one per flow each {config.flow_interval:g} s, "
+        f"{per_second(config.source_rate)} per router, {total} in all; "
+        f"MTU at least {ipv4} (IPv4), {ipv6} (IPv6)"
+    )
+    if config.dry_run:
+        text += "; dry run: nothing is sent"
+    return text
+
+
+class Roster:
+    """Who is who on this node: puts peers and addresses in force whenever they change."""
+
+    CHANGE_GAP = 1.0  # seconds from one change to the next: 16 ms each with 1,000 peers
+
+    def __init__(self, peers: Peers, forwarder: Forwarder, keeper: RuleKeeper) -> None:
+        self.arrangement = Arrangement({}, (), {}, {}, {}, View())
+        self.stale = False  # peers or addresses have changed
+        self.change_at = 0.0  # when the next change may be put in force
+        self._peers = peers
+        self._forwarder = forwarder
+        self._keeper = keeper
+        self._complaints = keeper.complaints
+
+    def unanswered(self) -> list[str]:
+        """What is known of the peer sources of which no answer is in force."""
+        return self._peers.unanswered(self.arrangement.per_source)
+
+    def rearrange(self, config: Config) -> None:
+        """Work out peers and addresses anew and put them in force; raises PmtudError, OSError."""
+        before = self.arrangement
+        listed = self._peers.listed()
+        ifaces = self._keeper.ifaces
+        self.arrangement = arrange(listed, local_addresses(), config.ignore_networks, ifaces)
+        # Pods come and go, and addresses with them: mostly nothing changes for us.
+        if self.arrangement.needs_sockets_after(before):
+            self._forwarder.close_lanes()
+        self._forwarder.follow(self.arrangement)
+        self._keeper.follow_senders(self.arrangement.senders)
+
+    def refresh(self, config: Config) -> None:
+        """Put what has changed in force, or keep the old and say why."""
+        self.stale = False
+        before = self.arrangement
+        try:
+            self.rearrange(config)
+        except (PmtudError, OSError) as problem:
+            text = "cannot put the new peers in force, the old ones stay"
+            self._complaints.say("peers", text, problem=problem)
+            return
+        finally:
+            self.change_at = time.monotonic() + self.CHANGE_GAP
+        self._complaints.withdraw("peers")
+        self._tell_change(before)
+
+    def tick(self) -> None:
+        """Once a second: open what could not be opened, try again what could not be put in force."""
+        try:
+            self._forwarder.open_lanes(self.arrangement)
+        except PmtudError as problem:
+            text = "cannot open raw sockets any more"
+            self._complaints.say("sockets", text, problem=problem)
+        if "peers" in self._complaints:
+            self.stale = True
+
+    def tell(self) -> None:
+        """One line about the peers in force."""
+        peers = self.arrangement.everyone
+        if peers:
+            log("info", f"peers: {len(peers)} ({some(peers)})")
+        elif self.unanswered():
+            log("info", "peers: none yet, asking for them")
+        else:
+            log("info", "peers: none, standalone: local rescue only")
+
+    def _tell_change(self, before: Arrangement) -> None:
+        """One line about who came and went; also where a source's first answer brings nobody."""
+        old = set(before.everyone)
+        new = set(self.arrangement.everyone)
+        told = []
+        for peers, what in ((new - old, "came"), (old - new, "went")):
+            if peers:
+                told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
+        if told:
+            targets = self.arrangement.targets
+            counts = {f"peers_{name}": len(peers) for name, peers in targets.items()}
+            log("info", f"peers changed: {', '.join(told)}", **counts)
+        elif not new and self.arrangement.per_source.keys() != before.per_source.keys():
+            self.tell()
+
+
+class Daemon:
+    """The running program: opens everything, turns the loop, keeps house, closes everything."""
+
     TICK = 1.0  # seconds between housekeeping
-    CHANGE_GAP = 1.0  # seconds between changes of peers and addresses: 16 ms each with 1,000 peers
     SLOW_TICKS = 10  # every tenth: default route, guard
     SUMMARY = 60.0  # seconds between summaries in the log
-    NEWS_PER_MINUTE = 20  # lines about routers and destinations not seen before
+    HUNG = 10.0  # seconds without a turn of the loop
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.counters = Counters()
-        self.policy = Policy(config, View())
-        self.ifaces: tuple[str, ...] = ()
-        self._default_route: tuple[str, ...] = ()
-        self.guarded: dict[str, bool] = {}  # by family name, as last probed
-        self._outlets: dict[str, Outlet] = {}
-        self._arrangement = Arrangement({}, (), {}, {}, {}, View())
-        self._recent, self._gathering = (
-            0,
-            1,
-        )  # errors since the last tick; how many the kernel hands over at a time
+        self.keeper = RuleKeeper(config, Complaints())
+        self.forwarder = Forwarder(config, self.counters, self.keeper)
+        self.peers = Peers(config, self.counters, self.wake)
+        self.roster = Roster(self.peers, self.forwarder, self.keeper)
+        self._server: Optional[StatusServer] = None
+        self._manager = ServiceManager(os.environ)
+        self._stack = contextlib.ExitStack()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self.peers = Peers(config, self.counters, self.wake)
-        self._stack = contextlib.ExitStack()
-        self._poll = select.poll()
-        self._firewall: Optional[Firewall] = None
-        self._server: Optional[StatusServer] = None
-        self._stopping = self._hangup = self._stale = False
-        self._change_at = 0.0  # when the next change may be put in force
-        self._refusals: Counter[tuple[PeerAddress, int]] = Counter()  # copies, by errno, untold
-        self._refusals_at = 0.0  # when the next warning about them may come
-        self._complaints: dict[
-            str, str
-        ] = {}  # what is not in force now and why; tried again each second
+        self._stopping = False
+        self._hangup = False
         self._ticks = 0
         self._turned = time.monotonic()
-        self._known = Recent(3600.0, capacity=1024)
-        self._news_left = self.NEWS_PER_MINUTE
         self._summarized = self.counters.summary()
         self._summary_at = self._turned + self.SUMMARY
-        self._manager = ServiceManager(os.environ)
-
-    def wake(self) -> None:
-        """Make the loop look at the peers again; callable from any thread or signal handler."""
-        self._stale = True
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"!")
 
     # -- start and stop
 
@@ -3778,163 +4350,28 @@ class Service:
 
         Raises PmtudError before anything is left behind.
         """
-        config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
             self.peers.prepare()
-            self._default_route = default_route_interfaces()
-            self.ifaces = self._choose_ifaces()
-            self._nflog = Nflog(config.nflog_group)
-            stack.callback(lambda: self._nflog.close())  # noqa: PLW0108 - it may be another one by then
-            self._monitor = stack.enter_context(
-                Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
-            )
+            self.keeper.choose_ifaces()
+            stack.callback(self.forwarder.close)
+            self.forwarder.open()
+            self._monitor = Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+            stack.enter_context(self._monitor)
             self._monitor.socket.setblocking(False)
-            stack.callback(self._close_outlets)
-            self._rearrange()
-            self._open_firewall(stack)
-            self._probe_guard()
+            self.roster.rearrange(self.config)
+            self.keeper.open(stack, self.roster.arrangement.senders)
             self._open_status(stack)
-            self._load_library()
-            self._drop_privileges()  # of this thread, so before any other starts
-            self._start_threads(stack)
+            if os.geteuid() == 0:
+                self._drop_privileges()  # of this thread, so before any other starts
+            self.peers.follow()
+            if self._server:
+                stack.callback(self._server.shutdown)
+                serve = self._server.serve_forever
+                threading.Thread(target=serve, name="http", daemon=True).start()
             self._stack = stack.pop_all()
         self._announce()
         self._manager.tell("READY=1", self._status())
-
-    def _open_firewall(self, stack: contextlib.ExitStack) -> None:
-        """Install our table; with --rules off it holds the guard only, and it may be missing."""
-        try:
-            self._firewall = Firewall(self.config, self.ifaces, senders=self._arrangement.senders)
-            stack.enter_context(self._firewall)
-        except PmtudError as problem:
-            if self.config.rules == "auto":
-                raise
-            log("warning", "cannot install the guard", problem=str(problem))
-
-    def _choose_ifaces(self) -> tuple[str, ...]:
-        if not self.config.ifaces:
-            if not self._default_route and self.config.rules == "auto":
-                raise PmtudError(
-                    "there is no default route; name the interface errors come in on with --iface"
-                )
-            return self._default_route
-        existing = [name for _, name in socket.if_nameindex()]
-        for name in self.config.ifaces:
-            if name not in existing:
-                raise UsageError(
-                    f"--iface: there is no interface {name}; there are {', '.join(existing)}"
-                )
-            if any(
-                os.path.exists(f"/sys/class/net/{name}/{role}")
-                for role in ("brport", "bonding_slave")
-            ):
-                log(
-                    "warning",
-                    f"{name} belongs to a bridge or bond: errors come in on that one; name it with --iface",
-                )
-        vrf = foreign_vrf(self.config.ifaces)
-        if vrf:
-            raise UsageError(
-                f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
-                f"`ip vrf exec {vrf}`"
-            )
-        return self.config.ifaces
-
-    def _open_status(self, stack: contextlib.ExitStack) -> None:
-        config = self.config
-        if not config.metrics_port:
-            return
-        try:
-            render = partial(render_metrics, self.counters)
-            self._server = open_status_server(config, render, self.unhealthy, self.unready)
-            stack.callback(self._server.server_close)
-        except OSError as problem:
-            place = f"{config.metrics_addr or '*'} port {config.metrics_port}"
-            text = f"metrics cannot be served on {place} ({problem.strerror})"
-            advice = "choose others with --metrics-addr and --metrics-port"
-            if config.metrics_required:
-                raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
-            log("warning", f"{text}; running without, {advice}")
-        address, in_pod = config.metrics_addr, "KUBERNETES_SERVICE_HOST" in os.environ
-        if in_pod and address and ipaddress.ip_address(address).is_loopback:
-            log(
-                "warning",
-                f"a kubelet's probes go to the node's address and fail, HTTP is served on {address} only",
-            )
-
-    def _load_library(self) -> None:
-        """Import prometheus-client, which may lie where only all of root's privileges reach.
-
-        Say so if that fails.
-        """
-        if not self._server:
-            return
-        try:
-            render_metrics(self.counters)
-        except PmtudError as problem:
-            log("warning", f"running without metrics: {problem}")
-
-    def _drop_privileges(self) -> None:
-        if os.geteuid() == 0:
-            try:
-                drop_privileges()
-            except OSError as problem:
-                log(
-                    "warning", "cannot drop privileges, going on with all", problem=problem.strerror
-                )
-
-    def _start_threads(self, stack: contextlib.ExitStack) -> None:
-        self.peers.follow()
-        if self._server:
-            stack.callback(self._server.shutdown)
-            threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
-
-    def _announce(self) -> None:
-        config, arrangement = self.config, self._arrangement
-        table = "" if config.rules == "auto" else "your own NFLOG rule, "
-        table += f"table inet {self._firewall.table}" if self._firewall else "no guard"
-        table += " (not owned: old kernel)" if self._firewall and not self._firewall.owned else ""
-        log(
-            "info",
-            f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
-            f"NFLOG group {config.nflog_group}, rules: {table}",
-        )
-        self._tell_peers()
-        if arrangement.removed:
-            log(
-                "info",
-                f"own address removed from peers: {', '.join(map(str, arrangement.removed))}",
-            )
-        passed = arrangement.senders.rate(config.rate)
-        source_rate, rate = (
-            f"{rate:.10g}/s" if rate else "no limit" for rate in (config.source_rate, config.rate)
-        )
-        rate += f", {passed}/s for so many peers" if passed < config.rate else ""
-        log(
-            "info",
-            f"limits: one per flow each {config.flow_interval:g} s, {source_rate} per router, "
-            f"{rate} in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
-            + ("; dry run: nothing is sent" if config.dry_run else ""),
-        )
-
-    def _tell_peers(self) -> None:
-        """One line about the peers in force."""
-        peers = self._arrangement.everyone
-        if peers:
-            log("info", f"peers: {len(peers)} ({some(peers)})")
-        elif self._all_answered():
-            log("info", "peers: none, standalone: local rescue only")
-        else:
-            log("info", "peers: none yet, asking for them")
-
-    def _all_answered(self) -> bool:
-        """Whether an answer of every peer source is in force, not only on its way."""
-        return not self.peers.unanswered(self._arrangement.per_source)
-
-    def _status(self) -> str:
-        totals, peers = self.counters.summary(), len(self._arrangement.everyone)
-        return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
 
     def close(self) -> None:
         """Undo everything open() did."""
@@ -3944,197 +4381,100 @@ class Service:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    def _close_outlets(self) -> None:
-        for outlet in self._outlets.values():
-            outlet.close()
-        self._outlets = {}
-
-    # -- state that changes while running
-
-    def _rearrange(self) -> None:
-        """Work out peers and addresses anew and put them in force."""
+    def _open_status(self, stack: contextlib.ExitStack) -> None:
+        """Start to listen for HTTP, if anybody wants that."""
         config = self.config
-        arrangement = arrange(
-            self.peers.listed(), local_addresses(), config.ignore_networks, self.ifaces
-        )
-        before, self._arrangement = self._arrangement, arrangement
-        self.policy.look(arrangement.view)
-        self.counters.peers = arrangement.per_source
-        zones = any(peer.zone for peer in arrangement.everyone)  # may have a new index
-        sockets_before = before.targets, before.sources, before.inside
-        if zones or sockets_before != (
-            arrangement.targets,
-            arrangement.sources,
-            arrangement.inside,
-        ):
-            self._close_outlets()
-            # Pods come and go, and addresses with them: mostly nothing changes for us
-            self._open_outlets()
-        if self._firewall and self._firewall.senders != arrangement.senders:
-            self._firewall.senders = arrangement.senders
-            self._replace_rules()
-        if self._gathering > 1:  # with more peers fewer errors a turn
-            self._gather()
-
-    def _open_outlets(self) -> None:
-        """Sockets for the peers of now, for each family that has none.
-
-        Tried again each second where it fails.
-        """
-        for family in FAMILIES:
-            if family.name in self._outlets:
-                continue
-            try:
-                before = self.counters.copies.get(family.name)
-                self._outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
-                self.counters.copies[family.name] = self._outlets[family.name].counts
-                self._complaints.pop(family.name, None)
-            # Switched off in the kernel, or duplicate detection on the source address
-            except OSError as problem:
-                if self._arrangement.targets[family.name]:
-                    self._complain(family.name, f"no {family.name} sockets", problem)
-
-    def _complain(self, about: str, text: str, problem: object) -> None:
-        """A warning, once for as long as the problem is the same."""
-        if self._complaints.get(about) != str(problem):
-            self._complaints[about] = str(problem)
-            log("warning", text, problem=problem)
-
-    def _probe_guard(self) -> None:
-        """Learn whether the guard is in force.
-
-        Without it only errors for local addresses are delivered.
-        """
-        for family in FAMILIES:
-            before, holds = self.guarded.get(family.name), guard_holds(family)
-            if holds is False and self._firewall:
-                self._replace_rules()
-                holds = guard_holds(family)
-                self._tell_of_guard(family, holds)
-            if holds is None:  # the probe has no way out: believe the table, if we have one
-                holds = self._firewall is not None
-            if not holds and before is not False:
-                log(
-                    "warning",
-                    f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
-                    "install the output rules that `pmtud.py rules` prints",
-                    family=family.name,
-                )
-            self.guarded[family.name] = holds
-
-    def _tell_of_guard(self, family: Family, holds: Optional[bool]) -> None:
-        """Say what had become of the guard, now that our rules have been installed again."""
-        about = f"guard {family.name}"
-        if holds:
-            self._complaints.pop(about, None)
-            log("warning", "our rules were flushed: installed again", family=family.name)
-        else:
-            rules = "nft list ruleset | grep -B 9 'mark set'"
-            self._complain(
-                about,
-                f"our rules are overruled: another one in OUTPUT changes mark {MARK_DELIVER:#x} "
-                f"before our chain `guard` (find it with: {rules})",
-                family.name,
-            )
-
-    def _replace_rules(self) -> None:
-        if not self._firewall:
+        if not config.metrics_port:
             return
         try:
-            self._firewall.replace(self.ifaces)
-        except PmtudError as problem:
-            log("warning", "cannot replace our rules", problem=str(problem))
+            render = partial(render_metrics, self.counters)
+            self._server = open_status_server(config, render, self.unhealthy, self.unready)
+            stack.callback(self._server.server_close)
+        except OSError as problem:
+            where = f"{config.metrics_addr or '*'} port {config.metrics_port}"
+            text = f"metrics cannot be served on {where} ({problem.strerror})"
+            advice = "choose others with --metrics-addr and --metrics-port"
+            if config.metrics_required:
+                raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
+            log("warning", f"{text}; running without, {advice}")
+            return
+        self._check_status()
 
-    def _conntrack_appeared(self) -> bool:
-        """Put the conntrack rule in place if conntrack came into use after our start (kube-proxy
-        starts after us).
+    def _check_status(self) -> None:
+        """Say what keeps HTTP from being of use.
+
+        prometheus-client is imported now: it may lie where only all of root's privileges reach.
         """
-        if not self._firewall or self._firewall.conntrack or not conntrack_in_use():
-            return False
-        log("info", "conntrack came into use: the guard now asks it who owns a flow")
-        self._replace_rules()
-        return True
-
-    def _tick(self, now: float) -> None:
-        """Housekeeping, once a second."""
-        self._ticks += 1
-        self._gather()
-        self._recent = 0
+        address = self.config.metrics_addr
+        in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+        if in_pod and address and ipaddress.ip_address(address).is_loopback:
+            text = "a kubelet's probes go to the node's address and fail"
+            log("warning", f"{text}, HTTP is served on {address} only")
         try:
-            self._open_outlets()
+            render_metrics(self.counters)
         except PmtudError as problem:
-            self._complain("sockets", "cannot open raw sockets any more", problem)
-        self._stale = self._stale or "peers" in self._complaints
-        if self._ticks % self.SLOW_TICKS == 0:
-            self._follow_default_route()
-            self._probe_guard()
-        self._tell_refusals(now)
-        if now >= self._summary_at:
-            self._summarize(now)
+            log("warning", f"running without metrics: {problem}")
 
-    def _follow_default_route(self) -> None:
-        with contextlib.suppress(PmtudError, OSError):
-            found = default_route_interfaces()
-            if not found or found == self._default_route:
-                return
-            if not self.config.ifaces:
-                log(
-                    "info",
-                    "the default route moved",
-                    before=",".join(self.ifaces),
-                    now=",".join(found),
-                )
-                self.ifaces = found
-            self._default_route = found
-            self._replace_rules()
-            self._stale = True
+    @staticmethod
+    def _drop_privileges() -> None:
+        try:
+            drop_privileges()
+        except OSError as problem:
+            text = "cannot drop privileges, going on with all"
+            log("warning", text, problem=problem.strerror)
 
-    def _summarize(self, now: float) -> None:
-        totals = self.counters.summary()
-        changes = {name: count - self._summarized.get(name, 0) for name, count in totals.items()}
-        if any(changes.values()):
-            log("info", "last minute", **{name: count for name, count in changes.items() if count})
-        self._manager.tell(self._status())
-        self._summarized, self._summary_at, self._news_left = (
-            totals,
-            now + self.SUMMARY,
-            self.NEWS_PER_MINUTE,
+    def _announce(self) -> None:
+        """The lines of a start: where, to whom, how much."""
+        config = self.config
+        arrangement = self.roster.arrangement
+        ifaces = ", ".join(self.keeper.ifaces) or "any"
+        rules = describe_rules(config, self.keeper.firewall)
+        log(
+            "info",
+            f"pmtud {__version__} on {config.nodename}: errors come in on {ifaces}, "
+            f"NFLOG group {config.nflog_group}, rules: {rules}",
         )
+        self.roster.tell()
+        removed = ", ".join(map(str, arrangement.removed))
+        if removed:
+            log("info", f"own address removed from peers: {removed}")
+        log("info", f"limits: {describe_limits(config, arrangement.senders)}")
+
+    # -- how it is
+
+    def _status(self) -> str:
+        """What systemctl status shows."""
+        totals = self.counters.summary()
+        peers = len(self.roster.arrangement.everyone)
+        return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
 
     def unhealthy(self) -> list[str]:
         """That the loop has not turned for ten seconds; nothing while it turns."""
         idle = time.monotonic() - self._turned
-        return [f"the packet loop has not turned for {idle:.0f} s"] if idle >= 10.0 else []
+        if idle < self.HUNG:
+            return []
+        return [f"the packet loop has not turned for {idle:.0f} s"]
 
     def unready(self) -> list[str]:
-        """What keeps errors from coming in and going out.
-
-        The loop, rules, peer sources; nothing if all is well.
-        """
+        """What keeps errors from coming in and going out; nothing if all is well."""
         missing = self.unhealthy()
         if self.config.rules == "auto":
-            missing += [
-                f"{name}: our rules are not in force"
-                for name, holds in self.guarded.items()
-                if not holds
-            ]
-        return missing + self.peers.unanswered(self._arrangement.per_source)
+            for name, holds in self.keeper.guarded.items():
+                if not holds:
+                    missing.append(f"{name}: our rules are not in force")
+        return missing + self.roster.unanswered()
 
     # -- the loop
 
     def run(self) -> None:
         """Turn until SIGTERM or SIGINT."""
-        for descriptor in (self._nflog, self._monitor, self._wake_read):
-            self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            wake_at = min(tick_at, self._manager.watchdog_at)
-            if self._stale:
-                wake_at = min(wake_at, self._change_at)
-            ready = dict(self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1)))
-            self._turned = now = time.monotonic()
-            if self._nflog.fileno() in ready:
-                self._handle_batch(now)
+            ready = self._wait(tick_at)
+            now = time.monotonic()
+            self._turned = now
+            if self.forwarder.fileno() in ready:
+                self.forwarder.handle_batch(now)
             self._manager.turned(now)
             if self._wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -4143,257 +4483,92 @@ class Service:
                 self._drain_monitor()
             if self._hangup:
                 self._hangup = False
-                self._tell_reload()
-                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-                self.peers.reload()
-                self._manager.tell("READY=1", self._status())
+                self._reload()
             if now >= tick_at:
                 tick_at = now + self.TICK
                 self._tick(now)
-            if self._stale and now >= self._change_at:
-                self._stale = False
-                self._peers_changed()
-                self._change_at = time.monotonic() + self.CHANGE_GAP
+            if self.roster.stale and now >= self.roster.change_at:
+                self.roster.refresh(self.config)
+                self._manager.tell(self._status())
 
-    def _tell_reload(self) -> None:
-        if self.config.peer_sources:
-            log("info", "SIGHUP: reading the peer sources again")
-        else:
-            log(
-                "info",
-                "SIGHUP: nothing to read again, no peer source is in use; "
-                "options are read at the start",
-            )
+    def _wait(self, tick_at: float) -> set[int]:
+        """Sleep until something is due or has come in; the descriptors that can be read."""
+        wake_at = min(tick_at, self._manager.watchdog_at)
+        if self.roster.stale:
+            wake_at = min(wake_at, self.roster.change_at)
+        poll = select.poll()
+        for descriptor in (self.forwarder, self._monitor, self._wake_read):
+            poll.register(descriptor, select.POLLIN)
+        milliseconds = int((wake_at - time.monotonic()) * 1000) + 1
+        return {descriptor for descriptor, _ in poll.poll(max(0, milliseconds))}
 
-    def stop(self, *_: object) -> None:
-        """Signal handler: end the loop."""
-        self._stopping = True
-
-    def hang_up(self, *_: object) -> None:
-        """Signal handler: look at the peer sources again."""
-        self._hangup = True
+    def wake(self) -> None:
+        """Make the loop look at the peers again; callable from any thread or signal handler."""
+        self.roster.stale = True
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"!")
 
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT stop, SIGHUP reloads; each wakes the loop through the pipe."""
-        signal.signal(signal.SIGTERM, self.stop)
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGHUP, self.hang_up)
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGHUP, self._hang_up)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _hang_up(self, *_: object) -> None:
+        self._hangup = True
+
+    def _reload(self) -> None:
+        """SIGHUP: look at the peer sources again."""
+        text = "SIGHUP: reading the peer sources again"
+        if not self.config.peer_sources:
+            text = (
+                "SIGHUP: nothing to read again, no peer source is in use; "
+                "options are read at the start"
+            )
+        log("info", text)
+        self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.peers.reload()
+        self._manager.tell("READY=1", self._status())
+
+    # -- housekeeping
+
+    def _tick(self, now: float) -> None:
+        """Housekeeping, once a second."""
+        self._ticks += 1
+        self.forwarder.tick(now)
+        self.roster.tick()
+        if self._ticks % self.SLOW_TICKS == 0:
+            if self.keeper.follow_default_route():
+                self.roster.stale = True
+            self.keeper.probe_guard()
+        if now >= self._summary_at:
+            self._summarize(now)
+
+    def _summarize(self, now: float) -> None:
+        """Once a minute: what has grown."""
+        totals = self.counters.summary()
+        grown = {}
+        for name, count in totals.items():
+            growth = count - self._summarized.get(name, 0)
+            if growth:
+                grown[name] = growth
+        if grown:
+            log("info", "last minute", **grown)
+        self._manager.tell(self._status())
+        self._summarized = totals
+        self._summary_at = now + self.SUMMARY
+        self.forwarder.news.renew()
 
     def _drain_monitor(self) -> None:
         """An address came or went: rearrange, once for a burst of changes."""
-        with contextlib.suppress(
-            OSError
-        ):  # nothing left, or events were lost: either way look again
+        with contextlib.suppress(OSError):  # nothing left, or events were lost: look again
             while True:
                 self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
-        self._stale = True
-
-    def _peers_changed(self) -> None:
-        before = self._arrangement
-        try:
-            self._rearrange()
-        except (PmtudError, OSError) as problem:
-            self._complain("peers", "cannot put the new peers in force, the old ones stay", problem)
-            return
-        self._complaints.pop("peers", None)
-        self._tell_change(before)
-
-    def _tell_change(self, before: Arrangement) -> None:
-        """One line about who came and went; also where a source's first answer brings nobody."""
-        old, new = set(before.everyone), set(self._arrangement.everyone)
-        told = []
-        for peers, what in ((new - old, "came"), (old - new, "went")):
-            if peers:
-                told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
-        if told:
-            targets = self._arrangement.targets
-            counts = {f"peers_{name}": len(peers) for name, peers in targets.items()}
-            log("info", f"peers changed: {', '.join(told)}", **counts)
-            self._manager.tell(self._status())
-        elif not new and self._arrangement.per_source.keys() != before.per_source.keys():
-            self._tell_peers()
-
-    # -- the packet's way
-
-    def _handle_batch(self, now: float) -> None:
-        """Take what arrived, decide on each error, send the copies together, then deliver here."""
-        counters, policy, logged = self.counters, self.policy, self._read_nflog()
-        copies: dict[str, list[bytes]] = {
-            name: [] for name, outlet in self._outlets.items() if outlet.fanout
-        }
-        acted: list[tuple[MtuError, str, str, bool]] = []
-        for packet, _, rpf in logged:
-            error = parse(packet)
-            if isinstance(error, Reason):
-                counters.received[(IPV6 if packet[:1] >= b"\x60" else IPV4).name, ROUTER] += 1
-                counters.dropped[error] += 1
-                continue
-            origin, what = decide(error, policy, now)
-            name = error.family.name
-            if isinstance(what, Reason):
-                counters.received[name, origin] += 1
-                counters.dropped[what] += 1
-                self._explain_drop(error, what, now)
-                continue
-            if what is REPLICATE and name in copies:
-                copies[name].append(error.icmp)
-            else:
-                what = DELIVER if origin is PEER or self.config.rescue else NOTHING
-            acted.append((error, origin, what, rpf))
-        if not self.config.dry_run:
-            for name, bodies in copies.items():
-                self._replicate(name, bodies)
-            for error, origin, _, rpf in acted:
-                if origin is PEER or self.config.rescue:
-                    self._deliver(error, rpf)
-        self._account(acted, now)
-        if logged:
-            counters.last_error_received = time.time()
-            counters.batch_duration.observe(time.monotonic() - now)
-        self._recent += len(logged)
-        if self._recent > self.BUSY and self._gathering == 1:
-            self._gather()
-
-    def _account(self, acted: Sequence[tuple[MtuError, str, str, bool]], now: float) -> None:
-        """Count and log what was done, after all of it: a log line costs as much as ten copies."""
-        told, dry_run = LOGGER.isEnabledFor(logging.DEBUG), self.config.dry_run
-        for error, origin, what, _ in acted:
-            self._note(error, origin, now)
-            self.counters.received[error.family.name, origin] += 1
-            if dry_run:
-                self.counters.dropped[Reason.DRY_RUN] += 1
-                log("info", f"dry run: would {what}", origin=origin, error=error)
-                continue
-            self.counters.acted[what] += 1
-            self.counters.reported_mtu.observe(error.believed_mtu)
-            if told:
-                log("debug", "error", origin=origin, what=what, error=error)
-
-    def _gather(self) -> None:
-        """While errors are many, have the kernel hand over as many at a time as a turn may take.
-
-        Else each at once.
-        """
-        most = max(map(len, self._arrangement.targets.values()), default=0)
-        errors = (
-            max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
-            if self._recent > self.BUSY
-            else 1
-        )
-        if errors != self._gathering:
-            with contextlib.suppress(OSError):
-                self._nflog.gather(errors)
-                self._gathering = errors
-
-    def _read_nflog(self) -> list[Logged]:
-        """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if
-        that fails.
-        """
-        before = self._nflog.lost
-        try:
-            return self._nflog.read()
-        except OSError as problem:
-            self._poll.unregister(self._nflog)
-            self._nflog.close()
-            self._nflog, self._gathering = Nflog(self.config.nflog_group), 1
-            self._poll.register(self._nflog, select.POLLIN)
-            log("error", "the NFLOG socket broke and was opened again", problem=problem.strerror)
-            before = self._nflog.lost
-            return []
-        finally:
-            self.counters.nflog_lost += self._nflog.lost - before
-
-    def _replicate(self, family_name: str, bodies: Sequence[bytes]) -> None:
-        fanout = self._outlets[family_name].fanout
-        if not fanout or not bodies:
-            return
-        refused = fanout.send(bodies)
-        if refused:
-            self._refusals.update(refused)
-        for peer, code in refused:
-            log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
-
-    def _tell_refusals(self, now: float) -> None:
-        """A warning about the copies that the kernel refused, at most once a minute."""
-        if not self._refusals or now < self._refusals_at:
-            return
-        shown = []
-        for (peer, code), count in self._refusals.most_common(8):
-            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
-            shown.append(f"{peer}: {problem}, {count} times")
-        if len(self._refusals) > len(shown):
-            shown.append(f"and {len(self._refusals) - len(shown)} more")
-        log("warning", f"the kernel refused copies to {'; '.join(shown)}")
-        self._refusals.clear()
-        self._refusals_at = now + self.SUMMARY
-
-    def _deliver(self, error: MtuError, rpf: bool) -> None:
-        """Give the error to this node's own stack; the guard decides whether it is the owner."""
-        name, view = error.family.name, self.policy.view
-        outlet = self._outlets.get(name)
-        if outlet is None or not (self.guarded.get(name) or error.quoted_src in view.own):
-            result = "error"  # without a guard the error could leave this node towards the VIP
-        else:
-            own = error.quoted_src in view.own
-            code = outlet.delivery.deliver(error.icmp, error.quoted_src, own)
-            if code and self._conntrack_appeared():
-                code = outlet.delivery.deliver(error.icmp, error.quoted_src, own)
-            result = {0: "owner", errno.EPERM: "not_owner"}.get(code, "error")
-            if result == "error":
-                self._tell_of_refusal(error, code)
-        self.counters.delivered[name, result] += 1
-        self.counters.rpf_rescued += rpf and result == "owner"
-
-    def _tell_of_refusal(self, error: MtuError, code: int) -> None:
-        """A delivery that this node's stack refused is the operator's problem.
-
-        One line for each errno and hour.
-        """
-        problem = os.strerror(code)
-        log("debug", "not delivered", error=error, problem=problem)
-        if self._known.get(code) is None:
-            self._known.put(code, problem, time.monotonic())
-            log(
-                "warning",
-                "this node's stack refuses a delivery: that flow does not learn; see `pmtud.py check`",
-                problem=problem,
-                error=error,
-            )
-
-    def _is_news(self, key: object, now: float) -> bool:
-        """Whether a line about this is due.
-
-        Not within an hour of the last, NEWS_PER_MINUTE in all.
-        """
-        if self._known.get(key) is not None or not self._news_left:
-            return False
-        self._known.put(key, now, now)
-        self._news_left -= 1
-        return True
-
-    def _note(self, error: MtuError, origin: str, now: float) -> None:
-        """One log line for each (router, destination, MTU)."""
-        if origin is ROUTER and self._is_news((error.src, error.quoted_dst, error.mtu), now):
-            log(
-                "info",
-                "a router reports an MTU",
-                router=ipaddress.ip_address(error.src),
-                destination=ipaddress.ip_address(error.quoted_dst),
-                mtu=error.mtu,
-            )
-
-    def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
-        if LOGGER.isEnabledFor(logging.DEBUG):
-            log("debug", "dropped", reason=reason.value, error=error)
-        if reason is Reason.MISADDRESSED and self._is_news(error.src, now):
-            source = ipaddress.ip_address(error.src)
-            log(
-                "warning",
-                f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
-                f"address of a peer, add it to --peers or --ignore-networks",
-                error=error,
-            )
+        self.roster.stale = True
 
 
 # -----------------------------------------------------------------------------
@@ -6100,19 +6275,19 @@ def run(config: Config) -> None:
     """The daemon: open, turn until a signal, close."""
     name_process()
     check_metrics_library(config)
-    service = Service(config)
-    service.handle_signals()
+    daemon = Daemon(config)
+    daemon.handle_signals()
     try:
-        service.open()
-        service.run()
+        daemon.open()
+        daemon.run()
         log(
             "info",
             "stopped",
-            **{name: count for name, count in service.counters.summary().items() if count},
+            **{name: count for name, count in daemon.counters.summary().items() if count},
         )
     finally:
         signal.set_wakeup_fd(-1)
-        service.close()
+        daemon.close()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -1063,6 +1063,13 @@ def make_policy(net: Plan = V4, **options: Any) -> pmtud.Policy:
     return pmtud.Policy(pmtud.Config(**{**unlimited, **options}), view)
 
 
+def outcome(error: pmtud.MtuError, policy: pmtud.Policy, now: float) -> str:
+    """What decide() does with an error, or why it does nothing."""
+    verdict = pmtud.decide(error, policy, now)
+    assert (verdict.action is pmtud.NOTHING) == (verdict.reason is not None)
+    return verdict.reason or verdict.action
+
+
 class WhoCase(NamedTuple):
     """Outer source, outer destination and quoted source, as names of Plan or addresses, and what
     follows.
@@ -1152,7 +1159,8 @@ def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
     )
     found = parsed(net, src=src, dst=dst, quoted_src=quoted_src)
     policy = make_policy(net)
-    assert pmtud.decide(found, policy, 1.0) == (case.origin, case.decision)
+    assert pmtud.decide(found, policy, 1.0).origin == case.origin
+    assert outcome(found, policy, 1.0) == case.decision
     expected = case.decision if isinstance(case.decision, Reason) else None
     assert pmtud.classify(found, policy.view) == (case.origin, expected)
 
@@ -1235,7 +1243,7 @@ INVALID_ROWS = [(case, net) for case in INVALID_CASES for net in case.nets]
 def test_what_is_believed(case: InvalidCase, net: Plan) -> None:
     found, policy = parsed(net, **case.fields), make_policy(net, **case.options)
     assert policy.invalid(found) is (None if case.reason is Reason.NOT_SERVICE else case.reason)
-    assert pmtud.decide(found, policy, 1.0)[1] is (case.reason or REPLICATE)
+    assert outcome(found, policy, 1.0) is (case.reason or REPLICATE)
 
 
 class LimitCase(NamedTuple):
@@ -1380,7 +1388,7 @@ def test_limits(name: str, net: Plan) -> None:
             for key, value in fields.items()
         }
         action = DELIVER if fields is COPY else REPLICATE
-        assert pmtud.decide(parsed(net, **named), policy, now)[1] is (reason or action), step
+        assert outcome(parsed(net, **named), policy, now) is (reason or action), step
 
 
 @pytest.mark.parametrize(
@@ -1399,7 +1407,7 @@ def test_flows_without_ports_are_told_apart(case: tuple[Any, ...], net: Plan) ->
     _, protocol, first, second, again, _ = case
     policy = make_policy(net, flow_interval=1.0)
     found = [parsed(net, protocol=protocol, transport=start) for start in (first, second, again)]
-    reasons = [pmtud.decide(error, policy, 1.0)[1] for error in found]
+    reasons = [outcome(error, policy, 1.0) for error in found]
     assert reasons == [REPLICATE, REPLICATE, Reason.LIMITED_FLOW]
     assert {(error.source_port, error.destination_port) for error in found} == {(0, 0)}
 
@@ -1411,7 +1419,7 @@ def test_what_changes_with_each_packet_makes_no_flow(
 ) -> None:
     policy = make_policy(net, flow_interval=1.0)
     found = [parsed(net, protocol=protocol, transport=start) for start in (first, second)]
-    assert [pmtud.decide(error, policy, 1.0)[1] for error in found] == [
+    assert [outcome(error, policy, 1.0) for error in found] == [
         REPLICATE,
         Reason.LIMITED_FLOW,
     ]
@@ -1424,7 +1432,7 @@ def test_memory_is_bounded_under_a_spoofed_flood() -> None:
     for number in range(100_000):
         source = struct.pack("!I", 0x0B000000 + number)
         spoofed = template._replace(src=source, quoted_dst=source, mtu=1300 + number % 50)
-        passed += pmtud.decide(spoofed, policy, 1.0 + number / 1e6)[1] is REPLICATE
+        passed += outcome(spoofed, policy, 1.0 + number / 1e6) is REPLICATE
     assert passed == 100_000
     assert len(policy._flows) <= 2 * 32768
     assert len(policy._sources._buckets) <= 2 * 8192
@@ -1438,7 +1446,7 @@ def test_the_total_holds_against_a_spoofed_flood() -> None:
     spoofed = (
         template._replace(src=struct.pack("!I", 0x0B000000 + number)) for number in range(20_000)
     )
-    found = [pmtud.decide(one, policy, 5.0)[1] for one in spoofed]
+    found = [outcome(one, policy, 5.0) for one in spoofed]
     assert found.count(REPLICATE) == 100
     assert found.count(Reason.LIMITED_TOTAL) == 19_900
 
@@ -3327,7 +3335,7 @@ def test_pure_sections_touch_nothing(name: str) -> None:
 
 def test_the_purity_scan_sees_what_it_looks_for() -> None:
     assert any(text.startswith("socket in line") for text in impurities(section_lines("kernel")))
-    assert any(text.startswith("time in line") for text in impurities(section_lines("service")))
+    assert any(text.startswith("time in line") for text in impurities(section_lines("daemon")))
 
 
 def test_sections_are_in_the_order_of_the_charter() -> None:
@@ -3342,7 +3350,8 @@ def test_sections_are_in_the_order_of_the_charter() -> None:
         "log",
         "kernel",
         "peers",
-        "service",
+        "forwarder",
+        "daemon",
         "check",
         "command line",
     ]
@@ -6204,10 +6213,10 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
     """
     node, address = cluster.nodes[0], str(tmp_path / "notify")
     hang = (
-        "import pmtud, sys, time, os; turn = pmtud.Service._tick\n"
+        "import pmtud, sys, time, os; turn = pmtud.Daemon._tick\n"
         "def tick(self, now):\n    turn(self, now)\n    if os.path.exists(sys.argv[1]):\n"
         "        print('hanging', flush=True)\n        time.sleep(600)\n"
-        "pmtud.Service._tick = tick; sys.exit(pmtud.main([]))"
+        "pmtud.Daemon._tick = tick; sys.exit(pmtud.main([]))"
     )
     command = (
         sys.executable,
@@ -7041,7 +7050,7 @@ def test_privileges_that_cannot_be_dropped(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(pmtud, "drop_privileges", refuse)
     monkeypatch.setattr(pmtud, "log", lambda level, text, problem: lines.append((text, problem)))
-    pmtud.Service._drop_privileges(pmtud.Service.__new__(pmtud.Service))
+    pmtud.Daemon._drop_privileges()
     assert lines == [("cannot drop privileges, going on with all", "Operation not permitted")]
 
 
@@ -7164,7 +7173,7 @@ def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
 
 SHORT_MINUTE = """
 import pmtud, sys
-pmtud.Service.SUMMARY = 1.0
+pmtud.Daemon.SUMMARY = 1.0
 sys.exit(pmtud.main())
 """
 
@@ -7449,7 +7458,7 @@ def test_news_that_found_no_room_is_told_later(cluster: Cluster) -> None:
     """
     node = cluster.nodes[ingress(cluster, 4)]
     script = QUICK.replace(
-        "0.2, 2", "0.2, 2\npmtud.Service.SUMMARY, pmtud.Service.NEWS_PER_MINUTE = 1.0, 15"
+        "0.2, 2", "0.2, 2\npmtud.Daemon.SUMMARY, pmtud.News.PER_MINUTE = 1.0, 15"
     )
     with quick_daemons([node], script=script) as [process]:
 
@@ -7522,7 +7531,7 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
     """With peer and errno, those that were refused most first; here a minute is 1.5 seconds."""
     node = cluster.nodes[ingress(cluster, 4)]
     kinds = {f"203.0.113.{n}": "unreachable" for n in range(100, 109)} | {"203.0.113.7": "prohibit"}
-    script = QUICK.replace("0.2, 2", "0.2, 2\npmtud.Service.SUMMARY = 1.5")
+    script = QUICK.replace("0.2, 2", "0.2, 2\npmtud.Refusals.SECONDS = 1.5")
     options = ("--peers", ",".join((*kinds, "10.0.0.77")), "--flow-interval", "0")
     one = r"203\.0\.113\.\d+: [^;]+ \(E[A-Z]+\), \d+ times; "
     with contextlib.ExitStack() as stack:
@@ -7557,12 +7566,12 @@ def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
     node = cluster.nodes[0]
     script = """if True:
         import pmtud, sys, time
-        start = pmtud.Service._start_threads
-        def wait(self, stack):
-            start(self, stack)
-            while len(self.peers.listed()) < 2:
+        follow = pmtud.Peers.follow
+        def wait(self):
+            follow(self)
+            while len(self.listed()) < 2:
                 time.sleep(0.01)
-        pmtud.Service._start_threads = wait
+        pmtud.Peers.follow = wait
         sys.exit(pmtud.main())
     """
     cases = {
@@ -7583,7 +7592,7 @@ def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
 
 def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
     """One alone is in force at once; 90 that follow it are one. Here that second lasts three."""
-    script = KUBE_DAEMON.replace("sys.exit", "pmtud.Service.CHANGE_GAP = 3.0\nsys.exit")
+    script = KUBE_DAEMON.replace("sys.exit", "pmtud.Roster.CHANGE_GAP = 3.0\nsys.exit")
     with Net() as net, ExitStack() as stack:
         node = net.host("node")
         api = stack.enter_context(node.inside(lambda: FakeApi(tmp_path)))
@@ -9539,7 +9548,7 @@ def test_check_command_line() -> None:
 
 QUICK = """
 import pmtud, sys
-pmtud.Service.TICK, pmtud.Service.SLOW_TICKS = 0.2, 2
+pmtud.Daemon.TICK, pmtud.Daemon.SLOW_TICKS = 0.2, 2
 sys.exit(pmtud.main(sys.argv[1:]))
 """
 UNLIMITED = ("--flow-interval", "0", "--source-rate", "0", "--rate", "0")
@@ -10216,12 +10225,12 @@ STALLING = QUICK.replace(
     "sys.exit",
     """
 import os, time
-turn = pmtud.Service._tick
+turn = pmtud.Daemon._tick
 def tick(self, now):
     turn(self, now)
     while os.path.exists(os.environ["STALL"]):
         time.sleep(0.1)
-pmtud.Service._tick = tick
+pmtud.Daemon._tick = tick
 create = pmtud.Firewall
 pmtud.Firewall = lambda *given, **named: create(*given, owned=False, **named)
 sys.exit""",
@@ -11011,7 +11020,7 @@ def hostile_templates(random: Random, net: Plan) -> Iterator[Template]:
 def fate_of(packet: bytes, policy: pmtud.Policy) -> str:
     """What the pure functions say."""
     error = pmtud.parse(packet)
-    fate = error if isinstance(error, Reason) else pmtud.decide(error, policy, 0.0)[1]
+    fate = error if isinstance(error, Reason) else outcome(error, policy, 0.0)
     return fate.value if isinstance(fate, Reason) else fate
 
 
@@ -11192,8 +11201,9 @@ def judge(packet):
     assert isinstance(found, (pmtud.MtuError, pmtud.Reason))
     if isinstance(found, pmtud.MtuError):
         assert found.icmp in packet and str(found)
-        origin, what = pmtud.decide(found, policy, 0.0)
-        assert origin in pmtud.ORIGINS and isinstance(what, str)
+        verdict = pmtud.decide(found, policy, 0.0)
+        assert verdict.origin in pmtud.ORIGINS and verdict.action in pmtud.ACTIONS
+        assert (verdict.action is pmtud.NOTHING) == isinstance(verdict.reason, pmtud.Reason)
 def once(data):
     for pmtud.checksum_remainder in (summed, lambda *_: 0):  # no fuzzer guesses a checksum
         judge(data)
@@ -13808,7 +13818,7 @@ def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
             assert poll(lambda: sum(came()) == 1000, 10), came()  # it was 24 s
             took = time.monotonic() - begun
             assert metrics(one.node)['pmtud_peers{source="kube:nodes"}'] == 1000
-        assert len(came()) <= took / pmtud.Service.CHANGE_GAP + 3
+        assert len(came()) <= took / pmtud.Roster.CHANGE_GAP + 3
     assert len(times) > 20 and median(times) < 0.1
     assert sum(seconds == 0.5 for seconds in times) <= len(times) / 50, sorted(times)[-20:]
 
