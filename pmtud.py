@@ -281,7 +281,7 @@ ICMPV6_PKT_TOOBIG = 2
 IPV4_HEADER = struct.Struct(
     "!BxHxxHxBxx4s4s"
 )  # version+IHL, total length, flags+fragment offset, protocol, src, dst
-IPV4_HEADER_LEN, IPV4_HEADER_MAX = 20, 60
+IPV4_HEADER_LEN, IPV4_HEADER_MAX, IPV4_PROTOCOL_AT = 20, 60, 9
 IPV4_OFFSET_MASK, IPV4_MORE_FRAGMENTS = 0x1FFF, 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
@@ -306,13 +306,8 @@ PLAIN_IPV4_ERROR = struct.Struct("!BxHxxHxBxx4s4s H4xH BxHxxHxBxx4s4s HH")
 QUOTED_TRANSPORT_MIN = 8  # RFC 792: the quoted header plus 64 bits
 PORTS = struct.Struct("!HH")  # source and destination port: TCP, UDP, DCCP, SCTP
 PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
-GRE, ESP = 47, 50
-PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {
-    4,
-    41,
-    GRE,
-    ESP,
-}  # 4, 41: IPIP, 6in4; plus the family's own ICMP
+IPIP, SIT, GRE, ESP = 4, 41, 47, 50  # SIT: IPv6 in IPv4, 6in4
+PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {IPIP, SIT, GRE, ESP}  # and the family's own ICMP
 ICMP_ECHO = struct.Struct("!BxxxH")  # type, id (RFC 792, RFC 4443 section 4)
 GRE_HEADER = struct.Struct(
     "!HxxI"
@@ -808,6 +803,36 @@ def flow_id(family: Family, protocol: int, packet: bytes, at: int) -> int:
         if flags & (GRE_CSUM | GRE_KEY) == GRE_KEY:
             found = key
     return found
+
+
+def is_deaf_tunnel(error: MtuError) -> bool:
+    """Whether it is about an IPv4 tunnel between kernels that a delivery alone does not teach.
+
+    Linux looks for GRE's route, and for a 6in4 tunnel bound to a device, by the device that the
+    error came in on; with a delivery that is lo. About an echo reply it asks the routing table,
+    and learns the same. (6.1, 6.18)
+    """
+    return error.family is IPV4 and error.quoted_protocol in (GRE, SIT)
+
+
+def as_about_echo_reply(icmp: bytes) -> bytes:
+    """An IPv4 error made into one about an ICMP echo reply between the same addresses.
+
+    A wrong checksum stays wrong.
+    """
+    kind, code, checksum, mtu = ICMPV4_FRAG_NEEDED.unpack_from(icmp)
+    quoted = bytearray(icmp[ICMP_HEADER_LEN:])
+    start = (quoted[0] & 0x0F) * 4  # of the transport header
+    # RFC 1624: what the words lose, the checksum gains. An echo reply starts with type 0 and code
+    # 0.
+    lost = (
+        quoted[IPV4_PROTOCOL_AT]
+        - socket.IPPROTO_ICMP
+        + int.from_bytes(quoted[start : start + 2], "big")
+    )
+    quoted[IPV4_PROTOCOL_AT] = socket.IPPROTO_ICMP
+    quoted[start : start + 2] = bytes(2)
+    return ICMPV4_FRAG_NEEDED.pack(kind, code, (checksum + lost) % 0xFFFF, mtu) + quoted
 
 
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
@@ -3935,6 +3960,9 @@ class Forwarder:
             code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
             if code and self._keeper.conntrack_appeared():
                 code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
+            if code == 0 and own and is_deaf_tunnel(error):
+                again = as_about_echo_reply(error.icmp)
+                code = lane.delivery.deliver(again, error.quoted_src, own)
             if code == 0:
                 result = "owner"
             elif code == errno.EPERM:
