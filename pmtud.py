@@ -387,7 +387,7 @@ class Reason(str, enum.Enum):
 
 
 # -----------------------------------------------------------------------------
-# Section: configuration -- one frozen record, and the parsers of its values
+# Section: options -- one table, the parsers of their values, and the record they fill
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 PEERS_MAX = 16384  # a bound for every list of peers; beyond it use a subnet broadcast address
@@ -507,6 +507,11 @@ def parse_nodename(text: str) -> str:
     return text
 
 
+def parse_address(text: str) -> str:
+    """An address, as Python writes it."""
+    return str(ipaddress.ip_address(text))
+
+
 def parse_iface(text: str) -> tuple[str, ...]:
     """Interface names, comma-separated."""
     names = tuple(split_list(text))
@@ -570,6 +575,160 @@ def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
             f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet"
         )
     return tuple(dict.fromkeys(found))
+
+
+def check_source(text: str) -> None:
+    """Raise ValueError unless this is file:PATH, dns:NAME or kube:nodes[?SELECTOR]."""
+    kind, _, rest = text.partition(":")
+    if kind == "file" and rest:
+        return
+    if kind == "dns" and HOST_NAME.fullmatch(rest):
+        return
+    if text == "kube:nodes" or text.startswith("kube:nodes?"):
+        return
+    raise ValueError(f"{text!r} is not {PEER_KINDS}")
+
+
+def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
+    """The items of one --peers value: addresses, and the texts of sources."""
+    items: list[Union[PeerAddress, str]] = []
+    for item in split_list(text):
+        name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
+        if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
+            check_source(name)
+            items.append(name)
+            continue
+        try:
+            items.append(parse_peer(item))
+        except ValueError as problem:
+            raise ValueError(f"{problem}; a peer is {PEER_KINDS}") from None
+    return items
+
+
+class Option(NamedTuple):
+    """One option: its variable, its place in Config and its text in --help follow from it.
+
+    Its default is that of its field in Config.
+    """
+
+    flag: str
+    help: str = ""
+    parse: Optional[Callable[[str], Any]] = None  # raises ValueError; a switch has none
+    metavar: Optional[str] = None
+    choices: Optional[tuple[str, ...]] = None
+    repeatable: bool = False
+    default: str = ""  # in words, where the value says nothing
+    renamed: str = ""  # the field, where it has another name
+
+    @property
+    def dest(self) -> str:
+        """Its name in argparse."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    @property
+    def field(self) -> str:
+        """Its name in Config."""
+        return self.renamed or self.dest
+
+
+def shown(value: Any) -> str:
+    """A default as --help and people write it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+OPTIONS = (
+    Option(
+        "--peers",
+        "nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME "
+        "(all A and AAAA, asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; "
+        "comma-separated",
+        parse_peer_items,
+        "LIST",
+        repeatable=True,
+        default="none",
+    ),
+    Option(
+        "--iface",
+        "where errors come in",
+        parse_iface,
+        "NAME",
+        repeatable=True,
+        default="the interface of the default route",
+        renamed="ifaces",
+    ),
+    Option(
+        "--nodename",
+        "this node's name in the log",
+        parse_nodename,
+        "NAME",
+        default="the host name",
+    ),
+    Option("--nflog-group", "NFLOG group", number_between(0, 65535), "N"),
+    Option(
+        "--metrics-port",
+        "port of /metrics, /healthz and /readyz; 0: none",
+        number_between(0, 65535),
+        "PORT",
+    ),
+    Option("--metrics-addr", "address to serve them on", parse_address, "ADDR", default="all"),
+    Option("--ttl", "TTL or hop limit of copies", number_between(1, 255), "N"),
+    Option(
+        "--ignore-networks",
+        "networks of the cluster besides the peers: errors from there are not replicated",
+        parse_networks,
+        "LIST",
+        repeatable=True,
+        default="none",
+    ),
+    Option(
+        "--rules",
+        "auto: install our own nftables table; off: your NFLOG rule feeds us",
+        choices=("auto", "off"),
+    ),
+    Option("--no-rescue", "do not deliver a router's error on the node that receives it"),
+    Option(
+        "--service-networks",
+        "act only on errors about packets sent from these networks",
+        parse_networks,
+        "LIST",
+        repeatable=True,
+        default="all",
+    ),
+    Option(
+        "--ports",
+        "act only on errors about packets sent from these ports",
+        parse_ports,
+        "LIST",
+        repeatable=True,
+        default="all",
+    ),
+    Option("--min-mtu", "smallest MTU believed, in bytes", parse_min_mtu, "V4[,V6]"),
+    Option(
+        "--flow-interval",
+        "act on one error per flow and MTU in this time; 0: on each",
+        number_between(0, 3600, float),
+        "SECONDS",
+    ),
+    Option(
+        "--source-rate",
+        "errors acted on per second from one router or peer; 0: unlimited",
+        number_between(0, 1e9, float),
+        "N",
+    ),
+    Option(
+        "--rate",
+        "errors acted on per second, from routers and from peers each; 0: unlimited",
+        number_between(0, 1e9, float),
+        "N",
+    ),
+    Option("--dry-run", "send nothing; count and log what would be done"),
+    Option("--log-level", choices=("debug", "info", "warning", "error")),
+    Option("--log-format", choices=("text", "json")),
+)
 
 
 # -----------------------------------------------------------------------------
@@ -3356,14 +3515,13 @@ class KubeSource(PeerSource):
 
 def open_source(text: str) -> PeerSource:
     """The source that a peer item names; raises ValueError for a kind that does not exist."""
+    check_source(text)
     kind, _, rest = text.partition(":")
-    if kind == "file" and rest:
+    if kind == "file":
         return FileSource(rest)
-    if kind == "dns" and HOST_NAME.fullmatch(rest):
+    if kind == "dns":
         return DnsSource(rest)
-    if text == "kube:nodes" or text.startswith("kube:nodes?"):
-        return KubeSource(text.partition("?")[2])
-    raise ValueError(f"{text!r} is not {PEER_KINDS}")
+    return KubeSource(text.partition("?")[2])
 
 
 class Peers:
@@ -5874,22 +6032,6 @@ def option_type(parse_value: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
-    """The items of one --peers value: addresses, and the texts of sources."""
-    items: list[Union[PeerAddress, str]] = []
-    for item in split_list(text):
-        name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
-        if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
-            open_source(name)  # raises where there is no such kind
-            items.append(name)
-            continue
-        try:
-            items.append(parse_peer(item))
-        except ValueError as problem:
-            raise ValueError(f"{problem}; a peer is {PEER_KINDS}") from None
-    return items
-
-
 EPILOG = """\
 examples:
   sudo python3 pmtud.py                                   local rescue only (strict rp_filter)
@@ -5908,111 +6050,23 @@ The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or c
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Every option of the daemon; no defaults here, Config has them."""
-    add = parser.add_argument
-    add(
-        "--peers",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_peer_items),
-        help="nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME (all A and AAAA, "
-        "asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; comma-separated, repeatable",
-    )
-    add(
-        "--iface",
-        action="append",
-        metavar="NAME",
-        type=option_type(parse_iface),
-        help="where errors come in; repeatable (default: the interface of the default route)",
-    )
-    add(
-        "--nodename",
-        metavar="NAME",
-        type=option_type(parse_nodename),
-        help="this node's name in the log (default: the host name)",
-    )
-    add(
-        "--nflog-group",
-        metavar="N",
-        type=option_type(number_between(0, 65535)),
-        help="NFLOG group (default: 33)",
-    )
-    add(
-        "--metrics-port",
-        metavar="PORT",
-        type=option_type(number_between(0, 65535)),
-        help="port of /metrics, /healthz and /readyz; 0: none (default: 30040)",
-    )
-    add(
-        "--metrics-addr",
-        metavar="ADDR",
-        type=option_type(lambda text: str(ipaddress.ip_address(text))),
-        help="address to serve them on (default: all)",
-    )
-    add(
-        "--ttl",
-        metavar="N",
-        type=option_type(number_between(1, 255)),
-        help="TTL or hop limit of copies (default: 10)",
-    )
-    add(
-        "--ignore-networks",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_networks),
-        help="networks of the cluster besides the peers: errors from there are not replicated; repeatable",
-    )
-    add(
-        "--rules",
-        choices=("auto", "off"),
-        help="auto: install our own nftables table; off: your NFLOG rule feeds us (default: auto)",
-    )
-    add(
-        "--no-rescue",
-        action="store_true",
-        help="do not deliver a router's error on the node that receives it",
-    )
-    add(
-        "--service-networks",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_networks),
-        help="act only on errors about packets sent from these networks (default: all); repeatable",
-    )
-    add(
-        "--ports",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_ports),
-        help="act only on errors about packets sent from these ports (default: all); repeatable",
-    )
-    add(
-        "--min-mtu",
-        metavar="V4[,V6]",
-        type=option_type(parse_min_mtu),
-        help="smallest MTU believed, in bytes (default: 552,1280)",
-    )
-    add(
-        "--flow-interval",
-        metavar="SECONDS",
-        type=option_type(number_between(0, 3600, float)),
-        help="act on one error per flow and MTU in this time; 0: on each (default: 0.1)",
-    )
-    add(
-        "--source-rate",
-        metavar="N",
-        type=option_type(number_between(0, 1e9, float)),
-        help="errors acted on per second from one router or peer; 0: unlimited (default: 500)",
-    )
-    add(
-        "--rate",
-        metavar="N",
-        type=option_type(number_between(0, 1e9, float)),
-        help="errors acted on per second, from routers and from peers each; 0: unlimited (default: 1000)",
-    )
-    add("--dry-run", action="store_true", help="send nothing; count and log what would be done")
-    add("--log-level", choices=("debug", "info", "warning", "error"), help="(default: info)")
-    add("--log-format", choices=("text", "json"), help="(default: text)")
+    """Every row of OPTIONS; no defaults here, Config has them."""
+    for option in OPTIONS:
+        if not option.parse and not option.choices:
+            parser.add_argument(option.flag, action="store_true", help=option.help)
+            continue
+        described = [option.help] if option.help else []
+        if option.repeatable:
+            described.append("repeatable")
+        default = option.default or shown(Config._field_defaults[option.field])
+        parser.add_argument(
+            option.flag,
+            action="append" if option.repeatable else "store",
+            choices=option.choices,
+            metavar=option.metavar,
+            type=option_type(option.parse or str),
+            help=f"{'; '.join(described)} (default: {default})".strip(),
+        )
 
 
 COMMANDS = ("run", "check", "rules")
@@ -6101,23 +6155,24 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
 
 def config_from(options: Mapping[str, Any]) -> Config:
     """The Config that options amount to; raises UsageError where they contradict each other."""
-    values = {name: value for name, value in options.items() if name != "no_rescue"}
-    for name in ("ignore_networks", "service_networks", "iface"):
-        if name in values:
-            values[name] = tuple(item for group in values[name] for item in group)
-    if "ports" in values:
-        values["ports"] = frozenset().union(*values["ports"])
-    items = [item for group in values.pop("peers", ()) for item in group]
-    values["ifaces"] = tuple(dict.fromkeys(values.pop("iface", ())))
-    values["peers"] = tuple(dict.fromkeys(item for item in items if isinstance(item, PeerAddress)))
-    values["peer_sources"] = tuple(dict.fromkeys(item for item in items if isinstance(item, str)))
-    values.setdefault("nodename", socket.gethostname())
+    values: dict[str, Any] = {"nodename": socket.gethostname()}
+    for option in OPTIONS:
+        if option.dest not in options:
+            continue
+        value = options[option.dest]
+        if option.repeatable:
+            items = dict.fromkeys(item for group in value for item in group)
+            value = type(Config._field_defaults[option.field])(items)
+        values[option.field] = value
+    peers = values.pop("peers", ())
+    values["peers"] = tuple(peer for peer in peers if isinstance(peer, PeerAddress))
+    values["peer_sources"] = tuple(peer for peer in peers if isinstance(peer, str))
+    values["rescue"] = not values.pop("no_rescue", False)
     values["metrics_required"] = bool(options.get("metrics_port", "metrics_addr" in options))
     if len(values["peers"]) > PEERS_MAX:
         raise UsageError(
             f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet"
         )
-    values["rescue"] = not options.get("no_rescue", False)
     return Config(**values)
 
 

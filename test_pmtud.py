@@ -382,7 +382,7 @@ def test_errors_are_one_line_with_an_exit_code(
 
 
 # -----------------------------------------------------------------------------
-# Section: configuration -- each parser, its good values and its messages
+# Section: options -- each parser, its good values and its messages
 
 NETWORK_HINT = "; networks are written like 10.0.0.0/8 or fd00::/64"
 PORT_HINT = " is not a port or a range of ports; write them like 443,8000-8100"
@@ -3364,7 +3364,7 @@ def test_sections_are_in_the_order_of_the_charter() -> None:
     names = [
         "constants",
         "errors",
-        "configuration",
+        "options",
         "packets",
         "netlink codec",
         "policy",
