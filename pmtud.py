@@ -4758,20 +4758,34 @@ class Daemon:
 
 
 # -----------------------------------------------------------------------------
-# Section: check -- what becomes of MTU errors on this node, and how to repair it; changes nothing
+# Section: doctor -- what becomes of MTU errors on this node, and how to repair it; changes nothing
 
-OK, WARN, FAIL = "OK", "WARN", "FAIL"
-REPORT_COLUMNS = 79
-NODE_PORTS, OTHER_PORT = (
-    range(30000, 32768),
-    23040,
-)  # of Kubernetes' Services; what daemonset.yaml takes instead
-STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
+OK = "OK"
+WARN = "WARN"
+FAIL = "FAIL"
+NODE_PORTS = range(30000, 32768)  # of Kubernetes' Services
+OTHER_PORT = 23040  # what daemonset.yaml takes instead
 
-# linux/rtnetlink.h, linux/if_link.h, linux/if.h
-RTA_DST, RTM_F_FIB_MATCH = 1, 0x2000
-IFF_UP, IFF_LOOPBACK = 1, 8
-IFLA_MTU, IFLA_LINK_NETNSID, IFLA_INFO_DATA = 4, 37, 2
+# linux/rtnetlink.h, linux/if.h
+RTA_DST = 1
+RTM_F_FIB_MATCH = 0x2000
+IFF_UP = 1
+IFF_LOOPBACK = 8
+
+# linux/if_link.h, linux/if_tunnel.h
+IFLA_MTU = 4
+IFLA_LINK_NETNSID = 37
+IFLA_INFO_DATA = 2
+IFLA_IPTUN_LINK = 1
+IFLA_IPTUN_LOCAL = 2
+IFLA_IPTUN_REMOTE = 3
+IFLA_VXLAN_GROUP = 2
+IFLA_VXLAN_LINK = 3
+IFLA_VXLAN_LOCAL = 4
+IFLA_VXLAN_GROUP6 = 16
+IFLA_VXLAN_LOCAL6 = 17
+IFLA_GENEVE_REMOTE = 2
+IFLA_GENEVE_REMOTE6 = 7
 
 
 class Finding(NamedTuple):
@@ -4786,32 +4800,53 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
-# By kind: the names that CNIs give it; the bytes it adds over IPv4, over IPv6; the attributes in
-# its IFLA_INFO_DATA that tell the interface under it: an index, then addresses, local before
-# remote.
+def ok(check: str, found: str) -> Finding:
+    """All is well, or cannot be better."""
+    return Finding(check, OK, found)
+
+
+def warn(check: str, found: str, fix: str = "") -> Finding:
+    """Something is lost, or cannot be seen."""
+    return Finding(check, WARN, found, fix)
+
+
+def fail(check: str, found: str, fix: str = "") -> Finding:
+    """Errors, packets or copies vanish."""
+    return Finding(check, FAIL, found, fix)
+
+
+class Tunnel(NamedTuple):
+    """A kind of tunnel: what it adds to a packet, and how the kernel tells the interface under it.
+
+    `link` and `addresses` are attributes in IFLA_INFO_DATA, local addresses before remote ones.
+    """
+
+    names: str  # that CNIs give it, a regular expression
+    overhead_ipv4: int
+    overhead_ipv6: int
+    link: int = 0
+    addresses: tuple[int, ...] = ()
+
+
+VXLAN_ADDRESSES = (IFLA_VXLAN_LOCAL, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_GROUP, IFLA_VXLAN_GROUP6)
 TUNNELS = {
-    "ipip": (r"tunl\d+", (20, 20), (1, 2, 3)),
-    "vxlan": (r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan", (50, 70), (3, 4, 17, 2, 16)),
-    "wireguard": (r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", (60, 80), (0,)),
-    "geneve": (r"cilium_geneve", (50, 70), (0, 2, 7)),
+    "ipip": Tunnel(r"tunl\d+", 20, 20, IFLA_IPTUN_LINK, (IFLA_IPTUN_LOCAL, IFLA_IPTUN_REMOTE)),
+    "vxlan": Tunnel(
+        r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan",
+        50,
+        70,
+        IFLA_VXLAN_LINK,
+        VXLAN_ADDRESSES,
+    ),
+    "wireguard": Tunnel(r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", 60, 80),
+    "geneve": Tunnel(r"cilium_geneve", 50, 70, 0, (IFLA_GENEVE_REMOTE, IFLA_GENEVE_REMOTE6)),
+}
+OVERHEADS = {tunnel.overhead_ipv4 for tunnel in TUNNELS.values()} | {
+    tunnel.overhead_ipv6 for tunnel in TUNNELS.values()
 }
 POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
-NIC_NAMES, NIC_KINDS = (
-    r"eth\d|en[opsx]|mgmt",
-    ("", "bond", "team", "vlan"),
-)  # in kind and containerlab NICs are veths
-# Names of interfaces or files, and the command that gives them their {mtu}, or tells the CNI that
-# the NIC has {nic}.
-MTU_COMMANDS = (
-    (
-        r"cali|tunl0",
-        "kubectl patch installation default --type=merge -p "
-        '\'{{"spec":{{"calicoNetwork":{{"mtu":{mtu}}}}}}}\'',
-    ),
-    (r"flannel|cni0", "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"),
-    (r"lxc|cilium", "cilium config set mtu {nic}"),
-    (r"\.conf", "sed -i -E 's/(\"mtu\": *)[0-9]+/\\1{mtu}/' {name}"),
-)
+NIC_KINDS = ("", "bond", "team", "vlan")
+VETH_NIC_NAMES = r"eth\d|en[opsx]|mgmt"  # in kind and containerlab NICs are veths
 
 
 class Link(NamedTuple):
@@ -4821,22 +4856,15 @@ class Link(NamedTuple):
     mtu: int
     role: str
     overhead: int = 0
-    under: str = (
-        ""  # the interface that a tunnel's packets leave by, empty where the kernel does not say
-    )
+    under: str = ""  # where a tunnel's packets leave, empty where the kernel does not say
 
 
-class Node(NamedTuple):
-    """What the checks look at."""
+class Daemon(NamedTuple):
+    """The process that is pmtud."""
 
-    config: Config
-    ifaces: tuple[str, ...]
-    links: dict[str, Link]
-    rules: list[tuple[str, str]]  # of firewall_rules()
-    daemon: str  # the process that is pmtud, empty if none is
+    process: str
     options: bytes  # its command line and environment, empty where they cannot be read
-    delivers: bool  # it does: neither --dry-run nor --no-rescue
-    cni_dir: str
+    delivers: bool  # neither --dry-run nor --no-rescue
 
 
 def setting(path: str) -> int:
@@ -4851,107 +4879,362 @@ def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, li
 
     Raises NetlinkError.
     """
-    out = attribute(RTA_OIF, struct.pack("=I", ifindex)) if ifindex else b""
-    query = (
-        RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags)
-        + attribute(RTA_DST, packed)
-        + out
-    )
+    query = RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags)
+    query += attribute(RTA_DST, packed)
+    if ifindex:
+        query += attribute(RTA_OIF, struct.pack("=I", ifindex))
     with Netlink(NETLINK_ROUTE) as netlink:
         route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
     return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
 
 
-def under_tunnel(attrs: tuple[int, ...], data: dict[int, bytes]) -> tuple[str, bool]:
-    """The interface that a tunnel's packets leave by.
-
-    Named, with its address, or the way to its peer; if over IPv6.
-    """
-    known = [packed for packed in map(data.get, attrs[1:]) if packed and any(packed)]
-    own = {address.packed: [Hop(address.ifindex, b"")] for address in local_addresses()}
-    hops = [Hop(int.from_bytes(data.get(attrs[0], b""), sys.byteorder), b"")]
-    for packed in known:
-        with contextlib.suppress(NetlinkError):
-            hops += own.get(packed) or find_route(packed)[1]
-    return next((iface for iface in interfaces_of(hops) if iface != "lo"), ""), any(
-        len(p) == 16 for p in known
-    )
+# -- interfaces
 
 
 def list_links() -> Iterator[Link]:
     """Every interface that is up (RTM_GETLINK)."""
     for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
-        attrs, flags = attributes(payload, IFINFOMSG.size), IFINFOMSG.unpack_from(payload)[3]
-        info = attributes(attrs.get(IFLA_LINKINFO, b""))
-        name, kind = (
-            os.fsdecode(a.rstrip(b"\0"))
-            for a in (attrs[IFLA_IFNAME], info.get(IFLA_INFO_KIND, b""))
-        )
-        tunnel = TUNNELS.get(kind) or next(
-            (t for t in TUNNELS.values() if re.fullmatch(t[0], name)), None
-        )
-        is_nic = (
-            re.match(NIC_NAMES, name)
-            if kind == "veth"
-            else kind in NIC_KINDS and not flags & IFF_LOOPBACK
-        )
-        is_pod = re.fullmatch(POD_NAMES, name) or (kind == "veth" and IFLA_LINK_NETNSID in attrs)
-        role = "tunnel" if tunnel else "nic" if is_nic else "pod" if is_pod else ""
-        link = Link(name, int.from_bytes(attrs[IFLA_MTU], sys.byteorder), role)
-        if tunnel:
-            data = attributes(info.get(IFLA_INFO_DATA, b"")) if kind in TUNNELS else {}
-            under, over_ipv6 = under_tunnel(tunnel[2], data)
-            link = link._replace(overhead=tunnel[1][over_ipv6 or "-v6" in name], under=under)
+        flags = IFINFOMSG.unpack_from(payload)[3]
         if flags & IFF_UP:
-            yield link
+            yield read_link(attributes(payload, IFINFOMSG.size), flags)
 
 
-def firewall_rules() -> Iterator[tuple[str, str]]:
-    """Place (family, table and chain) and text of each rule of nft and both iptables, and of what
-    begins a chain.
+def read_link(attrs: dict[int, bytes], flags: int) -> Link:
+    """One interface of the kernel's list."""
+    info = attributes(attrs.get(IFLA_LINKINFO, b""))
+    name = os.fsdecode(attrs[IFLA_IFNAME].rstrip(b"\0"))
+    kind = os.fsdecode(info.get(IFLA_INFO_KIND, b"").rstrip(b"\0"))
+    mtu = int.from_bytes(attrs[IFLA_MTU], sys.byteorder)
+    tunnel = TUNNELS.get(kind) or tunnel_named(name)
+    if tunnel is None:
+        elsewhere = IFLA_LINK_NETNSID in attrs  # the other end is in another namespace
+        return Link(name, mtu, role_of(name, kind, flags, elsewhere))
+    data: dict[int, bytes] = {}
+    if kind in TUNNELS:
+        data = attributes(info.get(IFLA_INFO_DATA, b""))
+    addresses = tunnel_addresses(tunnel, data)
+    overhead = tunnel.overhead_ipv4
+    if "-v6" in name or any(family_of(packed) is IPV6 for packed in addresses):
+        overhead = tunnel.overhead_ipv6
+    return Link(name, mtu, "tunnel", overhead, interface_under(tunnel, data))
+
+
+def tunnel_named(name: str) -> Optional[Tunnel]:
+    """The kind of tunnel that CNIs call so."""
+    for tunnel in TUNNELS.values():
+        if re.fullmatch(tunnel.names, name):
+            return tunnel
+    return None
+
+
+def role_of(name: str, kind: str, flags: int, elsewhere: bool) -> str:
+    """Whether an interface that is no tunnel is a NIC or a pod's, empty if neither."""
+    if kind == "veth" and re.match(VETH_NIC_NAMES, name):
+        return "nic"
+    if kind in NIC_KINDS and not flags & IFF_LOOPBACK:
+        return "nic"
+    if re.fullmatch(POD_NAMES, name):
+        return "pod"
+    if kind == "veth" and elsewhere:
+        return "pod"
+    return ""
+
+
+def tunnel_addresses(tunnel: Tunnel, data: dict[int, bytes]) -> list[bytes]:
+    """The addresses that a tunnel was given, packed, local before remote."""
+    return [data[kind] for kind in tunnel.addresses if any(data.get(kind, b""))]
+
+
+def interface_under(tunnel: Tunnel, data: dict[int, bytes]) -> str:
+    """The interface that a tunnel's packets leave by, empty where the kernel does not say.
+
+    It is named, or has the tunnel's address, or is on the way to its peer.
     """
+    hops = [Hop(int.from_bytes(data.get(tunnel.link, b""), sys.byteorder), b"")]
+    own = {address.packed: address.ifindex for address in local_addresses()}
+    for packed in tunnel_addresses(tunnel, data):
+        if packed in own:
+            hops.append(Hop(own[packed], b""))
+            continue
+        with contextlib.suppress(NetlinkError):
+            hops += find_route(packed)[1]
+    for iface in interfaces_of(hops):
+        if iface != "lo":
+            return iface
+    return ""
+
+
+# -- rules of other programs
+
+# What a rule names that is not for ICMP, or, by IP version, is for the other one
+OTHER_PROTOCOLS = {"tcp", "udp", "sctp", "dccp", "esp", "gre"}
+OTHER_FAMILY = {4: {"ip6", "ipv6"}, 6: {"ip", "ipv4"}}
+
+
+class FirewallRule(NamedTuple):
+    """What the checks ask of a rule of nftables or iptables."""
+
+    chain: str  # its family, table and name
+    words: set[str]  # its family, and what it names: protocols, interfaces
+    ifaces: set[str]  # where its packets come in, `eth*` is a beginning; empty: anywhere
+    jumps: list[str]  # chains that it leads to
+    group: Optional[int]  # where it logs to
+    packets: Optional[int]  # what it counted
+    drops_by_path: bool  # it drops what comes in elsewhere than an answer would leave
+
+    def hears(self, iface: str) -> bool:
+        """Whether packets that come in on an interface can match."""
+        if not self.ifaces or iface in self.ifaces:
+            return True
+        beginnings = [name[:-1] for name in self.ifaces if name.endswith("*")]
+        return iface.startswith(tuple(beginnings))
+
+    def is_for_icmp(self) -> bool:
+        """Whether ICMP can match."""
+        if any("icmp" in word for word in self.words):
+            return True
+        return not self.words & OTHER_PROTOCOLS
+
+
+class Ruleset:
+    """The rules of nftables and of both iptables, as far as they can be read."""
+
+    def __init__(self) -> None:
+        self.rules: list[FirewallRule] = []
+        self.hooks: dict[str, str] = {}  # where each chain begins, empty: where others jump to it
+        self.unseen = ""  # why the rules of nftables are not here
+
+    def read_nft(self, listing: list[dict[str, Any]]) -> None:
+        """Take in what `nft -j list ruleset` lists."""
+        elements: dict[str, Any] = {}
+        for entry in listing:
+            for kind in ("set", "map"):
+                if kind in entry:
+                    name = nft_name(entry[kind], f"@{entry[kind]['name']}")
+                    elements[name] = entry[kind].get("elem", [])
+        for entry in listing:
+            if "chain" in entry:
+                chain = entry["chain"]
+                self.hooks[nft_name(chain, chain["name"])] = chain.get("hook", "")
+            if "rule" in entry:
+                self.rules.append(nft_rule(entry["rule"], elements))
+
+    def read_iptables(self, family: str, listing: str) -> None:
+        """Take in what `iptables-save -c` prints."""
+        table = ""
+        for line in listing.splitlines():
+            if line.startswith("*"):
+                table = f"{family} {line[1:]}"
+            if line.startswith(":"):
+                name, policy = line[1:].split()[:2]
+                is_hook = policy != "-"
+                self.hooks[f"{table} {name}"] = name.lower() if is_hook else ""
+            if line.startswith("["):
+                self.rules.append(iptables_rule(table, line))
+
+    def reached_from(self, *hooks: str) -> set[str]:
+        """The chains that packets reach from these hooks, directly or by jumps."""
+        jumps: dict[str, list[str]] = {}
+        for rule in self.rules:
+            jumps.setdefault(rule.chain, []).extend(rule.jumps)
+        waiting = [chain for chain, hook in self.hooks.items() if hook in hooks]
+        reached: set[str] = set()
+        while waiting:
+            chain = waiting.pop()
+            if chain not in reached:
+                reached.add(chain)
+                waiting += jumps.get(chain, [])
+        return reached
+
+    def path_filter(self, version: int) -> str:
+        """The chain that drops what comes in elsewhere than an answer would leave."""
+        for rule in self.rules:
+            if rule.drops_by_path and not rule.words & OTHER_FAMILY[version]:
+                return rule.chain
+        return ""
+
+
+def nft_name(item: Mapping[str, Any], name: str) -> str:
+    """Family, table and name of a chain, or of a set, which begins with @."""
+    return f"{item['family']} {item['table']} {name}"
+
+
+def leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number and string in a JSON value, with the key it stands under."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            yield from leaves(value, name)
+    elif isinstance(data, list):
+        for value in data:
+            yield from leaves(value, key)
+    else:
+        yield key, data
+
+
+def nft_rule(rule: dict[str, Any], elements: Mapping[str, Any]) -> FirewallRule:
+    """A rule of `nft -j`, see libnftables-json(5); `elements`: those of named sets and maps."""
+    statements = rule.get("expr", [])
+    matches = [statement["match"] for statement in statements if "match" in statement]
+    conditions = [one for one in matches if one["op"] != "!="]
+    drops = any("drop" in statement or "reject" in statement for statement in statements)
+    values = dict(leaves(statements))
+    return FirewallRule(
+        chain=nft_name(rule, rule["chain"]),
+        words={rule["family"], *(str(value) for _, value in leaves(conditions))},
+        ifaces=set(nft_ifaces(rule, conditions, elements)),
+        jumps=list(nft_jumps(rule, statements, elements)),
+        group=values.get("group"),
+        packets=values.get("packets"),
+        drops_by_path=drops and any(map(is_path_check, conditions)),
+    )
+
+
+def nft_ifaces(
+    rule: Mapping[str, Any], conditions: Iterable[dict[str, Any]], elements: Mapping[str, Any]
+) -> Iterator[str]:
+    """The interfaces that a rule takes packets from, in its own words or by a named set."""
+    for condition in conditions:
+        if condition["left"] in ({"meta": {"key": "iifname"}}, {"meta": {"key": "iif"}}):
+            names = condition["right"]
+            names = elements.get(nft_name(rule, str(names)), names)
+            yield from (str(value) for _, value in leaves(names))
+
+
+def nft_jumps(
+    rule: Mapping[str, Any], statements: Iterable[dict[str, Any]], elements: Mapping[str, Any]
+) -> Iterator[str]:
+    """The chains that a rule leads to, by its verdict or by a map of verdicts."""
+    for statement in statements:
+        verdicts = statement
+        if "vmap" in statement:
+            verdicts = statement["vmap"]["data"]
+            verdicts = elements.get(nft_name(rule, str(verdicts)), verdicts)
+        for key, value in leaves(verdicts):
+            if key == "target":
+                yield nft_name(rule, value)
+
+
+def is_path_check(condition: Mapping[str, Any]) -> bool:
+    """Whether this is `fib saddr . iif oif missing`: an answer would not leave where this came."""
+    if "fib" not in condition["left"]:
+        return False
+    flags = condition["left"]["fib"]["flags"]
+    return "saddr" in flags and "iif" in flags and condition["right"] in (False, 0, "0")
+
+
+def iptables_rule(table: str, line: str) -> FirewallRule:
+    """A rule of `iptables-save -c`; `table` begins with the family."""
+    line = re.sub(r'"(\\.|[^"\\])*"', '""', line)  # comments and prefixes may say anything
+    words = line.split()
+    options: dict[str, str] = {}
+    for before, word, value in zip(["", *words], words, [*words[1:], ""]):
+        if before != "!":
+            options[word] = value
+    target = options.get("-j", "")
+    ifaces = set()
+    if "-i" in options:
+        ifaces.add(re.sub(r"\+$", "*", options["-i"]))
+    group = None
+    if target == "NFLOG":
+        group = int(options.get("--nflog-group", "0"))
+    return FirewallRule(
+        chain=f"{table} {options['-A']}",
+        words={table.partition(" ")[0], options.get("-p", "")},
+        ifaces=ifaces,
+        jumps=[f"{table} {options[key]}" for key in ("-j", "-g") if key in options],
+        group=group,
+        packets=int(words[0][1:].partition(":")[0]),
+        drops_by_path="--invert" in options and target in ("DROP", "REJECT"),
+    )
+
+
+def output_of(command: str) -> str:
+    """What a command prints, empty where it is not installed or takes too long."""
     import subprocess
 
-    commands = ["nft list ruleset", "iptables-nft-save -c", "ip6tables-nft-save -c"]
-    # The legacy commands would load their modules; these files are there only where they are loaded
-    # already.
-    loaded = [name for name in ("ip", "ip6") if os.path.exists(f"/proc/net/{name}_tables_names")]
-    commands += [f"{name}tables{kind}-save -c" for name in loaded for kind in ("-legacy", "")]
-    for command in commands:
-        place = table = ""
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(
-                command.split(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                check=False,
-                encoding="utf-8",
-                errors="replace",
-                timeout=10,
-            )
-            for line in map(str.strip, done.stdout.splitlines()):
-                if found := re.match(r"table (.+) {|\*(\w+)", line):
-                    table = found[1] or f"{command.partition('t')[0]} {found[2]}"
-                elif found := re.match(r"chain (\S+) {|:(\S+) |\[\d+:\d+\] -A (\S+)", line):
-                    place = f"{table} {found[1] or found[2] or found[3]}"
-                yield place, line
+    try:
+        done = subprocess.run(
+            command.split(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
 
 
-def hooked(rules: Sequence[tuple[str, str]], hook: str) -> set[str]:
-    """The places that packets reach from a hook (a regular expression), directly or by jumps."""
-    found, more = (
-        set[str](),
-        {place for place, text in rules if re.match(rf"type \S+ hook {hook} |:{hook} ", text)},
-    )
-    while more := more - found:
-        found |= more
-        texts = ((place.rpartition(" ")[0], text) for place, text in rules if place in more)
-        more = {
-            f"{table} {t}"
-            for table, text in texts
-            for t in re.findall(r"(?:jump|goto|-[jg]) ([^\s,}]+)", text)
-        }
-    return found
+def read_firewall() -> Ruleset:
+    """All rules of this network namespace."""
+    import shutil
+
+    firewall = Ruleset()
+    try:
+        firewall.read_nft(json.loads(output_of("nft -j list ruleset"))["nftables"])
+    except ValueError:
+        firewall.unseen = "`nft -j list ruleset` gives no JSON"
+    if not shutil.which("nft"):
+        firewall.unseen = "nft is not installed"
+    for family in ("ip", "ip6"):
+        # nft tells the matches of iptables-nft only by their names.
+        kinds = ["-nft"]
+        # The legacy commands would load their modules; this file is there only where they are
+        # loaded already.
+        if os.path.exists(f"/proc/net/{family}_tables_names"):
+            kinds += ["-legacy", ""]
+        for kind in kinds:
+            firewall.read_iptables(family, output_of(f"{family}tables{kind}-save -c"))
+    return firewall
+
+
+class Node(NamedTuple):
+    """What the checks look at."""
+
+    config: Config
+    ifaces: tuple[str, ...]
+    links: dict[str, Link]
+    firewall: Ruleset
+    daemon: Optional[Daemon]
+    cni_dir: str
+
+
+# -- commands that repair
+
+
+def own_command(config: Config, *words: str) -> list[str]:
+    """This program with these words, and the interfaces and group of `config`."""
+    command = ["python3", os.path.abspath(__file__), *words]
+    for iface in config.ifaces:
+        command += ["--iface", iface]
+    if config.nflog_group != Config().nflog_group:
+        command += ["--nflog-group", str(config.nflog_group)]
+    return command
+
+
+def run_command(config: Config) -> str:
+    """The command that starts the daemon."""
+    command = own_command(config)
+    for peer in (*config.peers, *config.peer_sources):
+        command += ["--peers", str(peer)]
+    if config.rules == "off":
+        command += ["--rules", "off"]
+    return shlex.join(command)
+
+
+def check_command(config: Config, *hosts: str) -> str:
+    """The command that runs the doctor."""
+    return shlex.join(own_command(config, "check", *hosts))
+
+
+def paste_command(config: Config) -> str:
+    """The command that installs the rules for a daemon with --rules off."""
+    return shlex.join(own_command(config, "rules")) + " | sed -n '1,/^}/p' | nft -f -"
+
+
+# -- checks: the kernel, the daemon, the rules that feed it
 
 
 def nftables_refusal(table_flags: int) -> int:
@@ -4960,16 +5243,12 @@ def nftables_refusal(table_flags: int) -> int:
     Asked in a batch without its end message, which the kernel validates and then always aborts:
     nothing is made.
     """
-    name = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, "pmtud_probe")
-    begin = message(
-        NFNL_MSG_BATCH_BEGIN, 0, 1, bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
-    )
-    make = message(
-        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE,
-        NLM_F_CREATE | NLM_F_ACK,
-        2,
-        name + be32(NFTA_TABLE_FLAGS, table_flags),
-    )
+    every = bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
+    begin = message(NFNL_MSG_BATCH_BEGIN, 0, 1, every)
+    table = bytes(nfgenmsg(NFPROTO_INET, 0, 0))
+    table += string(NFTA_TABLE_NAME, "pmtud_probe") + be32(NFTA_TABLE_FLAGS, table_flags)
+    kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE
+    make = message(kind, NLM_F_CREATE | NLM_F_ACK, 2, table)
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:
             netlink.send("probe nftables", begin + make, 2)
@@ -4978,95 +5257,24 @@ def nftables_refusal(table_flags: int) -> int:
     return 0
 
 
-def program(config: Config, *words: str) -> str:
-    """The command that runs this program with these words and the interfaces, group and peers of
-    `config`.
-    """
-    command = ["python3", os.path.abspath(__file__), *words]
-    command += [word for iface in config.ifaces for word in ("--iface", iface)]
-    command += (
-        ["--nflog-group", str(config.nflog_group)]
-        if config.nflog_group != Config().nflog_group
-        else []
-    )
-    peers = [] if words else [*map(str, config.peers), *config.peer_sources]
-    command += [word for peer in peers for word in ("--peers", peer)]
-    command += ["--rules", "off"] if config.rules == "off" and not words else []
-    return shlex.join(command) + (" | sed -n '1,/^}/p' | nft -f -" if words == ("rules",) else "")
-
-
-def find_daemon(group: int, rules: Sequence[tuple[str, str]]) -> tuple[str, bytes, bool]:
-    """The process that is pmtud, empty if none has the group.
-
-    What it was started with; and whether it delivers.
-    """
-    port, said = group_holder(group), b"\0"
+def find_daemon(group: int, firewall: Ruleset) -> Optional[Daemon]:
+    """The process that is pmtud and has the group, None if there is none."""
+    port = group_holder(group)
     if port is None:
-        return "", b"", False
+        return None
     pid = netlink_holder(port)
-    table = any(re.match(rf"inet pmtud_{group}(_guard)? ", place) for place, _ in rules)
-    if not table and not is_pmtud(pid):
-        return "", b"", False
+    tables = (f"inet pmtud_{group} ", f"inet pmtud_{group}_guard ")
+    has_table = any(chain.startswith(tables) for chain in firewall.hooks)
+    if not has_table and not is_pmtud(pid):
+        return None
+    options = b"\0"
     for name in ("cmdline", "environ"):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
-            said += stream.read()
+            options += stream.read()
     idle = re.search(
-        rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", said
+        rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", options
     )
-    return describe_process(pid), said, not idle
-
-
-def check_kernel(node: Node) -> Iterator[Finding]:
-    """What only root can ask.
-
-    Whether we get sockets, a table and the NFLOG group; the daemon, its rule, its guard.
-    """
-    group, start = node.config.nflog_group, program(node.config)
-    try:
-        with Netlink(NETLINK_NETFILTER), DeliverySocket(IPV4):
-            yield Finding("privileges", OK, "raw sockets, marks and netlink are allowed")
-    except PmtudError as problem:
-        text = f"{problem}. Daemon, group, rules and guard are not looked at"
-        yield Finding("privileges", WARN, text, f"sudo {program(node.config, 'check')}")
-        return
-    if not (refusal := nftables_refusal(NFT_TABLE_F_OWNER)):
-        yield Finding(
-            "nftables", OK, "the kernel takes a table, and removes it when its owner dies"
-        )
-    elif not nftables_refusal(0):
-        yield Finding(
-            "nftables",
-            WARN,
-            "no table ownership (Linux before 5.12): after SIGKILL our table stays",
-        )
-    else:
-        yield Finding(
-            "nftables", FAIL, f"a table is refused: {os.strerror(refusal)}", "modprobe nf_tables"
-        )
-    try:
-        if not node.daemon:
-            Nflog(group).close()
-        yield Finding(
-            "nflog_group", OK, f"group {group} is " + ("held by pmtud" if node.daemon else "free")
-        )
-    except PmtudError as problem:
-        taken, start = group_holder(group) is not None, ""
-        fix = (
-            program(node.config._replace(nflog_group=group + 1))
-            if taken
-            else "modprobe nfnetlink_log"
-        )
-        yield Finding("nflog_group", FAIL, str(problem), fix)
-    text = (
-        node.daemon
-        and ("running, " if node.delivers else "--dry-run or --no-rescue: ") + node.daemon
-    )
-    yield Finding(
-        "daemon", OK if node.delivers else WARN, text or "not running", "" if node.daemon else start
-    )
-    yield judge_rules(node)
-    yield judge_guard(node)
-    yield judge_delivery()
+    return Daemon(describe_process(pid), options, not idle)
 
 
 def option_of(options: bytes, name: str) -> str:
@@ -5076,9 +5284,166 @@ def option_of(options: bytes, name: str) -> str:
     """
     variable = "PMTUD_" + name.upper().replace("-", "_")
     for start in (f"--{name}[=\0]", f"{variable}="):
-        if given := re.findall(f"\0{start}([!-~]+)".encode(), options):
+        given = re.findall(f"\0{start}([!-~]+)".encode(), options)
+        if given:
             return str(given[-1], "ascii")
     return ""
+
+
+def check_kernel(node: Node) -> Iterator[Finding]:
+    """What only root can ask: whether we get sockets, a table, the group; daemon, rules, guard."""
+    privileges = check_privileges(node)
+    yield privileges
+    if privileges.status != OK:
+        return
+    yield check_nftables()
+    group = check_group(node)
+    yield group
+    yield check_daemon(node, group.status == OK)
+    yield check_nflog_rule(node)
+    yield check_guard(node)
+    yield check_delivery()
+
+
+def check_privileges(node: Node) -> Finding:
+    """Whether we may do what the daemon does."""
+    try:
+        with Netlink(NETLINK_NETFILTER), DeliverySocket(IPV4):
+            return ok("privileges", "raw sockets, marks and netlink are allowed")
+    except PmtudError as problem:
+        found = f"{problem}. Daemon, group, rules and guard are not looked at"
+        return warn("privileges", found, f"sudo {check_command(node.config)}")
+
+
+def check_nftables() -> Finding:
+    """Whether the kernel takes our table."""
+    refusal = nftables_refusal(NFT_TABLE_F_OWNER)
+    if not refusal:
+        return ok("nftables", "the kernel takes a table, and removes it when its owner dies")
+    if nftables_refusal(0):
+        return fail("nftables", f"a table is refused: {os.strerror(refusal)}", "modprobe nf_tables")
+    return warn("nftables", "no table ownership (Linux before 5.12): after SIGKILL our table stays")
+
+
+def check_group(node: Node) -> Finding:
+    """Whether the NFLOG group is ours."""
+    group = node.config.nflog_group
+    if node.daemon:
+        return ok("nflog_group", f"group {group} is held by pmtud")
+    try:
+        Nflog(group).close()
+    except PmtudError as problem:
+        if group_holder(group) is None:
+            return fail("nflog_group", str(problem), "modprobe nfnetlink_log")
+        other = node.config._replace(nflog_group=group + 1)
+        return fail("nflog_group", str(problem), run_command(other))
+    return ok("nflog_group", f"group {group} is free")
+
+
+def check_daemon(node: Node, can_start: bool) -> Finding:
+    """Whether the daemon runs, and delivers."""
+    if node.daemon and node.daemon.delivers:
+        return ok("daemon", f"running, {node.daemon.process}")
+    if node.daemon:
+        return warn("daemon", f"--dry-run or --no-rescue: {node.daemon.process}")
+    if can_start:
+        return warn("daemon", "not running", run_command(node.config))
+    return warn("daemon", "not running")
+
+
+def feeding_rules(node: Node) -> dict[str, str]:
+    """The chains with a rule that logs errors from our interfaces to the group, and its count.
+
+    Without the rules that the daemon itself installs.
+    """
+    group = node.config.nflog_group
+    feeding: dict[str, str] = {}
+    for rule in node.firewall.rules:
+        if rule.group != group or not rule.is_for_icmp():
+            continue
+        if rule.ifaces and not any(map(rule.hears, node.ifaces)):
+            continue
+        if node.config.rules == "auto" and rule.chain.startswith(f"inet pmtud_{group} "):
+            continue
+        counted = "no counter"
+        if rule.packets is not None:
+            counted = f"{rule.packets} packets so far"
+        feeding[rule.chain] = f"{rule.chain}, {counted}"
+    return feeding
+
+
+def check_nflog_rule(node: Node) -> Finding:
+    """Whether a rule feeds the group with ICMP errors from our interfaces, early enough."""
+    config = node.config
+    early = node.firewall.reached_from("prerouting", "ingress")
+    late = node.firewall.reached_from("input") - early
+    feeding = feeding_rules(node)
+    found = "; ".join(text for chain, text in feeding.items() if chain in early | late)
+    if config.rules == "auto" and found:
+        return warn(
+            "nflog_rule",
+            f"pmtud installs its own, and this one feeds every error in again: {found}",
+            run_command(config._replace(rules="off")),
+        )
+    if config.rules == "auto" and node.daemon:
+        return ok("nflog_rule", f"table inet pmtud_{config.nflog_group} of the daemon")
+    if config.rules == "auto":
+        return ok("nflog_rule", "pmtud installs its own")
+    if late & feeding.keys():
+        late_text = f"too late, rp_filter comes first: {found}"
+        return warn("nflog_rule", late_text, paste_command(config))
+    if found:
+        return ok("nflog_rule", found)
+    nothing = f"--rules off, and nothing feeds group {config.nflog_group}"
+    if node.firewall.unseen:
+        unseen = f"--rules off, and what feeds the group cannot be seen: {node.firewall.unseen}"
+        return warn("nflog_rule", unseen)
+    return fail("nflog_rule", nothing, paste_command(config))
+
+
+def check_guard(node: Node) -> Finding:
+    """Whether something keeps errors about other nodes' flows inside."""
+    by_daemon = node.config.rules == "auto"
+    if by_daemon and not node.daemon:
+        return ok("guard", "pmtud installs it")
+    holds = {family.name: guard_holds(family) for family in FAMILIES}
+    missing = ", ".join(name for name, held in holds.items() if held is False)
+    good = ", ".join(name for name, held in holds.items() if held)
+    if not missing and not good:
+        return warn("guard", "cannot be probed")
+    if not missing:
+        return ok("guard", f"holds for {good}")
+    found = f"none for {missing}: errors about other nodes' flows would leave this node"
+    if by_daemon:
+        return fail("guard", found)
+    return fail("guard", found, paste_command(node.config))
+
+
+def check_delivery() -> Finding:
+    """Whether this node's stack takes what pmtud delivers.
+
+    Tried with an error about no flow, to an own address.
+    """
+    taken = []
+    for family in FAMILIES:
+        own = inside_address(family, local_addresses(), ())
+        if own is None:
+            continue
+        code = probe_delivery(family, own.packed)
+        if code == errno.EPERM:
+            dropped = f"a rule in OUTPUT drops {family.name} errors that pmtud delivers here"
+            fix = "nft list ruleset | grep -A 9 'hook output'"
+            return fail("delivery", f"{dropped}: no flow learns from them", fix)
+        if code:
+            refused = f"this node's stack refuses {family.name} errors: {os.strerror(code)}"
+            fix = "ip link set dev lo up"
+            return fail("delivery", f"{refused}; no flow learns from them", fix)
+        taken.append(family.name)
+    families = " and ".join(taken) or "no address"
+    return ok("delivery", f"this node's stack takes errors for {families}")
+
+
+# -- checks: who answers where the daemon serves HTTP
 
 
 def check_http(node: Node) -> Iterator[Finding]:
@@ -5086,22 +5451,29 @@ def check_http(node: Node) -> Iterator[Finding]:
 
     A kubelet asks there whether it is alive.
     """
-    name, address, text = (
-        option_of(node.options, key) for key in ("nodename", "metrics-addr", "metrics-port")
-    )
-    port = int(text) if text.isdecimal() else node.config.metrics_port
-    if not node.daemon or not port:
+    if not node.daemon:
         return
-    says = rf"pmtud/\S+ \({re.escape(name) or '.*'}, NFLOG group {node.config.nflog_group}\)"
-    addresses = served_addresses(node, address or node.config.metrics_addr)
+    options = node.daemon.options
+    port = node.config.metrics_port
+    given = option_of(options, "metrics-port")
+    if given.isdecimal():
+        port = int(given)
+    if not port:
+        return
+    name = re.escape(option_of(options, "nodename")) or ".*"
+    says = rf"pmtud/\S+ \({name}, NFLOG group {node.config.nflog_group}\)"
+    given = option_of(options, "metrics-addr")
+    addresses = served_addresses(node, given or node.config.metrics_addr)
     for address in addresses:
-        if problem := judge_answer(address, port, says):
-            fix = f"ss -Htlnp sport = :{port}"
-            if port in NODE_PORTS:
-                fix = f"{program(node.config)} --metrics-port {OTHER_PORT}"
-            yield Finding("http", FAIL, f"{address} port {port}: {problem}", fix)
-            return
-    yield Finding("http", OK, f"the daemon answers on {', '.join(addresses)} port {port}")
+        problem = judge_answer(address, port, says)
+        if not problem:
+            continue
+        fix = f"ss -Htlnp sport = :{port}"
+        if port in NODE_PORTS:
+            fix = f"{run_command(node.config)} --metrics-port {OTHER_PORT}"
+        yield fail("http", f"{address} port {port}: {problem}", fix)
+        return
+    yield ok("http", f"the daemon answers on {', '.join(addresses)} port {port}")
 
 
 def served_addresses(node: Node, address: str) -> list[str]:
@@ -5111,13 +5483,14 @@ def served_addresses(node: Node, address: str) -> list[str]:
     """
     if address not in ("", "::", "0.0.0.0"):
         return [address]
-    indexes = {index for index, name in socket.if_nameindex() if name in node.ifaces}
-    own = [
-        a.packed for a in local_addresses() if a.ifindex in indexes and not is_link_local(a.packed)
-    ]
-    ipv4_only = address == "0.0.0.0"
-    own = [packed for packed in own if len(packed) == IPV4.address_len or not ipv4_only]
-    return [str(ipaddress.ip_address(packed)) for packed in own[:16]] or ["127.0.0.1"]
+    names = dict(socket.if_nameindex())
+    own = []
+    for local in local_addresses():
+        is_ours = names.get(local.ifindex) in node.ifaces
+        is_served = address != "0.0.0.0" or family_of(local.packed) is IPV4
+        if is_ours and is_served and not is_link_local(local.packed):
+            own.append(str(ipaddress.ip_address(local.packed)))
+    return own[:16] or ["127.0.0.1"]
 
 
 def judge_answer(address: str, port: int, says: str) -> str:
@@ -5128,452 +5501,399 @@ def judge_answer(address: str, port: int, says: str) -> str:
     try:
         with socket.create_connection((address, port), timeout=2.0) as connection:
             connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-            answer = connection.recv(4096).decode(
-                "utf-8", "replace"
-            )  # the daemon's comes in one piece
+            data = connection.recv(4096)  # the daemon's answer comes in one piece
     except OSError as problem:
         return f"{problem.strerror or problem}: the daemon is not heard there"
+    answer = data.decode("utf-8", "replace")
     server = re.search(r"(?im)^server: *(.*?)\s*$", answer)
-    if not server or not re.fullmatch(says, server[1]):
-        name = server[1][:60] if server else "without a name"
-        guess = f"a Service with nodePort {port}?" if port in NODE_PORTS else "another program?"
-        return f"somebody else answers, {name} ({guess})"
+    name = "without a name"
+    if server:
+        name = server[1]
+    if not re.fullmatch(says, name):
+        guess = "another program?"
+        if port in NODE_PORTS:
+            guess = f"a Service with nodePort {port}?"
+        return f"somebody else answers, {name[:60]} ({guess})"
     body = answer.partition("\r\n\r\n")[2].strip()
-    return "" if body == "ok" else body
+    if body == "ok":
+        return ""
+    return body
 
 
-def judge_rules(node: Node) -> Finding:
-    """Whether a rule feeds the group with ICMP errors from our interfaces, early enough."""
-    import shutil
+# -- checks: the interfaces that errors come in on
 
-    config, auto, table = (
-        node.config,
-        node.config.rules == "auto",
-        f"inet pmtud_{node.config.nflog_group}",
-    )
-    early, late = (hooked(node.rules, hook) for hook in ("(?i:prerouting|ingress)", "(?i:input)"))
-    found: dict[str, str] = {}
-    for place, text in node.rules:
-        iface = re.search(r'\biif(?:name)? "([^"*]+)|(?<!! )-i ([^ +]+)', text)
-        ours = not iface or any(name.startswith(iface[1] or iface[2]) for name in node.ifaces)
-        other = re.search(r"\b(tcp|udp|sctp|dccp|esp|gre)\b", text) and "icmp" not in text
-        logs = re.search(rf"(\blog\b.* |--nflog-)group {config.nflog_group}\b", text)
-        if (
-            logs
-            and ours
-            and not other
-            and place in early | late
-            and not (auto and place.startswith(f"{table} "))
-        ):
-            counter = re.search(r"^\[(\d+):| packets (\d+)", text)
-            found[place] = f"{place}, " + (
-                f"{counter[1] or counter[2]} packets so far" if counter else "no counter"
-            )
-    feeding, paste = "; ".join(found.values()), program(config, "rules")
-    verdicts = (
-        (
-            auto and found,
-            WARN,
-            f"pmtud installs its own, and this one feeds every error in again: {feeding}",
-            program(config._replace(rules="off")),
-        ),
-        (auto, OK, f"table {table} of the daemon" if node.daemon else "pmtud installs its own", ""),
-        ((late - early) & set(found), WARN, f"too late, rp_filter comes first: {feeding}", paste),
-        (found, OK, feeding, ""),
-        (
-            shutil.which("nft"),
-            FAIL,
-            f"--rules off, and nothing feeds group {config.nflog_group}",
-            paste,
-        ),
-        (
-            True,
-            WARN,
-            "--rules off, and what feeds the group cannot be seen: nft is not installed",
-            "",
-        ),
-    )
-    return next(Finding("nflog_rule", *verdict) for applies, *verdict in verdicts if applies)
-
-
-def judge_guard(node: Node) -> Finding:
-    """Whether something keeps errors about other nodes' flows inside."""
-    if node.config.rules == "auto" and not node.daemon:
-        return Finding("guard", OK, "pmtud installs it")
-    holds = {family.name: guard_holds(family) for family in FAMILIES}
-    missing, good = (
-        ", ".join(n for n, held in holds.items() if held is wanted) for wanted in (False, True)
-    )
-    if not missing:
-        return Finding(
-            "guard", OK if good else WARN, f"holds for {good}" if good else "cannot be probed"
-        )
-    text = f"none for {missing}: errors about other nodes' flows would leave this node"
-    return Finding(
-        "guard", FAIL, text, "" if node.config.rules == "auto" else program(node.config, "rules")
-    )
-
-
-def judge_delivery() -> Finding:
-    """Whether this node's stack takes what pmtud delivers, tried with an error about no flow, to an
-    own address.
-    """
-    taken = []
-    for family in FAMILIES:
-        own = inside_address(family, local_addresses(), ())
-        if own is None:
-            continue
-        code = probe_delivery(family, own.packed)
-        if code == errno.EPERM:
-            text = f"a rule in OUTPUT drops {family.name} errors that pmtud delivers here: no flow learns from them"
-            return Finding("delivery", FAIL, text, "nft list ruleset | grep -A 9 'hook output'")
-        if code:
-            text = f"this node's stack refuses {family.name} errors: {os.strerror(code)}; no flow learns from them"
-            return Finding("delivery", FAIL, text, "ip link set dev lo up")
-        taken.append(family.name)
-    return Finding(
-        "delivery", OK, f"this node's stack takes errors for {' and '.join(taken) or 'no address'}"
-    )
-
-
-def reverse_path_filter(node: Node, iface: str, version: int) -> str:
-    """What drops errors on this interface by reverse path, empty if nothing does."""
-    if version == 4 and max(setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface)) == 1:
-        return "rp_filter"
-    for place, text in node.rules:
-        other = re.search(
-            r"^ip6 |nfproto ipv6" if version == 4 else r"^ip |nfproto ipv4", f"{place} {text}"
-        )
-        if not other and re.search(
-            r"iif (oif|check) (0|missing)\b.* (drop|reject)|--invert.* -j (DROP|REJECT)", text
-        ):
-            return f"a rule in {place}"
-    return ""
+RP_FILTER_MODES = {0: "off", 1: "strict", 2: "loose, errors from any routed address pass"}
 
 
 def check_interfaces(node: Node) -> Iterator[Finding]:
-    """What reverse path filtering does to a router's error, and whether IPv6 runs where errors come
-    in.
-    """
-    table = f"inet pmtud_{node.config.nflog_group} senders"
-    listens = [text for place, text in node.rules if place == table and "iifname" in text]
+    """What reverse path filtering does to a router's error, and whether IPv6 runs."""
     for iface in node.ifaces:
-        if iface not in node.links:
-            fix = f"ip link set dev {shlex.quote(iface)} up"
-            yield Finding("interface", FAIL, f"{iface} is not there or not up", fix)
-            continue
-        every, own = (setting(f"ipv4/conf/{name}/rp_filter") for name in ("all", iface))
-        mode = {0: "off", 1: "strict", 2: "loose, errors from any routed address pass"}.get(
-            max(every, own), "unknown"
-        )
-        drops = " and ".join(
-            filter(
-                None, dict.fromkeys(reverse_path_filter(node, iface, f.version) for f in FAMILIES)
-            )
-        )
-        text = f"{iface}: {mode} (all {every}, {iface} {own})"
-        if not drops:
-            yield Finding("rp_filter", OK, text)
-        elif node.delivers and (not listens or any(f'"{iface}"' in rule for rule in listens)):
-            yield Finding("rp_filter", OK, f"{text}; pmtud delivers what is dropped by {drops}")
+        if iface in node.links:
+            yield check_rp_filter(node, iface)
+            yield check_ipv6(node.links[iface])
         else:
-            config = node.config._replace(ifaces=node.ifaces) if node.daemon else node.config
-            yield Finding(
-                "rp_filter",
-                WARN,
-                f"{text}; an error from a router's address that is routed elsewhere is "
-                f"dropped by {drops}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers "
-                "the error and leaves it strict",
-                program(config),
-            )
-        yield judge_ipv6(iface, node.links[iface].mtu)
+            fix = f"ip link set dev {shlex.quote(iface)} up"
+            yield fail("interface", f"{iface} is not there or not up", fix)
 
 
-def judge_ipv6(iface: str, mtu: int) -> Finding:
+def path_filter(node: Node, iface: str, version: int) -> str:
+    """What drops errors on this interface by reverse path, empty if nothing does."""
+    if version == 4:
+        every = setting("ipv4/conf/all/rp_filter")
+        own = setting(f"ipv4/conf/{iface}/rp_filter")
+        if max(every, own) == 1:
+            return "rp_filter"
+    chain = node.firewall.path_filter(version)
+    if chain:
+        return f"a rule in {chain}"
+    return ""
+
+
+def delivers_from(node: Node, iface: str) -> bool:
+    """Whether the daemon delivers what comes in on an interface."""
+    if not node.daemon or not node.daemon.delivers:
+        return False
+    chain = f"inet pmtud_{node.config.nflog_group} senders"
+    listening = [rule for rule in node.firewall.rules if rule.chain == chain and rule.ifaces]
+    return not listening or any(rule.hears(iface) for rule in listening)
+
+
+def check_rp_filter(node: Node, iface: str) -> Finding:
+    """Whether a router's error from an address that is routed elsewhere gets in."""
+    every = setting("ipv4/conf/all/rp_filter")
+    own = setting(f"ipv4/conf/{iface}/rp_filter")
+    mode = RP_FILTER_MODES.get(max(every, own), "unknown")
+    found = f"{iface}: {mode} (all {every}, {iface} {own})"
+    filters = [path_filter(node, iface, family.version) for family in FAMILIES]
+    culprits = " and ".join(dict.fromkeys(filter(None, filters)))
+    if not culprits:
+        return ok("rp_filter", found)
+    if delivers_from(node, iface):
+        return ok("rp_filter", f"{found}; pmtud delivers what is dropped by {culprits}")
+    config = node.config
+    if node.daemon:
+        config = config._replace(ifaces=node.ifaces)
+    return warn(
+        "rp_filter",
+        f"{found}; an error from a router's address that is routed elsewhere is dropped by "
+        f"{culprits}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers the "
+        "error and leaves it strict",
+        run_command(config),
+    )
+
+
+def check_ipv6(link: Link) -> Finding:
     """Whether IPv6 runs on an interface, and believes the MTU that routers advertise."""
-    conf, name = f"ipv6/conf/{iface}", shlex.quote(iface)
-    forwarding, accept, accept_mtu = (
-        setting(f"{conf}/{key}") for key in ("forwarding", "accept_ra", "accept_ra_mtu")
-    )
-    listens = accept == 2 or (accept == 1 and not forwarding)
-    heard = "believed" if listens else f"not read (forwarding {forwarding}, accept_ra {accept})"
-    verdicts = (
-        (
-            mtu < IPV6_MIN_MTU,
-            FAIL,
-            f"cannot run, MTU {mtu} is under {IPV6_MIN_MTU}",
-            f"ip link set dev {name} mtu {IPV6_MIN_MTU}",
-        ),
-        (
-            setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"),
-            OK,
-            "switched off",
-            "",
-        ),
-        (
-            listens and not accept_mtu,
-            WARN,
-            "the MTU in router advertisements is ignored",
-            f"sysctl -w net/ipv6/conf/{name}/accept_ra_mtu=1",
-        ),
-        (True, OK, f"router advertisements and their MTU are {heard}", ""),
-    )
-    return next(
-        Finding("ipv6", status, f"{iface}: {text}", fix)
-        for applies, status, text, fix in verdicts
-        if applies
-    )
+    iface = link.name
+    conf = f"ipv6/conf/{iface}"
+    if link.mtu < IPV6_MIN_MTU:
+        fix = f"ip link set dev {shlex.quote(iface)} mtu {IPV6_MIN_MTU}"
+        return fail("ipv6", f"{iface}: cannot run, MTU {link.mtu} is under {IPV6_MIN_MTU}", fix)
+    if setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"):
+        return ok("ipv6", f"{iface}: switched off")
+    forwarding = setting(f"{conf}/forwarding")
+    accept = setting(f"{conf}/accept_ra")
+    if accept != 2 and (accept != 1 or forwarding):
+        why = f"(forwarding {forwarding}, accept_ra {accept})"
+        return ok("ipv6", f"{iface}: router advertisements and their MTU are not read {why}")
+    if not setting(f"{conf}/accept_ra_mtu"):
+        fix = f"sysctl -w net/ipv6/conf/{shlex.quote(iface)}/accept_ra_mtu=1"
+        return warn("ipv6", f"{iface}: the MTU in router advertisements is ignored", fix)
+    return ok("ipv6", f"{iface}: router advertisements and their MTU are believed")
 
 
-SETTINGS: tuple[tuple[str, dict[int, tuple[str, str]]], ...] = (
-    (
-        "ipv4/ip_no_pmtu_disc",
-        {
-            0: (OK, "path MTU discovery is on"),
-            1: (WARN, "packets leave without DF and are fragmented on their way"),
-            2: (FAIL, "the kernel discards every error, pmtud's deliveries too"),
-            3: (
-                WARN,
-                "only errors about TCP, SCTP and DCCP are believed; UDP, QUIC and tunnels hang. And an error that "
-                "quotes an unknown protocol panics kernels before 6.6.130, 6.12.78 and 6.18.20 (CVE-2026-23398)",
-            ),
-        },
-    ),
-    (
-        "ipv4/tcp_mtu_probing",
-        {
-            0: (OK, "off, TCP depends on the errors of routers"),
-            1: (OK, "TCP probes by itself, seconds after it hung; UDP, QUIC and tunnels do not"),
-            2: (OK, "TCP starts small and probes upwards; UDP, QUIC and tunnels do not"),
-        },
-    ),
-)
+# -- checks: settings of the kernel
 
 
 def check_settings(_: Node) -> Iterator[Finding]:
-    """The kernel settings that decide what becomes of an error, and the room in the connection
-    table.
-    """
-    for path, verdicts in SETTINGS:
-        value = setting(path)
-        status, text = verdicts.get(value, (OK, "unknown to this program"))
-        fix = "" if status == OK else f"sysctl -w net/{path}=0"
-        yield Finding(os.path.basename(path), status, f"{value}: {text}", fix)
-    smallest = setting("ipv4/route/min_pmtu")
-    good = smallest <= IPV4_MIN_PMTU
-    text = f"{smallest}: " + (
-        "the smallest MTU believed" if good else "smaller reports count as this one, and cost DF"
-    )
-    fix = "" if good else f"sysctl -w net/ipv4/route/min_pmtu={IPV4_MIN_PMTU}"
-    yield Finding("min_pmtu", OK if good else WARN, text, fix)
-    count, most = setting("netfilter/nf_conntrack_count"), setting("netfilter/nf_conntrack_max")
-    status = FAIL if count > 0.95 * most > 0 else WARN if count > 0.80 * most > 0 else OK
-    text = f"{count} of {most} connections ({count / most:.0%})" if most > 0 else "not in use"
-    fix = "" if status == OK else f"sysctl -w net/netfilter/nf_conntrack_max={2 * most}"
-    yield Finding("conntrack", status, text, fix)
+    """What the kernel does with an error, and the room in its connection table."""
+    yield check_pmtu_discovery()
+    yield check_tcp_probing()
+    yield check_min_pmtu()
+    yield check_conntrack()
+
+
+def check_pmtu_discovery() -> Finding:
+    """net.ipv4.ip_no_pmtu_disc"""
+    value = setting("ipv4/ip_no_pmtu_disc")
+    fix = "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
+    if value == 0:
+        return ok("ip_no_pmtu_disc", "0: path MTU discovery is on")
+    if value == 1:
+        found = "1: packets leave without DF and are fragmented on their way"
+        return warn("ip_no_pmtu_disc", found, fix)
+    if value == 2:
+        found = "2: the kernel discards every error, pmtud's deliveries too"
+        return fail("ip_no_pmtu_disc", found, fix)
+    if value == 3:
+        found = (
+            "3: only errors about TCP, SCTP and DCCP are believed; UDP, QUIC and tunnels hang. "
+            "And an error that quotes an unknown protocol panics kernels before 6.6.130, 6.12.78 "
+            "and 6.18.20 (CVE-2026-23398)"
+        )
+        return warn("ip_no_pmtu_disc", found, fix)
+    return ok("ip_no_pmtu_disc", f"{value}: unknown to this program")
+
+
+TCP_PROBING = {
+    0: "off, TCP depends on the errors of routers",
+    1: "TCP probes by itself, seconds after it hung; UDP, QUIC and tunnels do not",
+    2: "TCP starts small and probes upwards; UDP, QUIC and tunnels do not",
+}
+
+
+def check_tcp_probing() -> Finding:
+    """net.ipv4.tcp_mtu_probing, always well: only told."""
+    value = setting("ipv4/tcp_mtu_probing")
+    return ok("tcp_mtu_probing", f"{value}: {TCP_PROBING.get(value, 'unknown to this program')}")
+
+
+def check_min_pmtu() -> Finding:
+    """net.ipv4.route.min_pmtu"""
+    value = setting("ipv4/route/min_pmtu")
+    if value <= IPV4_MIN_PMTU:
+        return ok("min_pmtu", f"{value}: the smallest MTU believed")
+    found = f"{value}: smaller reports count as this one, and cost DF"
+    return warn("min_pmtu", found, f"sysctl -w net/ipv4/route/min_pmtu={IPV4_MIN_PMTU}")
+
+
+def check_conntrack() -> Finding:
+    """The room in the table of connections."""
+    count = setting("netfilter/nf_conntrack_count")
+    most = setting("netfilter/nf_conntrack_max")
+    if most <= 0:
+        return ok("conntrack", "not in use")
+    found = f"{count} of {most} connections ({count / most:.0%})"
+    fix = f"sysctl -w net/netfilter/nf_conntrack_max={2 * most}"
+    if count > 0.95 * most:
+        return fail("conntrack", found, fix)
+    if count > 0.80 * most:
+        return warn("conntrack", found, fix)
+    return ok("conntrack", found)
+
+
+# -- checks: peers
 
 
 def check_peers(node: Node) -> Iterator[Finding]:
-    """Whether each peer resolves, has a route, and is not an address that this node shares with
-    others.
-    """
-    config, local, failed = node.config, local_addresses(), False
-    listed, edit = {"": config.peers}, {"file": "${EDITOR:-vi} ", "dns": "getent ahosts "}
+    """Whether each peer resolves, has a route, and is not an address shared with other nodes."""
+    config = node.config
+    listed = {"": config.peers}
+    failed = False
     for source in map(open_source, config.peer_sources):
-        kind, _, name = source.name.partition(":")
-        edit[source.name] = edit[kind] + shlex.quote(name) if kind in edit else ""
         try:
             listed[source.name] = source.load() or ()
         except PmtudError as problem:
             failed = True
-            yield Finding("peers", FAIL, str(problem), edit[source.name])
-    arrangement = arrange(listed, local, config.ignore_networks)
-    targets = [peer for peers in arrangement.targets.values() for peer in peers]
-    shared = {address.packed for address in local if address.ifindex == socket.if_nametoindex("lo")}
-    bad = {
-        peer: "a service address on lo, not a node"
-        for peer in arrangement.removed
-        if peer.packed in shared
-    }
+            yield fail("peers", str(problem), look_into(source.name))
     vrf = foreign_vrf(node.ifaces)
     if vrf:
-        fix = f"ip vrf exec {shlex.quote(vrf)} {program(config, 'check')}"
-        yield Finding(
-            "peers", FAIL, f"the VRF {vrf} has the interface, and this process is not in it", fix
-        )
+        found = f"the VRF {vrf} has the interface, and this process is not in it"
+        fix = f"ip vrf exec {shlex.quote(vrf)} {check_command(config)}"
+        yield fail("peers", found, fix)
         return
-    bad.update({peer: "no route" for peer in targets if not kernel_source(peer)})
-    for where, peers in listed.items():
-        if wrong := [f"{peer}: {bad[peer]}" for peer in peers if peer in bad]:
-            rest = tuple(peer for peer in peers if peer not in bad)
-            fix = edit[where] if where else program(config._replace(peers=rest))
-            yield Finding("peers", FAIL, "; ".join(wrong) + (where and f" (in {where})"), fix)
-    networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
-    near = sum(
-        any(ipaddress.ip_address(peer.packed) in network for network in networks)
-        for peer in targets
-    )
-    if not bad and (targets or not failed):
-        text = (
-            f"{near} on-link, {len(targets) - near} routed"
-            if targets
-            else "none: standalone, local rescue only"
-        )
-        yield Finding(
-            "peers",
-            OK,
-            "; ".join([text, *(f"{peer} is this node" for peer in arrangement.removed)]),
-        )
+    local = local_addresses()
+    arrangement = arrange(listed, local, config.ignore_networks)
+    wrong = wrong_peers(arrangement, local)
+    for name, peers in listed.items():
+        if wrong.keys() & set(peers):
+            yield judge_peers(config, name, peers, wrong)
+    if wrong or (failed and not arrangement.everyone):
+        return
+    removed = [f"{peer} is this node" for peer in arrangement.removed]
+    yield ok("peers", "; ".join([describe_peers(arrangement.everyone, local), *removed]))
 
 
-def judge_mtu(
-    names: Sequence[str],
-    mtu: int,
-    nic: Link,
-    overhead: int,
-    default: Optional[str] = "",
-    remake: str = "",
+def look_into(source: str) -> str:
+    """The command that looks into a source of peers, empty where there is none."""
+    kind, _, name = source.partition(":")
+    if kind == "file":
+        return f"${{EDITOR:-vi}} {shlex.quote(name)}"
+    if kind == "dns":
+        return f"getent ahosts {shlex.quote(name)}"
+    return ""
+
+
+def wrong_peers(arrangement: Arrangement, local: Iterable[LocalAddress]) -> dict[PeerAddress, str]:
+    """What is wrong with each peer that cannot be one."""
+    lo = socket.if_nametoindex("lo")
+    shared = {address.packed for address in local if address.ifindex == lo}
+    wrong = {}
+    for peer in arrangement.removed:
+        if peer.packed in shared:
+            wrong[peer] = "a service address on lo, not a node"
+    for peer in arrangement.everyone:
+        if not kernel_source(peer):
+            wrong[peer] = "no route"
+    return wrong
+
+
+def judge_peers(
+    config: Config, source: str, peers: Sequence[PeerAddress], wrong: Mapping[PeerAddress, str]
 ) -> Finding:
-    """Whether interfaces (or a CNI configuration file) with this MTU suit the NIC under them.
+    """The verdict on a source with wrong peers; `source` is empty for those of --peers itself."""
+    found = "; ".join(f"{peer}: {wrong[peer]}" for peer in peers if peer in wrong)
+    if source:
+        return fail("peers", f"{found} (in {source})", look_into(source))
+    rest = tuple(peer for peer in peers if peer not in wrong)
+    return fail("peers", found, run_command(config._replace(peers=rest)))
 
-    The fix is the CNI's command, or the `default` of tunnels without a CNI (None: no command), and
-    then `remake`.
+
+def describe_peers(peers: Sequence[PeerAddress], local: Iterable[LocalAddress]) -> str:
+    """How many share a network with this node."""
+    if not peers:
+        return "none: standalone, local rescue only"
+    networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
+    near = 0
+    for peer in peers:
+        address = ipaddress.ip_address(peer.packed)
+        near += any(address in network for network in networks)
+    return f"{near} on-link, {len(peers) - near} routed"
+
+
+# -- checks: MTUs of tunnels and pods
+
+
+class Underlay(NamedTuple):
+    """What packets of tunnels and pods travel over."""
+
+    nic: Link
+    overhead: int  # that a tunnel adds
+
+    @property
+    def best(self) -> int:
+        """The largest MTU that fits."""
+        return self.nic.mtu - self.overhead
+
+    def __str__(self) -> str:
+        return f"{self.nic.name} {self.nic.mtu} - {self.overhead}"
+
+
+def cni_command(name: str, under: Underlay) -> str:
+    """The command that makes a CNI use the best MTU; empty for what is of no CNI we know.
+
+    Known by the name of its interface or file.
     """
-    best, spare, formula = nic.mtu - overhead, nic.mtu - mtu, f"{nic.name} {nic.mtu} - {overhead}"
-    lost = "jumbo frames" if best >= 1.5 * mtu else f"{best - mtu} bytes"
-    verdicts = (
-        (mtu == best, OK, f"= {formula}"),
-        (
-            best < mtu <= nic.mtu and re.match("lxc|cilium_", names[0]),
-            OK,
-            f"is right: Cilium subtracts the {overhead} in its routes",
-        ),
-        (
-            mtu > best and default,
-            FAIL,
-            f"> {formula}: packets over {best} are fragmented or vanish (black hole)",
-        ),
-        (
-            mtu > best,
-            WARN,
-            f"> {formula}: only ICMP errors from this node tell pods that {best} is all",
-        ),
-        (
-            overhead and spare == 2 * overhead,
-            WARN,
-            f"= {formula} - {overhead}: the overhead is subtracted twice",
-        ),
-        (
-            any(spare in overheads for _, overheads, _ in TUNNELS.values()),
-            OK,
-            f"= {nic.name} {nic.mtu} - {spare}, where {overhead} would do",
-        ),
-        (True, WARN, f"< {formula} = {best}: {lost} left unused"),
-    )
-    status, text = next(verdict for applies, *verdict in verdicts if applies)
-    shown = names[0] if len(names) == 1 else f"{len(names)} pods ({names[0]}, ...)"
-    base = os.path.basename(names[0])
-    command = next(
-        (command for pattern, command in MTU_COMMANDS if re.search(pattern, base)), default or ""
-    )
-    fix = (
-        "" if default is None else command.format(mtu=best, nic=nic.mtu, name=shlex.quote(names[0]))
-    )
-    return Finding(
-        "mtu", status, f"{shown} {mtu} {text}", "" if status == OK else f"{fix}\n{remake}".strip()
-    )
+    base = os.path.basename(name)
+    if re.search("cali|tunl0", base):
+        patch = f'{{"spec":{{"calicoNetwork":{{"mtu":{under.best}}}}}}}'
+        return f"kubectl patch installation default --type=merge -p '{patch}'"
+    if re.search("flannel|cni0", base):
+        return "kubectl -n kube-flannel rollout restart daemonset/kube-flannel-ds"
+    if re.search("lxc|cilium", base):
+        return f"cilium config set mtu {under.nic.mtu}"
+    if ".conf" in base:
+        return f"sed -i -E 's/(\"mtu\": *)[0-9]+/\\1{under.best}/' {shlex.quote(name)}"
+    return ""
 
 
-def cni_mtus(folder: str) -> Iterator[tuple[str, Union[int, str]]]:
-    """Each MTU in the CNI configuration files of a folder (0 is automatic.
+def cilium_subtracts(name: str, mtu: int, under: Underlay) -> bool:
+    """Whether Cilium gave this interface more than fits, which it subtracts in its routes."""
+    if not re.match("lxc|cilium_", name):
+        return False
+    return mtu > under.best and mtu <= under.nic.mtu
 
-    Left out), or why one cannot be read.
-    """
-    paths = [folder] if os.path.exists(folder) else []  # opening it says why it cannot be listed
-    if os.access(folder, os.R_OK | os.X_OK):
-        names = (
-            name for name in sorted(os.listdir(folder)) if name.endswith((".conf", ".conflist"))
-        )
-        paths = [os.path.join(folder, name) for name in names]
-    for path in paths:
-        try:
-            if path != folder and not os.path.isfile(path):  # opening a FIFO would wait
-                raise OSError(errno.EINVAL, "not a file")
-            with open(path, errors="replace") as stream:
-                found = re.findall(r'"mtu"\s*:\s*([1-9]\d{1,8})\b', stream.read())
-            yield from ((path, int(digits)) for digits in found)
-        except OSError as problem:
-            yield path, problem.strerror or "cannot be read"
+
+def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, shown: str = "") -> Finding:
+    """Whether the MTU of a pod or of a CNI's configuration suits what is under it."""
+    found = f"{shown or name} {mtu}"
+    spare = under.nic.mtu - mtu
+    if mtu == under.best:
+        return ok("mtu", f"{found} = {under}")
+    if cilium_subtracts(name, mtu, under):
+        return ok("mtu", f"{found} is right: Cilium subtracts the {under.overhead} in its routes")
+    if mtu > under.best:
+        told = f"only ICMP errors from this node tell pods that {under.best} is all"
+        return warn("mtu", f"{found} > {under}: {told}", fix)
+    if under.overhead and spare == 2 * under.overhead:
+        twice = f"{under} - {under.overhead}: the overhead is subtracted twice"
+        return warn("mtu", f"{found} = {twice}", fix)
+    if spare in OVERHEADS:
+        needless = f"{under.nic.name} {under.nic.mtu} - {spare}, where {under.overhead} would do"
+        return ok("mtu", f"{found} = {needless}")
+    unused = f"{under.best - mtu} bytes"
+    if under.best >= 1.5 * mtu:
+        unused = "jumbo frames"
+    return warn("mtu", f"{found} < {under} = {under.best}: {unused} left unused", fix)
+
+
+def check_tunnel(link: Link, nic: Link) -> Finding:
+    """Whether a tunnel's MTU suits the NIC under it."""
+    under = Underlay(nic, link.overhead)
+    fix = cni_command(link.name, under)
+    if not fix:
+        fix = f"ip link set dev {shlex.quote(link.name)} mtu {under.best}"
+    if link.mtu <= under.best or cilium_subtracts(link.name, link.mtu, under):
+        return judge_mtu(link.name, link.mtu, under, fix)
+    vanish = f"packets over {under.best} are fragmented or vanish (black hole)"
+    return fail("mtu", f"{link.name} {link.mtu} > {under}: {vanish}", fix)
 
 
 def check_mtu(node: Node) -> Iterator[Finding]:
-    """The MTU of every tunnel, of the CNI configuration and of every pod interface against what
-    they travel over.
-    """
-    nics = sorted(
-        (node.links[name] for name in node.ifaces if name in node.links), key=lambda link: link.mtu
-    )
+    """The MTU of every tunnel, CNI configuration and pod against what they travel over."""
+    nics = [node.links[name] for name in node.ifaces if name in node.links]
+    nics.sort(key=lambda link: link.mtu)
     widest = max(
         (link for link in node.links.values() if link.role == "nic"),
         key=lambda link: link.mtu,
         default=None,
     )
-    other = program(node.config._replace(ifaces=(widest.name,)), "check") if widest else ""
+    by_widest = ""
+    if widest:
+        by_widest = check_command(node.config._replace(ifaces=(widest.name,)))
     if not nics:
-        yield Finding("mtu", WARN, "there is no default route; name the NIC with --iface", other)
+        yield warn("mtu", "there is no default route; name the NIC with --iface", by_widest)
         return
-    low, high = nics[0], nics[-1]
+    low = nics[0]
+    high = nics[-1]
     if low.mtu < high.mtu:
-        fixes = [
-            f"ip link set dev {shlex.quote(nic.name)} mtu {high.mtu}"
-            for nic in nics
-            if nic.mtu < high.mtu
-        ]
-        text = ", ".join(f"{link.name} {link.mtu}" for link in nics)
-        yield Finding("mtu", WARN, f"the NICs differ: {text}", "\n".join(fixes))
+        yield unequal_nics(nics)
     tunnels = [link for link in node.links.values() if link.role == "tunnel"]
     for link in tunnels:
-        nic = node.links.get(link.under, low)
-        yield judge_mtu(
-            [link.name], link.mtu, nic, link.overhead, "ip link set dev {name} mtu {mtu}"
-        )
-    pods = list(check_pods(node, low, tunnels))
+        yield check_tunnel(link, node.links.get(link.under, low))
+    pods = list(check_cni(node, low, tunnels))
     yield from pods
     if not pods and not tunnels:
-        yield Finding("mtu", OK, f"{low.name} {low.mtu}, without tunnels and pods")
-    elif (
-        widest
-        and widest.mtu > high.mtu
-        and not node.config.ifaces
-        and not all(link.under for link in tunnels)
-    ):
-        text = f"{widest.name} has {widest.mtu}, judged is by {low.name} {low.mtu} of the default route"
-        yield Finding(
-            "mtu",
-            WARN,
-            f"{text}; if the nodes talk over {widest.name}, name it with --iface",
-            other,
+        yield ok("mtu", f"{low.name} {low.mtu}, without tunnels and pods")
+        return
+    guessed = not node.config.ifaces and not all(link.under for link in tunnels)
+    if guessed and widest and widest.mtu > high.mtu:
+        found = (
+            f"{widest.name} has {widest.mtu}, judged is by {low.name} {low.mtu} of the default "
+            f"route; if the nodes talk over {widest.name}, name it with --iface"
         )
+        yield warn("mtu", found, by_widest)
 
 
-def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Finding]:
-    """The MTU in the CNI configuration and of pods, which get what the narrowest of the CNI's own
-    tunnels leaves.
-    """
-    own = [
-        link
-        for link in tunnels
-        if any(re.fullmatch(names, link.name) for names, _, _ in TUNNELS.values())
+def unequal_nics(nics: Sequence[Link]) -> Finding:
+    """The verdict on NICs with different MTUs, the widest last."""
+    best = nics[-1].mtu
+    found = ", ".join(f"{link.name} {link.mtu}" for link in nics)
+    fixes = [
+        f"ip link set dev {shlex.quote(link.name)} mtu {best}" for link in nics if link.mtu < best
     ]
-    bounds = [(node.links.get(link.under, nic), link.overhead) for link in own] or [(nic, 0)]
-    nic, overhead = min(bounds, key=lambda bound: bound[0].mtu - bound[1])
-    given = {link.mtu for link in own}
-    for path, mtu in cni_mtus(node.cni_dir):
-        if isinstance(mtu, str):
-            yield Finding("mtu", WARN, f"{path}: {mtu}", f"ls -ld {shlex.quote(path)}")
-        else:
-            yield judge_mtu([path], mtu, nic, overhead)
-            given.add(mtu)
+    return warn("mtu", f"the NICs differ: {found}", "\n".join(fixes))
+
+
+def check_cni(node: Node, nic: Link, tunnels: Iterable[Link]) -> Iterator[Finding]:
+    """The MTU in the CNI configuration, and of pods."""
+    own = [link for link in tunnels if tunnel_named(link.name)]
+    under = pod_underlay(node, nic, own)
+    is_given = bool(own)
+    if os.path.exists(node.cni_dir) and not can_list(node.cni_dir):
+        yield unreadable(node.cni_dir, os.strerror(errno.EACCES))
+    for path in cni_files(node.cni_dir):
+        try:
+            for mtu in cni_mtus(path):
+                is_given = True
+                yield judge_mtu(path, mtu, under, cni_command(path, under))
+        except OSError as problem:
+            yield unreadable(path, problem.strerror or "cannot be read")
+    yield from check_pods(node, under, is_given)
+
+
+def check_pods(node: Node, under: Underlay, is_given: bool) -> Iterator[Finding]:
+    """The MTU of pods; where a tunnel or file gives it to them, its command stands there."""
     groups: dict[int, list[str]] = {}
     for link in node.links.values():
         if link.role == "pod":
@@ -5581,30 +5901,120 @@ def check_pods(node: Node, nic: Link, tunnels: Sequence[Link]) -> Iterator[Findi
     host = shlex.quote(node.config.nodename)
     remake = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
     for mtu, names in groups.items():
-        yield judge_mtu(
-            names, mtu, nic, overhead, None if given else "", remake
-        )  # what is given was judged above
+        fix = remake
+        if not is_given:
+            fix = f"{cni_command(names[0], under)}\n{remake}".strip()
+        shown = names[0]
+        if len(names) > 1:
+            shown = f"{len(names)} pods ({names[0]}, ...)"
+        yield judge_mtu(names[0], mtu, under, fix, shown)
 
 
-# linux/in.h, linux/in6.h, linux/errqueue.h, asm-generic/socket.h, linux/if_ether.h, linux/tcp.h
-PMTUDISC_PROBE, IP_RECVERR, IPV6_RECVERR, IP_MTU, IPV6_MTU = 3, 11, 25, 14, 24
-EXTENDED_ERR = struct.Struct(
-    "=IBBBxII"
-)  # struct sock_extended_err: errno, origin, type, code, info (the MTU), data
-SO_ATTACH_FILTER, ETH_P_IP, ETH_P_IPV6 = 26, 0x0800, 0x86DD
-TCP_INFO_OPTIONS, TCP_INFO_SND_MSS, TCP_INFO_PMTU, TCPI_OPT_TIMESTAMPS = (
-    5,
-    16,
-    60,
-    1,
-)  # offsets in struct tcp_info
+def pod_underlay(node: Node, nic: Link, tunnels: Iterable[Link]) -> Underlay:
+    """What pods travel over: the narrowest of the CNI's own tunnels, else the NIC."""
+    found = [Underlay(node.links.get(link.under, nic), link.overhead) for link in tunnels]
+    return min(found, key=lambda under: under.best, default=Underlay(nic, 0))
+
+
+def can_list(folder: str) -> bool:
+    """Whether this process may list a folder and open what is in it."""
+    return os.access(folder, os.R_OK | os.X_OK)
+
+
+def unreadable(path: str, reason: str) -> Finding:
+    """A warning about a file that is left out."""
+    return warn("mtu", f"{path}: {reason}", f"ls -ld {shlex.quote(path)}")
+
+
+def cni_files(folder: str) -> list[str]:
+    """The CNI configuration files in a folder, none where it cannot be listed."""
+    if not can_list(folder):
+        return []
+    names = [name for name in os.listdir(folder) if name.endswith((".conf", ".conflist"))]
+    return [os.path.join(folder, name) for name in sorted(names)]
+
+
+def cni_mtus(path: str) -> list[int]:
+    """Each MTU in a CNI configuration file but 0, which is automatic; raises OSError."""
+    if not os.path.isfile(path):  # opening a FIFO would wait
+        raise OSError(errno.EINVAL, "not a file")
+    with open(path, errors="replace") as stream:
+        found = re.findall(r'"mtu"\s*:\s*([1-9]\d{1,8})\b', stream.read())
+    return [int(digits) for digits in found]
+
+
+# -- checks: the path to a host
+
+# linux/in.h, linux/in6.h, asm-generic/socket.h, linux/if_ether.h
+PMTUDISC_PROBE = 3
+IP_RECVERR = 11
+IP_MTU = 14
+IPV6_MTU = 24
+IPV6_RECVERR = 25
+SO_ATTACH_FILTER = 26
+ETH_P_IP = 0x0800
+ETH_P_IPV6 = 0x86DD
+
+# linux/errqueue.h, struct sock_extended_err: errno, origin, type, code, info (the MTU), data; behind
+# it struct sockaddr_in or sockaddr_in6 of who said so
+EXTENDED_ERR = struct.Struct("=IBBBxII")
+
+# linux/filter.h: struct sock_filter (code, jump if true, jump if false, operand), struct sock_fprog
+SOCK_FILTER = struct.Struct("=HBBI")
+SOCK_FPROG = struct.Struct("@HP")
+BPF_LOAD_BYTE = 0x30
+BPF_JUMP_EQUAL = 0x15
+BPF_RETURN = 0x06
+
+# linux/tcp.h: offsets in struct tcp_info, and a bit of its options
+TCP_INFO_BYTES = 104
+TCP_INFO_OPTIONS = 5
+TCP_INFO_SND_MSS = 16
+TCP_INFO_PMTU = 60
+TCPI_OPT_TIMESTAMPS = 1
+TCP_TIMESTAMPS_LEN = 12  # RFC 7323, with padding
+UDP_TO_TCP_HEADER = 12  # bytes that a TCP header is longer
+
 PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
-PROBE_MIN_BYTES, PROBE_SECONDS = 68, 4.0  # the first probe; the time for one address
-# By IP version: level of the socket options, PMTU discovery, error queue, the MTU in use; bytes of
-# both headers; the protocol's place in the first of them; ethertype.
+IP_TOTAL_LEN_MAX = 65535
+PROBE_MIN_BYTES = 68  # of the first probe
+PROBE_SECONDS = 4.0  # for one address
+
+
+class ProbeOptions(NamedTuple):
+    """How an IP version is probed: socket options, lengths, where packets name their protocol."""
+
+    level: int
+    mtu_discover: int
+    receive_errors: int
+    mtu: int
+    headers: int  # bytes of IP and UDP
+    protocol_offset: int
+    ethertype: int
+    sender: slice  # the packed address behind struct sock_extended_err
+
+
 PROBES = {
-    4: (socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_RECVERR, IP_MTU, 28, 9, ETH_P_IP),
-    6: (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_RECVERR, IPV6_MTU, 48, 6, ETH_P_IPV6),
+    4: ProbeOptions(
+        socket.IPPROTO_IP,
+        IP_MTU_DISCOVER,
+        IP_RECVERR,
+        IP_MTU,
+        28,
+        9,
+        ETH_P_IP,
+        slice(20, 24),
+    ),
+    6: ProbeOptions(
+        socket.IPPROTO_IPV6,
+        IPV6_MTU_DISCOVER,
+        IPV6_RECVERR,
+        IPV6_MTU,
+        48,
+        6,
+        ETH_P_IPV6,
+        slice(24, 40),
+    ),
 }
 
 
@@ -5620,6 +6030,83 @@ class Answer(NamedTuple):
     iface: str = ""  # where a dropped report came in
 
 
+class Measurement(NamedTuple):
+    """What the probes of one address found."""
+
+    largest: int  # the largest size that was answered, 0: none
+    is_settled: bool  # one byte more is surely lost
+    reports: list[Answer]
+    error: str = ""  # why not even the first probe went through
+
+
+class Bracket:
+    """The sizes between the largest that was answered, `low`, and the smallest lost, `high`.
+
+    A silence costs a moment, an answer one of the few a host gives: so sizes are tried from the
+    upper end.
+    """
+
+    def __init__(self, low: int, top: int) -> None:
+        self.low = low
+        self.high = top + 1
+        self.is_silent = False  # the last loss was without a report
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is left to try."""
+        return self.high - self.low <= 1
+
+    def next(self) -> int:
+        """The size to try: what a router reported, else a usual MTU, else the middle."""
+        if not self.is_silent:
+            return self.high - 1
+        usual = [mtu for mtu in MTU_BUCKETS if self.low < mtu < self.high]
+        if usual:
+            return usual[-1]
+        if self.low in MTU_BUCKETS:  # probably this is it
+            return self.low + 1
+        return (self.low + self.high) // 2
+
+    def answered(self, size: int) -> None:
+        """This size got through."""
+        self.low = size
+
+    def reported(self, size: int, mtu: int) -> None:
+        """A router said that this size is too big for its next link."""
+        if mtu < self.low or mtu >= size:  # it says nothing new
+            self.lost(size)
+            return
+        self.high = mtu + 1
+        self.is_silent = False
+
+    def lost(self, size: int) -> None:
+        """Nothing came back."""
+        self.high = size
+        self.is_silent = True
+
+
+def open_icmp_tap(protocol: int, options: ProbeOptions) -> socket.socket:
+    """A socket that sees ICMP come in before rp_filter does; without privileges it sees nothing."""
+    try:
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(options.ethertype))
+    except PermissionError:
+        tap = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        tap.setblocking(False)
+        return tap
+    # Load the protocol's byte; if it is ICMP take the packet, else drop it.
+    instructions = (
+        SOCK_FILTER.pack(BPF_LOAD_BYTE, 0, 0, options.protocol_offset),
+        SOCK_FILTER.pack(BPF_JUMP_EQUAL, 0, 1, protocol),
+        SOCK_FILTER.pack(BPF_RETURN, 0, 0, 0xFFFF),
+        SOCK_FILTER.pack(BPF_RETURN, 0, 0, 0),
+    )
+    code = ctypes.create_string_buffer(b"".join(instructions))
+    program = SOCK_FPROG.pack(len(instructions), ctypes.addressof(code))
+    tap.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    tap.setblocking(False)
+    return tap
+
+
 class Prober(Descriptor):
     """Sends packets with DF to an address.
 
@@ -5627,54 +6114,26 @@ class Prober(Descriptor):
     """
 
     def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
-        self.address = (address[0], PROBE_PORT, *address[2:])
-        self.packed, zone = (
-            ipaddress.ip_address(address[0].partition("%")[0]).packed,
-            (*address, 0, 0)[3],
-        )
+        host, _, *rest = address  # port; of IPv6 flow label and zone
+        self.address = (host, PROBE_PORT, *rest)
+        plain = ipaddress.ip_address(host.partition("%")[0])
+        self.packed = plain.packed
+        self.host = str(plain)
+        zone = rest[1] if rest else 0
+        if zone:
+            self.host += f"%{socket.if_indextoname(zone)}"
         self.family = family_of(self.packed)
-        self.host = str(ipaddress.ip_address(self.packed)) + (
-            f"%{socket.if_indextoname(zone)}" if zone else ""
-        )
-        self.level, *self.options, self.headers, offset, ethertype = PROBES[self.family.version]
+        self.options = PROBES[self.family.version]
         self.hop = find_route(self.packed, zone)[1][0]
         self.iface = socket.if_indextoname(self.hop.ifindex)
-        self.top = min(node.links[self.iface].mtu if self.iface in node.links else 1500, 65535)
+        self.top = 1500
+        if self.iface in node.links:
+            self.top = min(node.links[self.iface].mtu, IP_TOTAL_LEN_MAX)
         self.own = {own.packed for own in local_addresses()}
-        self.started, self.replies, self.timeout = time.monotonic(), 0, 1.0
-        try:
-            self.socket = socket.socket(
-                socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ethertype)
-            )
-            # Classic BPF: load the protocol's byte; if it is ICMP take the packet, else drop it.
-            code = struct.pack(
-                "=HBBIHBBIHBBIHBBI",
-                0x30,
-                0,
-                0,
-                offset,
-                0x15,
-                0,
-                1,
-                self.family.icmp_protocol,
-                6,
-                0,
-                0,
-                0xFFFF,
-                6,
-                0,
-                0,
-                0,
-            )
-            buffer = ctypes.create_string_buffer(code)
-            self.socket.setsockopt(
-                socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 4, ctypes.addressof(buffer))
-            )
-        except PermissionError:
-            self.socket = socket.socket(
-                socket.AF_UNIX, socket.SOCK_DGRAM
-            )  # nothing ever comes in here
-        self.socket.setblocking(False)
+        self.replies = 0
+        self.timeout = 1.0
+        self.socket = open_icmp_tap(self.family.icmp_protocol, self.options)
+        self.started = time.monotonic()
 
     def probe(self, size: int) -> Answer:
         """The answer to a packet of this size."""
@@ -5682,129 +6141,142 @@ class Prober(Descriptor):
         time.sleep(max(0.0, self.replies - 5 - (time.monotonic() - self.started)))
         sent = time.monotonic()
         answer = self._explain(self._ask(size))
+        if answer.kind == "reply":
+            self.replies += 1
         if answer.kind != "silence":
-            self.replies += answer.kind == "reply"
-            self.timeout = min(self.timeout, max(0.08, 4 * (time.monotonic() - sent)))
+            round_trip = time.monotonic() - sent
+            self.timeout = min(self.timeout, max(0.08, 4 * round_trip))
         return answer
 
     def _ask(self, size: int) -> Answer:
         """Send, wait, and read the socket's error queue; a datagram is a reply as well."""
+        level = self.options.level
         with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
             try:
-                for option, value in zip(self.options, (PMTUDISC_PROBE, 1)):
-                    udp.setsockopt(self.level, option, value)
+                udp.setsockopt(level, self.options.mtu_discover, PMTUDISC_PROBE)
+                udp.setsockopt(level, self.options.receive_errors, 1)
                 udp.connect(self.address)
-                udp.send(bytes(size - self.headers))
+                udp.send(bytes(size - self.options.headers))
                 if not select.select([udp], [], [], self.timeout)[0]:
                     return Answer("silence")
-                data = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1][0][2]
+                _, ancillary, _, _ = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)
             except BlockingIOError:
                 return Answer("reply")
             except OSError as problem:
                 return Answer("error", f"this node: {problem.strerror}")
+        return self._read_error(ancillary[0][2])
+
+    def _read_error(self, data: bytes) -> Answer:
+        """What an entry of the error queue says."""
         number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
-        sender = (
-            data[20:24] if self.family is IPV4 else data[24:40]
-        )  # in struct sockaddr_in, sockaddr_in6
+        sender = data[self.options.sender]
+        name = str(ipaddress.ip_address(sender))
         if number == errno.EMSGSIZE:
-            return Answer(
-                "report", str(ipaddress.ip_address(sender)), mtu or self.family.unstated_mtu
-            )
-        refusal = Answer("error", f"{ipaddress.ip_address(sender)}: {os.strerror(number)}")
-        return Answer("reply") if sender == self.packed else refusal
+            return Answer("report", name, mtu or self.family.unstated_mtu)
+        if sender == self.packed:
+            return Answer("reply")
+        return Answer("error", f"{name}: {os.strerror(number)}")
 
     def _explain(self, answer: Answer) -> Answer:
-        """The answer in the light of what came in: a report that was dropped, the router behind
-        pmtud's delivery.
+        """The answer in the light of what came in.
 
-        Reports are known by the probes' port: some routers quote another length than was sent.
+        A report that was dropped, or the router behind pmtud's delivery.
+        """
+        for report, iface in self._incoming_reports():
+            router = str(ipaddress.ip_address(report.src))
+            if answer.kind in ("silence", "dropped"):
+                # The last one counts: a bond or VLAN shows up after its port.
+                answer = Answer("dropped", router, report.believed_mtu, iface)
+            if answer.kind == "report" and report.src not in self.own and answer.router != router:
+                answer = answer._replace(router=f"{router}, through pmtud,")
+        return answer
+
+    def _incoming_reports(self) -> Iterator[tuple[MtuError, str]]:
+        """The reports about our probes that came in, and where.
+
+        Known by the probes' port: some routers quote another length than was sent.
         """
         while True:
             try:
                 packet, (iface, *_) = self.socket.recvfrom(4096)
             except BlockingIOError:
-                return answer
+                return
             error = parse(packet)
-            if isinstance(error, MtuError) and (error.quoted_dst, error.destination_port) == (
-                self.packed,
-                PROBE_PORT,
-            ):
-                router = str(ipaddress.ip_address(error.src))
-                if answer.kind in (
-                    "silence",
-                    "dropped",
-                ):  # the last one: a bond or VLAN shows up after its port
-                    answer = Answer("dropped", router, error.believed_mtu, iface)
-                elif (
-                    answer.kind == "report"
-                    and error.src not in self.own
-                    and answer.router != router
-                ):
-                    answer = answer._replace(router=f"{router}, through pmtud,")
+            if not isinstance(error, MtuError):
+                continue
+            if error.quoted_dst == self.packed and error.destination_port == PROBE_PORT:
+                yield error, iface
 
-    def measure(self) -> tuple[int, bool, list[Answer]]:
-        """The largest size answered (0: none), whether one byte more is surely lost, and the
-        reports on the way.
-
-        A silence costs a moment, an answer one of the few a host gives: so sizes are tried from the
-        upper end.
-        """
+    def measure(self) -> Measurement:
+        """The largest size that is answered, and the reports on the way."""
         first = self.probe(PROBE_MIN_BYTES)
-        first = self.probe(PROBE_MIN_BYTES) if first.kind == "silence" else first
+        if first.kind == "silence":
+            first = self.probe(PROBE_MIN_BYTES)
         if first.kind == "error":
-            return 0, False, [first]
-        low, high, size, reports, silent = (
-            PROBE_MIN_BYTES,
-            self.top + 1,
-            self.top,
-            list[Answer](),
-            False,
-        )
-        while high - low > 1 and time.monotonic() - self.started < PROBE_SECONDS:
+            return Measurement(0, False, [], first.router)
+        is_heard = first.kind == "reply"
+        bracket = Bracket(PROBE_MIN_BYTES, self.top)
+        reports = []
+        while not bracket.is_closed and time.monotonic() - self.started < PROBE_SECONDS:
+            size = bracket.next()
             answer = self.probe(size)
             if answer.kind == "reply":
-                first, low = answer, size
+                is_heard = True
+                bracket.answered(size)
+            elif answer.mtu:
+                reports.append(answer)
+                bracket.reported(size, answer.mtu)
             else:
-                silent = not low <= answer.mtu < size
-                high = size if silent else answer.mtu + 1
-            reports += [answer] if answer.mtu else []
-            if silent and first.kind != "reply":  # it answers to no size
-                return 0, False, reports
-            usual = max((mtu for mtu in MTU_BUCKETS if low < mtu < high), default=0)
-            size = (
-                high - 1
-                if not silent
-                else usual or (low + 1 if low in MTU_BUCKETS else (low + high) // 2)
-            )
-        if high - low == 1 and silent:
+                bracket.lost(size)
+            if bracket.is_silent and not is_heard:  # it answers to no size
+                return Measurement(0, False, reports)
+        is_settled = bracket.is_closed
+        if is_settled and bracket.is_silent:
             time.sleep(1.0)  # by then a host that limits its answers has one left: ask again
-            return low, self.probe(high).kind != "reply", reports
-        return low, high - low == 1, reports
+            is_settled = self.probe(bracket.high).kind != "reply"
+        return Measurement(bracket.low, is_settled, reports)
 
     def handshake(self, port: int) -> str:
         """What a TCP handshake says about the path; raises OSError if there is none."""
         with socket.create_connection((self.host, port), 2.0) as tcp:
-            info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        mss, pmtu = (
-            int.from_bytes(info[at : at + 4], sys.byteorder)
-            for at in (TCP_INFO_SND_MSS, TCP_INFO_PMTU)
-        )
-        mss += 12 if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS else 0
-        return f"TCP port {port} answers: MSS {mss}, as for MTU {mss + self.headers + 12}; the kernel uses {pmtu}"
+            info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+        (mss,) = struct.unpack_from("=I", info, TCP_INFO_SND_MSS)
+        (used,) = struct.unpack_from("=I", info, TCP_INFO_PMTU)
+        if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS:
+            mss += TCP_TIMESTAMPS_LEN
+        mtu = mss + self.options.headers + UDP_TO_TCP_HEADER
+        return f"TCP port {port} answers: MSS {mss}, as for MTU {mtu}; the kernel uses {used}"
+
+    def known_mtu(self) -> int:
+        """The path MTU that this node's kernel uses."""
+        with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
+            udp.connect(self.address)
+            return udp.getsockopt(self.options.level, self.options.mtu)
+
+    def sees_drops(self) -> bool:
+        """Whether reports that are dropped here are seen."""
+        return self.socket.family == socket.AF_PACKET
 
 
 def blame(node: Node, report: Answer) -> tuple[str, str]:
-    """What on this node dropped a router's report, and the command that gets the next one through,
-    or finds it.
+    """What on this node dropped a router's report.
+
+    And the command that gets the next one through, or finds it.
     """
-    packed, way = ipaddress.ip_address(report.router).packed, ""
+    packed = ipaddress.ip_address(report.router).packed
+    way_back = ""
     with contextlib.suppress(NetlinkError, OSError):
-        zone = socket.if_nametoindex(report.iface) if is_link_local(packed) else 0
-        way = socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
+        zone = 0
+        if is_link_local(packed):
+            zone = socket.if_nametoindex(report.iface)
+        way_back = socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
     version = family_of(packed).version
-    if way != report.iface and (culprit := reverse_path_filter(node, report.iface, version)):
-        ifaces = node.config.ifaces if report.iface in node.ifaces else (report.iface,)
-        return culprit, program(node.config._replace(ifaces=ifaces))
+    culprit = path_filter(node, report.iface, version)
+    if culprit and way_back != report.iface:
+        ifaces = node.config.ifaces
+        if report.iface not in node.ifaces:
+            ifaces = (report.iface,)
+        return culprit, run_command(node.config._replace(ifaces=ifaces))
     if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
         return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
     return "a firewall rule", "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
@@ -5812,108 +6284,130 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
 
 def judge_path(node: Node, prober: Prober, port: int) -> Finding:
     """The verdict on one address."""
-    host, (low, settled, reports), tail, refused = prober.host, prober.measure(), "", False
+    measured = prober.measure()
+    handshake = ""
+    is_refused = False
     if port:
         try:
-            tail = f"; {prober.handshake(port)}"
+            handshake = f"; {prober.handshake(port)}"
         except OSError as problem:
-            tail, refused = f"; TCP port {port}: {problem.strerror or problem}", True
-    told = [answer.mtu for answer in reports if answer.mtu]
-    if reports and not told:
+            handshake = f"; TCP port {port}: {problem.strerror or problem}"
+            is_refused = True
+    host = prober.host
+    if measured.error:
         fix = f"ip route get {shlex.quote(host.partition('%')[0])}"
-        return Finding("path", FAIL, f"{host}: unreachable, {reports[0].router}{tail}", fix)
-    if not low and not told:
-        again = program(node.config, "check", f"[{host}]:443" if ":" in host else f"{host}:443")
-        text = f"{host}: not measured, it answers nothing to UDP{tail}"
-        return Finding("path", FAIL if refused else WARN, text, "" if port else again)
-    hops = "".join(dict.fromkeys(f", {answer.router} reports {answer.mtu}" for answer in reports))
-    text = f"{host}: path MTU {low or min(told)}{hops}" + (
-        "" if low else "; the host answers nothing to UDP"
-    )
-    if dropped := [answer for answer in reports if answer.kind == "dropped"]:
+        return fail("path", f"{host}: unreachable, {measured.error}{handshake}", fix)
+    if measured.largest or measured.reports:
+        return judge_measurement(node, prober, measured, handshake)
+    found = f"{host}: not measured, it answers nothing to UDP{handshake}"
+    if is_refused:
+        return fail("path", found)
+    if port:
+        return warn("path", found)
+    named = f"{host}:443"
+    if ":" in host:
+        named = f"[{host}]:443"
+    return warn("path", found, check_command(node.config, named))
+
+
+def judge_measurement(node: Node, prober: Prober, measured: Measurement, handshake: str) -> Finding:
+    """The verdict on an address that answered, or to which a router reported an MTU."""
+    host = prober.host
+    largest = measured.largest
+    told = [report.mtu for report in measured.reports]
+    said = [f", {report.router} reports {report.mtu}" for report in measured.reports]
+    hops = "".join(dict.fromkeys(said))
+    found = f"{host}: path MTU {largest or min(told)}{hops}"
+    if not largest:
+        found += "; the host answers nothing to UDP"
+    dropped = [report for report in measured.reports if report.kind == "dropped"]
+    if dropped:
         culprit, fix = blame(node, dropped[-1])
-        return Finding(
-            "path", FAIL, f"{text}; the report arrived here and was dropped by {culprit}{tail}", fix
-        )
-    if low and not settled:
-        text = f"{host}: path MTU at least {low}{hops}; the host limits its answers, ask again in ten seconds{tail}"
-        return Finding("path", WARN, text)
-    if low in (0, prober.top, *told):
-        return Finding("path", OK, text + ("" if hops else f", all of {prober.iface}") + tail)
-    return judge_black_hole(node, prober, low, text, tail)
+        arrived = f"the report arrived here and was dropped by {culprit}"
+        return fail("path", f"{found}; {arrived}{handshake}", fix)
+    if largest and not measured.is_settled:
+        limits = "the host limits its answers, ask again in ten seconds"
+        return warn("path", f"{host}: path MTU at least {largest}{hops}; {limits}{handshake}")
+    if not largest or largest in (prober.top, *told):
+        if not hops:
+            found += f", all of {prober.iface}"
+        return ok("path", found + handshake)
+    return judge_black_hole(node, prober, largest, found, handshake)
 
 
-def judge_black_hole(node: Node, prober: Prober, low: int, text: str, tail: str) -> Finding:
-    """The verdict on a path that loses packets over `low` bytes without a report that this process
-    can see.
-    """
-    with socket.socket(prober.family.af, socket.SOCK_DGRAM) as udp:
-        udp.connect(prober.address)
-        known = udp.getsockopt(prober.level, prober.options[2])
-    if prober.socket.family != socket.AF_PACKET:
-        text += f"; packets over {low} vanish, and only root sees whether a router's report is dropped here{tail}"
-        fix = f"sudo {program(node.config, 'check', prober.host)}"
+def judge_black_hole(
+    node: Node, prober: Prober, largest: int, found: str, handshake: str
+) -> Finding:
+    """The verdict on a path that loses larger packets without a report that we can see."""
+    if prober.sees_drops():
+        found += f"; black hole: packets over {largest} vanish and nobody says so{handshake}"
     else:
-        text += f"; black hole: packets over {low} vanish and nobody says so{tail}"
-        gateway, (flags, hops) = (
-            prober.hop.gateway,
-            find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH),
-        )
-        via = [
-            "via",
-            *["inet6"] * (len(gateway) > len(prober.packed)),
-            str(ipaddress.ip_address(gateway or 0)),
-        ]
-        far = flags & RTNH_F_ONLINK or len(hops) > 1 or any(hop.onlink for hop in hops)
-        onlink = ["onlink"] if gateway and far else []
-        fix = shlex.join(
-            [
-                "ip",
-                "route",
-                "replace",
-                prober.host.partition("%")[0],
-                *(via if gateway else []),
-                "dev",
-                prober.iface,
-                *onlink,
-                "mtu",
-                str(low),
-            ]
-        )
-    if known <= low:
-        return Finding("path", OK, f"{text}; this node knows, it uses {known}")
-    return Finding("path", FAIL, text, fix)
+        unseen = "and only root sees whether a router's report is dropped here"
+        found += f"; packets over {largest} vanish, {unseen}{handshake}"
+    known = prober.known_mtu()
+    if known <= largest:
+        return ok("path", f"{found}; this node knows, it uses {known}")
+    if prober.sees_drops():
+        return fail("path", found, route_command(prober, largest))
+    return fail("path", found, f"sudo {check_command(node.config, prober.host)}")
+
+
+def route_command(prober: Prober, mtu: int) -> str:
+    """The command that makes this node keep to an MTU on the way to an address."""
+    words = ["ip", "route", "replace", prober.host.partition("%")[0]]
+    gateway = prober.hop.gateway
+    if gateway:
+        words.append("via")
+        if len(gateway) > len(prober.packed):
+            words.append("inet6")
+        words.append(str(ipaddress.ip_address(gateway)))
+    words += ["dev", prober.iface]
+    flags, hops = find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
+    is_onlink = flags & RTNH_F_ONLINK or any(hop.onlink for hop in hops)
+    if gateway and (is_onlink or len(hops) > 1):
+        words.append("onlink")
+    words += ["mtu", str(mtu)]
+    return shlex.join(words)
+
+
+def split_port(text: str) -> tuple[str, int]:
+    """The two of HOST:PORT, HOST or [IPv6]:PORT; port 0 where none is given."""
+    found = re.fullmatch(r"\[(.+)\](?::(\d{1,5}))?", text, re.DOTALL)
+    if not found:
+        found = re.fullmatch(r"([^:]+)(?::(\d{1,5}))?", text, re.DOTALL)
+    if not found:
+        return text, 0
+    return found[1], int(found[2] or 0)
 
 
 def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
     """The path MTU to each HOST or HOST:PORT, over IPv4 and IPv6 where it has both."""
     for text in hosts:
-        bracketed, port6, plain, port4, bare = re.fullmatch(  # type: ignore[union-attr]
-            r"\[(.+)\](?::(\d{1,5}))?|([^:]+)(?::(\d{1,5}))?|(.*)", text, re.DOTALL
-        ).groups()
-        name, port = bracketed or plain or bare, int(port6 or port4 or 0)
-        lookup = f"getent ahosts {shlex.quote(name)}"
+        name, port = split_port(text)
+        if port > 65535:
+            yield fail("path", f"{text}: {port} is not a port")
+            continue
+        fix = f"getent ahosts {shlex.quote(name)}"
         try:
-            if port > 65535:
-                raise UsageError(f"{port} is not a port")
             found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
-            lookup = f"ip route get {shlex.quote(name)}"
-            for address in {
-                family: address for family, _, _, _, address in reversed(found)
-            }.values():
+            fix = f"ip route get {shlex.quote(name)}"
+            first = {family: address for family, _, _, _, address in reversed(found)}
+            for address in first.values():
                 with Prober(node, address) as prober:
                     yield judge_path(node, prober, port)
         except UnicodeError:
-            yield Finding("path", FAIL, f"{text}: not a host name")
-        except (PmtudError, OSError) as problem:
-            yield Finding(
-                "path",
-                FAIL,
-                f"{text}: {getattr(problem, 'strerror', None) or problem}",
-                "" if isinstance(problem, UsageError) else lookup,
-            )
+            yield fail("path", f"{text}: not a host name")
+        except OSError as problem:
+            yield fail("path", f"{text}: {problem.strerror or problem}", fix)
+        except PmtudError as problem:
+            yield fail("path", f"{text}: {problem}", fix)
 
 
+# -- the report
+
+REPORT_COLUMNS = 79
+STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
+STATUS_COLUMNS = 5
 CHECKS = (check_kernel, check_http, check_interfaces, check_settings, check_peers, check_mtu)
 
 
@@ -5922,9 +6416,8 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as problem:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # or the interpreter complains once more when it ends
+        # Or the interpreter complains once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise PmtudError(f"cannot write the output: {problem.strerror}") from problem
 
 
@@ -5933,39 +6426,54 @@ def printable(text: str) -> str:
     return re.sub(r"[^\n -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def render(finding: Finding, color: bool) -> str:
+def finding_text(finding: Finding, color: bool) -> str:
     """The lines of one finding: the verdict first, under it the commands that repair it."""
     import textwrap
 
-    status = f"{finding.status:5}"
+    status = finding.status.ljust(STATUS_COLUMNS)
     words = printable(f"{status}{finding.check}: {finding.found}")
     lines = textwrap.wrap(words, REPORT_COLUMNS, subsequent_indent=" " * 7, break_on_hyphens=False)
     for command in printable(finding.fix).splitlines():
-        line = "       fix:"
-        for word in re.findall(
-            r"(?:'[^']*'|\S)+", command
-        ):  # broken between words, where that is enough
-            if len(f"{line} {word} \\") > REPORT_COLUMNS and line.strip():
-                lines.append(f"{line} \\")
-                line = " " * 11
-            line += f" {word}"
-            while (
-                len(line) > REPORT_COLUMNS - 2
-            ):  # sh joins these lines again; a quote ends and begins anew
-                start, rest = line[: REPORT_COLUMNS - 4], line[REPORT_COLUMNS - 4 :]
-                quote = "'" * (start.count("'") % 2)
-                lines.append(f"{start}{quote}\\")
-                line = quote + rest
-        lines.append(line)
+        lines += wrap_command(command)
     text = "\n".join(lines)
-    return (
-        text.replace(status, f"{STATUS_COLORS[finding.status]}{status}\033[0m", 1)
-        if color
-        else text
+    if not color:
+        return text
+    return f"{STATUS_COLORS[finding.status]}{status}\033[0m{text[STATUS_COLUMNS:]}"
+
+
+def wrap_command(command: str) -> Iterator[str]:
+    """The lines of a command, broken with backslashes: sh joins them again."""
+    line = "       fix:"
+    for word in re.findall(r"(?:'[^']*'|\S)+", command):
+        if len(f"{line} {word} \\") > REPORT_COLUMNS:
+            yield f"{line} \\"
+            line = " " * 11
+        line += f" {word}"
+        while len(line) > REPORT_COLUMNS - 2:  # a word that is too long for a line
+            start = line[: REPORT_COLUMNS - 4]
+            quote = "'" * (start.count("'") % 2)  # ends before the break, and begins anew
+            yield f"{start}{quote}\\"
+            line = quote + line[REPORT_COLUMNS - 4 :]
+    yield line
+
+
+def examine_node(config: Config, hosts: Sequence[str], cni_dir: str) -> Iterator[Finding]:
+    """Every finding, as soon as it is known."""
+    firewall = read_firewall()
+    node = Node(
+        config=config,
+        ifaces=config.ifaces or default_route_interfaces(),
+        links={link.name: link for link in list_links()},
+        firewall=firewall,
+        daemon=find_daemon(config.nflog_group, firewall),
+        cni_dir=cni_dir,
     )
+    for check in CHECKS:
+        yield from check(node)
+    yield from check_hosts(node, hosts)
 
 
-def check(
+def examine(
     config: Config,
     hosts: Sequence[str],
     as_json: bool,
@@ -5976,36 +6484,26 @@ def check(
 
     The exit code: 0 all OK, 1 warnings, 2 failures.
     """
-    rules, found = list(firewall_rules()), list[Finding]()
-    ifaces, links = (
-        config.ifaces or default_route_interfaces(),
-        {link.name: link for link in list_links()},
-    )
-    node = Node(config, ifaces, links, rules, *find_daemon(config.nflog_group, rules), cni_dir)
-    for probe in (*CHECKS, lambda node: check_hosts(node, hosts)):
-        for finding in probe(node):
-            found.append(finding)
-            if not as_json:
-                show(render(finding, color and sys.stdout.isatty()))
-    summary = {
-        status: sum(finding.status == status for finding in found) for status in (OK, WARN, FAIL)
-    }
+    findings = []
+    for finding in examine_node(config, hosts, cni_dir):
+        findings.append(finding)
+        if not as_json:
+            show(finding_text(finding, color and sys.stdout.isatty()))
+    summary = dict.fromkeys((OK, WARN, FAIL), 0)
+    for finding in findings:
+        summary[finding.status] += 1
     if as_json:
-        checks = [finding._asdict() for finding in found]
-        show(
-            json.dumps(
-                {"schema": 1, "node": config.nodename, "summary": summary, "checks": checks},
-                indent=2,
-            )
-        )
+        checks = [finding._asdict() for finding in findings]
+        report = {"schema": 1, "node": config.nodename, "summary": summary, "checks": checks}
+        show(json.dumps(report, indent=2))
     else:
-        show(
-            printable(
-                f"{config.nodename}: "
-                + ", ".join(f"{count} {status}" for status, count in summary.items())
-            )
-        )
-    return 2 if summary[FAIL] else 1 if summary[WARN] else 0
+        counts = ", ".join(f"{count} {status}" for status, count in summary.items())
+        show(printable(f"{config.nodename}: {counts}"))
+    if summary[FAIL]:
+        return 2
+    if summary[WARN]:
+        return 1
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -6381,7 +6879,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for warning in asked.warnings:
             log("warning", warning)
         if asked.command == "check":
-            return check(asked.config, asked.hosts, asked.as_json, asked.color)
+            return examine(asked.config, asked.hosts, asked.as_json, asked.color)
         (run if asked.command == "run" else print_rules)(asked.config)
     except PmtudError as problem:
         print(f"pmtud: {problem}", file=sys.stderr)

@@ -3374,7 +3374,7 @@ def test_sections_are_in_the_order_of_the_charter() -> None:
         "peers",
         "forwarder",
         "daemon",
-        "check",
+        "doctor",
         "command line",
     ]
     assert re.findall(r"^# Section: ([\w ]+) -- ", SOURCE, re.MULTILINE) == names
@@ -8011,14 +8011,14 @@ def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Section: check tests -- each check in the good and the bad state, and the printed fix run
+# Section: doctor -- each check in the good and the bad state, and the printed fix run
 
 RUNNER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import pmtud
 options, check = map(json.loads, sys.argv[2:])
-sys.exit(pmtud.check(pmtud.parse_args(options, {}).config, *check))
+sys.exit(pmtud.examine(pmtud.parse_args(options, {}).config, *check))
 """  # not the command line: /etc/cni/net.d is this machine's, each test has its own
 NOBODYS = RUNNER.replace(
     "sys.exit",
