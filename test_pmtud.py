@@ -1009,7 +1009,8 @@ def nflog_message(
 
     `between` stands for interface and hardware.
     """
-    attrs = [(10, prefix)] * bool(prefix) + [(4, data) for data in between]
+    attrs = [(1, b"\x08\0\0\0")]
+    attrs += [(10, prefix)] * bool(prefix) + [(4, data) for data in between]
     attrs += [(12, struct.pack("!I", sequence))] if sequence is not None else []
     attrs += [(9, packet)]
     body = struct.pack("!BBH", 2, 0, 33)
@@ -1029,13 +1030,13 @@ def test_nflog_datagram_with_several_messages() -> None:
         + bytes(4)
     )
     found = [(b"first", b"\1\2\3\4", True), (b"second", b"\0\0\0\6", False), (b"third", b"", False)]
-    assert pmtud.NflogParser().parse(data) == found
-    assert pmtud.NflogParser().parse(data[:-30]) == found[:2]
+    assert pmtud.parse_nflog(data) == found
+    assert pmtud.parse_nflog(data[:-30]) == found[:2]
 
 
 def test_nflog_message_without_payload_is_an_empty_packet() -> None:
     """It is counted as truncated and not lost."""
-    logged = pmtud.NflogParser().parse(nlmsg(20, 0x400, 0, 0, 0) + struct.pack("!BBH", 2, 0, 33))
+    logged = pmtud.parse_nflog(nlmsg(20, 0x400, 0, 0, 0) + struct.pack("!BBH", 2, 0, 33))
     assert logged == [(b"", b"", False)]
     assert pmtud.parse(logged[0][0]) is Reason.TRUNCATED
 
@@ -3067,7 +3068,7 @@ def test_no_bytes_break_a_parser(first: bytes, rest: bytes) -> None:
     assert isinstance(pmtud.parse(data), (pmtud.MtuError, Reason))
     assert sum(16 + len(payload) for _, _, payload in pmtud.messages(data)) <= len(data)
     assert sum(4 + len(value) for value in pmtud.attributes(data).values()) <= len(data)
-    assert len(pmtud.NflogParser().parse(data)) <= len(data) // 16
+    assert len(pmtud.parse_nflog(data)) <= len(data) // 16
     assert isinstance(pmtud.error_number(data), int)
 
 
@@ -3124,28 +3125,47 @@ def test_the_short_way_finds_what_the_long_way_finds(
 @given(nets, st.binary(max_size=64), st.data())
 def test_nflog_survives_damage(net: Plan, prefix: bytes, data: st.DataObject) -> None:
     datagram = nflog_message(mtu_error(net), 1, prefix) + nflog_message(mtu_error(net), 2)
-    parser = pmtud.NflogParser()
-    assert len(parser.parse(datagram)) == 2
-    for packet, _, _ in parser.parse(data.draw(damaged(datagram))):
+    assert len(pmtud.parse_nflog(datagram)) == 2
+    for packet, _, _ in pmtud.parse_nflog(data.draw(damaged(datagram))):
         assert isinstance(pmtud.parse(packet), (pmtud.MtuError, Reason))
 
 
-sizes = st.lists(st.binary(max_size=9), max_size=3)
+NUMBER_HEAD = nla(8, 12)
+decoys = st.sampled_from(
+    [NUMBER_HEAD, NUMBER_HEAD + b"\0\0\0\7" + nla(200, 9), nla(13, 10) + b"pmtud rpf"]
+)
 nflog_messages = st.builds(
     nflog_message,
     st.binary(max_size=40),
     st.none() | st.integers(0, 2**32 - 1),
-    st.sampled_from([b"", b"\0", b"pmtud rpf\0", b"pmtud rpg\0", b"mine\0"]),
-    between=sizes,
+    st.sampled_from([b"", b"\0", b"pmtud rpf\0", b"pmtud rpf 2\0", b"pmtud rpg\0", b"mine\0"]),
+    between=st.lists(st.binary(max_size=9) | decoys, max_size=3),
 )
 
 
-@given(st.lists(nflog_messages, max_size=8))
-def test_nflog_layout_memory_changes_nothing(messages: list[bytes]) -> None:
-    """A parser that has seen other messages finds in each what a new one finds."""
-    fresh = [one for message in messages for one in pmtud.NflogParser().parse(message)]
-    parser = pmtud.NflogParser()
-    assert parser.parse(b"".join(messages)) == fresh == parser.parse(b"".join(messages))
+@given(st.lists(nflog_messages, max_size=8), st.data())
+def test_nflog_search_finds_what_a_walk_finds(messages: list[bytes], data: st.DataObject) -> None:
+    """Whatever looks like a number or a prefix before the packet or in it, and damaged ones too."""
+    if messages:
+        changed = data.draw(damaged(messages[0]))[16:]
+        messages.append(nlmsg(16 + len(changed), 0x400, 0, 0, 0) + changed)
+    walked = [pmtud.walk_to_packet(message) for message in messages]
+    assert [one for message in messages for one in pmtud.parse_nflog(message)] == walked
+
+
+@given(
+    st.binary(max_size=40),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(b"", False), (b"pmtud rpf\0", True), (b"pmtud rpg\0", False)]),
+    st.lists(st.binary(max_size=9) | decoys.filter(lambda decoy: b"rpf" not in decoy), max_size=3),
+)
+def test_nflog_message_comes_back(
+    packet: bytes, number: int, prefix: tuple[bytes, bool], between: list[bytes]
+) -> None:
+    datagram = nflog_message(packet, number, prefix[0], between=between)
+    found = [(packet, struct.pack("!I", number), prefix[1])]
+    assert pmtud.parse_nflog(datagram) == found
+    assert pmtud.parse_nflog(datagram * 2) == found * 2
 
 
 @given(nets, st.binary(min_size=8, max_size=600), st.binary(max_size=30), st.booleans())
@@ -11186,7 +11206,7 @@ with atheris.instrument_imports(include=["pmtud"]):
 config = pmtud.Config(flow_interval=0, source_rate=0, rate=0, service_networks=pmtud.parse_networks("203.0.113.0/24"))
 view = pmtud.View(peers=frozenset((bytes([10, 0, 0, 12]),)), own=frozenset((bytes([10, 0, 0, 11]),)))
 policy = pmtud.Policy(config, view)
-summed, used = pmtud.checksum_remainder, pmtud.NflogParser()
+summed = pmtud.checksum_remainder
 def judge(packet):
     found = pmtud.parse(packet)
     assert isinstance(found, (pmtud.MtuError, pmtud.Reason))
@@ -11197,9 +11217,8 @@ def judge(packet):
 def once(data):
     for pmtud.checksum_remainder in (summed, lambda *_: 0):  # no fuzzer guesses a checksum
         judge(data)
-    for parser in (pmtud.NflogParser(), used):
-        for packet, _, _ in parser.parse(data):
-            judge(packet)
+    for packet, _, _ in pmtud.parse_nflog(data):
+        judge(packet)
     assert sum(map(len, pmtud.attributes(data).values())) <= len(data)
     assert sum(len(payload) for _, _, payload in pmtud.messages(data)) <= len(data)
     pmtud.error_number(data), pmtud.route_hops(pmtud.attributes(data))
