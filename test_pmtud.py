@@ -3008,12 +3008,9 @@ def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> N
     """
     texts = [rule.text for rule in pmtud.shed_rules(rate, bursts=True) if rule.chain == "shed"]
     first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
-    assert (
-        len(bursts) == 4
-        and min(bursts) >= min(25, max(1, rate // 4))
-        and first >= max(1, rate // 2)
-    )
-    assert first + sum(bursts[::2]) == max(3, rate)  # of one family
+    assert len(bursts) == 2 and len(set(bursts)) == 1  # of one router's hash in each family
+    assert bursts[0] >= min(50, max(1, rate // 2)) and first >= max(1, rate // 2)
+    assert first + bursts[0] == max(2, rate)  # of one family
     (alone,) = (rule.text for rule in pmtud.shed_rules(rate, bursts=False) if rule.chain == "shed")
     assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
 
@@ -3338,7 +3335,7 @@ def impurities(lines: range) -> Iterator[str]:
             yield f"{ast.unparse(node)} in line {node.lineno}"
 
 
-@pytest.mark.parametrize("name", ["packets", "netlink codec", "policy"])
+@pytest.mark.parametrize("name", ["packets", "netlink codec", "rules", "policy"])
 def test_pure_sections_touch_nothing(name: str) -> None:
     lines = section_lines(name)
     assert len(lines) > 50
@@ -3357,6 +3354,7 @@ def test_sections_are_in_the_order_of_the_charter() -> None:
         "configuration",
         "packets",
         "netlink codec",
+        "rules",
         "policy",
         "counters",
         "log",
@@ -9939,8 +9937,8 @@ STEAL = """
 import pmtud, sys
 for command in (2, 4):  # NFULNL_CFG_CMD_UNBIND, NFULNL_CFG_CMD_PF_UNBIND
     with pmtud.Netlink(pmtud.NETLINK_NETFILTER) as thief:
-        payload = bytes(pmtud.nfgenmsg(2, 0, 33)) + pmtud.attribute(pmtud.NFULA_CFG_CMD, bytes([command]))
-        kind = pmtud.NFNL_SUBSYS_ULOG << 8 | pmtud.NFULNL_MSG_CONFIG
+        payload = pmtud.NFGENMSG.pack(2, 0, 33) + pmtud.attribute(pmtud.NFULA_CFG_CMD, bytes([command]))
+        kind = pmtud.NFLOG_CONFIG
         try:
             thief.request("unbind", kind, 0, payload)
             print("taken")
@@ -10005,7 +10003,7 @@ def conntrack_entry(number: int) -> bytes:
         return pmtud.nested(kind, ip, pmtud.nested(2, proto))
 
     state = pmtud.nested(4, pmtud.nested(1, pmtud.attribute(1, b"\x03")))  # TCP, ESTABLISHED
-    body = bytes(pmtud.nfgenmsg(socket.AF_INET, 0, 0)) + part(1, 1, 2) + part(2, 2, 1)
+    body = pmtud.NFGENMSG.pack(socket.AF_INET, 0, 0) + part(1, 1, 2) + part(2, 2, 1)
     body += (
         pmtud.be32(3, 0b1110) + pmtud.be32(7, 600) + state
     )  # IPS_SEEN_REPLY, ASSURED, CONFIRMED; ten minutes
