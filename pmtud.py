@@ -92,60 +92,25 @@ __version__ = "0.1.0"
 # Section: constants -- names and layouts of the kernel's headers and the RFCs
 
 # linux/netlink.h
-NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE, NLM_F_APPEND = 0x001, 0x004, 0x300, 0x400, 0x800
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+NLM_F_REQUEST = 0x001
+NLM_F_ACK = 0x004
+NLM_F_DUMP = 0x300
+NLM_F_CREATE = 0x400
+NLM_F_APPEND = 0x800
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLA_F_NESTED = 0x8000
+NLA_TYPE_MASK = 0x3FFF
 NLMSG_ALIGNTO = 4
-NLMSGHDR = struct.Struct(
-    "=IHHII"
-)  # struct nlmsghdr, to read in place: length, type, flags, sequence, port id
-NLATTR = struct.Struct("=HH")  # struct nlattr, to read in place: length, type
-NLMSG_HEAD = struct.Struct("=IH")  # the first two of them
-NLMSG_HDRLEN, NLA_HDRLEN = NLMSGHDR.size, NLATTR.size
+NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
+NLMSG_HEAD = struct.Struct("=IH")  # the first two of these
+NLMSG_HDRLEN = NLMSGHDR.size
+NLATTR = struct.Struct("=HH")  # struct nlattr: length, type
+NLA_HDRLEN = NLATTR.size
+NLA_TYPE_OFFSET = 2  # in struct nlattr
 NETLINK_BUFFER_BYTES = 1 << 16
-
-
-class nlmsghdr(ctypes.Structure):
-    """struct nlmsghdr of linux/netlink.h, host byte order."""
-
-    _fields_ = [
-        ("nlmsg_len", ctypes.c_uint32),
-        ("nlmsg_type", ctypes.c_uint16),
-        ("nlmsg_flags", ctypes.c_uint16),
-        ("nlmsg_seq", ctypes.c_uint32),
-        ("nlmsg_pid", ctypes.c_uint32),
-    ]
-
-
-class nlattr(ctypes.Structure):
-    """struct nlattr of linux/netlink.h, host byte order."""
-
-    _fields_ = [("nla_len", ctypes.c_uint16), ("nla_type", ctypes.c_uint16)]
-
-
-class nfgenmsg(ctypes.BigEndianStructure):
-    """struct nfgenmsg of linux/netfilter/nfnetlink.h; res_id is big-endian."""
-
-    _fields_ = [
-        ("nfgen_family", ctypes.c_uint8),
-        ("version", ctypes.c_uint8),
-        ("res_id", ctypes.c_uint16),
-    ]
-
-
-class nfulnl_msg_config_mode(ctypes.BigEndianStructure):
-    """struct nfulnl_msg_config_mode of linux/netfilter/nfnetlink_log.h.
-
-    Copy_range is big-endian.
-    """
-
-    _pack_ = 1
-    _fields_ = [
-        ("copy_range", ctypes.c_uint32),
-        ("copy_mode", ctypes.c_uint8),
-        ("_pad", ctypes.c_uint8),
-    ]
 
 
 class iovec(ctypes.Structure):
@@ -161,109 +126,155 @@ MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 UIO_MAXIOV = 1024  # linux/uio.h: the most messages one sendmmsg() takes
 
 # linux/netfilter/nfnetlink.h
-NFNL_SUBSYS_ULOG, NFNL_SUBSYS_NFTABLES = 4, 10
-NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
+NFNL_SUBSYS_ULOG = 4
+NFNL_SUBSYS_NFTABLES = 10
+NFNL_MSG_BATCH_BEGIN = 0x10
+NFNL_MSG_BATCH_END = 0x11
+NFGENMSG = struct.Struct("!BBH")  # struct nfgenmsg: family, version 0, resource id
 
 # linux/netfilter/nfnetlink_log.h
-NFULNL_MSG_PACKET, NFULNL_MSG_CONFIG = 0, 1
-NFULA_PREFIX, NFULA_PAYLOAD, NFULA_SEQ = 10, 9, 12
-NFULA_CFG_CMD, NFULA_CFG_MODE, NFULA_CFG_NLBUFSIZ, NFULA_CFG_TIMEOUT = 1, 2, 3, 4
-NFULA_CFG_QTHRESH, NFULA_CFG_FLAGS = 5, 6
+NFLOG_PACKET = NFNL_SUBSYS_ULOG << 8 | 0  # NFULNL_MSG_PACKET
+NFLOG_CONFIG = NFNL_SUBSYS_ULOG << 8 | 1  # NFULNL_MSG_CONFIG
+NFULA_PAYLOAD = 9
+NFULA_PREFIX = 10
+NFULA_SEQ = 12
+NFULA_CFG_CMD = 1
+NFULA_CFG_MODE = 2
+NFULA_CFG_NLBUFSIZ = 3
+NFULA_CFG_TIMEOUT = 4  # in hundredths of a second
+NFULA_CFG_QTHRESH = 5
+NFULA_CFG_FLAGS = 6
 NFULNL_CFG_CMD_BIND = 1
 NFULNL_COPY_PACKET = 2
 NFULNL_CFG_F_SEQ = 1
-NFGENMSG_LEN = ctypes.sizeof(nfgenmsg)
-NFLOG_PACKET, NFLOG_CONFIG = (
-    NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET,
-    NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG,
-)
+NFULNL_MODE = struct.Struct("!IBx")  # struct nfulnl_msg_config_mode: copy range, copy mode
+NFULNL_PACKET_HDR_LEN = 4  # struct nfulnl_msg_packet_hdr: protocol, hook, padding
 
-# linux/netfilter/nf_tables.h, linux/netfilter.h
-NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
-NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
-NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
+# linux/netfilter.h
+NFPROTO_INET = 1
+NFPROTO_IPV4 = 2
+NFPROTO_IPV6 = 10
+NF_DROP = 0
+NF_ACCEPT = 1
+NF_INET_PRE_ROUTING = 0
+NF_INET_LOCAL_OUT = 3
 # Of hooks with equal priority the one registered last runs first, so at the usual ones (raw -300,
 # mangle -150) others get before us: a filter that drops an error, a rule that overwrites our mark.
 NF_IP_PRI_BEFORE_RAW = -399  # directly behind defragmentation, NF_IP_PRI_CONNTRACK_DEFRAG
 NF_IP_PRI_BEHIND_CONNTRACK = -199  # NF_IP_PRI_CONNTRACK is -200, NAT of destinations -100
-NFT_MSG_NEWTABLE, NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = (
-    0,
-    1,
-    2,
-    3,
-    6,
+
+# linux/netfilter/nf_tables.h: messages, then the attributes of each object and expression, which
+# the kernel numbers from 1 in this order
+NFT_MSG_NEWTABLE = 0
+NFT_MSG_GETTABLE = 1
+NFT_MSG_DELTABLE = 2
+NFT_MSG_NEWCHAIN = 3
+NFT_MSG_NEWRULE = 6
+NFT_MSG_NEWSET = 9
+NFT_MSG_NEWSETELEM = 12
+ListAttr = enum.IntEnum("ListAttr", "ELEM")
+DataAttr = enum.IntEnum("DataAttr", "VALUE VERDICT")
+VerdictAttr = enum.IntEnum("VerdictAttr", "CODE CHAIN")
+TableAttr = enum.IntEnum("TableAttr", "NAME FLAGS")
+ChainAttr = enum.IntEnum("ChainAttr", "TABLE HANDLE NAME HOOK POLICY USE TYPE")
+HookAttr = enum.IntEnum("HookAttr", "HOOKNUM PRIORITY")
+RuleAttr = enum.IntEnum("RuleAttr", "TABLE CHAIN HANDLE EXPRESSIONS")
+SetAttr = enum.IntEnum(
+    "SetAttr", "TABLE NAME FLAGS KEY_TYPE KEY_LEN DATA_TYPE DATA_LEN POLICY DESC ID TIMEOUT"
 )
-NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM = 9, 12
-NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = (
-    1,
-    2,
-    3,
-    1,
+SetDescAttr = enum.IntEnum("SetDescAttr", "SIZE")
+ElemAttr = enum.IntEnum("ElemAttr", "KEY")
+ElemListAttr = enum.IntEnum("ElemListAttr", "TABLE SET ELEMENTS")
+ExprAttr = enum.IntEnum("ExprAttr", "NAME DATA")
+BitwiseAttr = enum.IntEnum("BitwiseAttr", "SREG DREG LEN MASK XOR")
+CmpAttr = enum.IntEnum("CmpAttr", "SREG OP DATA")
+CtAttr = enum.IntEnum("CtAttr", "DREG KEY")
+DynsetAttr = enum.IntEnum(
+    "DynsetAttr", "SET_NAME SET_ID OP SREG_KEY SREG_DATA TIMEOUT EXPR PAD FLAGS EXPRESSIONS"
 )
-NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFT_TYPE_MARK = 1, 2, 19
-NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN = 1, 2, 3, 4, 5
-NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_TIMEOUT, NFTA_SET_DESC_SIZE = 9, 10, 11, 1
-NFT_SET_TIMEOUT, NFT_SET_EVAL = 0x10, 0x20
-(
-    NFTA_DYNSET_SET_NAME,
-    NFTA_DYNSET_OP,
-    NFTA_DYNSET_SREG_KEY,
-    NFTA_DYNSET_FLAGS,
-    NFTA_DYNSET_EXPRESSIONS,
-) = 1, 3, 4, 9, 10
-NFT_DYNSET_OP_UPDATE, NFT_DYNSET_F_EXPR = 1, 2
-NFT_LIMIT_F_INV = 1
+FibAttr = enum.IntEnum("FibAttr", "DREG RESULT FLAGS")
+HashAttr = enum.IntEnum("HashAttr", "SREG DREG LEN MODULUS")
+ImmediateAttr = enum.IntEnum("ImmediateAttr", "DREG DATA")
+LimitAttr = enum.IntEnum("LimitAttr", "RATE UNIT BURST TYPE FLAGS")
+LogAttr = enum.IntEnum("LogAttr", "GROUP PREFIX")
+LookupAttr = enum.IntEnum("LookupAttr", "SET SREG")
+MetaAttr = enum.IntEnum("MetaAttr", "DREG KEY")
+PayloadAttr = enum.IntEnum("PayloadAttr", "DREG BASE OFFSET LEN")
+
+# linux/netfilter/nf_tables.h: values
 NFT_TABLE_F_OWNER = 0x2
-NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
-NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_TYPE = 1, 3, 4, 7
-NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
-NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS = 1, 2, 4
-NFTA_LIST_ELEM, NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 1, 2
-NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
-NFT_REG_VERDICT, NFT_REG_1 = 0, 1
-NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = (
-    3,
-    6,
-    7,
-    15,
-    16,
-)
-NFT_META_PKTTYPE, PACKET_HOST = 19, 0  # and linux/if_packet.h
-NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
-NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
-NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF = 1, 2, 8
-NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_SRC_NAT, IPS_DST_NAT = (
-    0,
-    2,
-    1 << 2,
-    1 << 4,
-    1 << 5,
-)
-NFT_CMP_EQ, NFT_CMP_NEQ = 0, 1
-RTN_UNICAST, RTN_LOCAL = 1, 2
+NFT_SET_TIMEOUT = 0x10
+NFT_SET_EVAL = 0x20
+NFT_GOTO = -4
+NFT_RETURN = -5
+NFT_REG_VERDICT = 0
+NFT_REG_1 = 1
+NFT_CMP_EQ = 0
+NFT_CMP_NEQ = 1
+NFT_META_MARK = 3
+NFT_META_IIFNAME = 6
+NFT_META_OIFNAME = 7
+NFT_META_NFPROTO = 15
+NFT_META_L4PROTO = 16
+NFT_META_PKTTYPE = 19
+NFT_PAYLOAD_NETWORK_HEADER = 1
+NFT_PAYLOAD_TRANSPORT_HEADER = 2
+NFT_FIB_RESULT_OIF = 1
+NFT_FIB_RESULT_ADDRTYPE = 3
+NFTA_FIB_F_SADDR = 1
+NFTA_FIB_F_DADDR = 2
+NFTA_FIB_F_IIF = 8
+NFT_CT_STATE = 0
+NFT_CT_STATUS = 2
+NFT_DYNSET_OP_UPDATE = 1
+NFT_DYNSET_F_EXPR = 2
+NFT_LIMIT_F_INV = 1
+NFT_TYPE_MARK = 19  # of nft, for its listing
+NF_CT_STATE_RELATED_BIT = 1 << 2
+IPS_SRC_NAT = 1 << 4  # linux/netfilter/nf_conntrack_common.h
+IPS_DST_NAT = 1 << 5
+PACKET_HOST = 0  # linux/if_packet.h
+RTN_UNICAST = 1  # linux/rtnetlink.h, and the answer of fib
+RTN_LOCAL = 2
 IFNAMSIZ = 16
 
 # linux/rtnetlink.h
-RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
-RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+RTM_NEWADDR = 20
+RTM_GETADDR = 22
+RTM_NEWROUTE = 24
+RTM_GETROUTE = 26
+RTM_GETNEXTHOP = 106
+RTMGRP_IPV4_IFADDR = 0x10
+RTMGRP_IPV6_IFADDR = 0x100
 RT_TABLE_MAIN = 254
-RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA, RTA_NH_ID = 4, 5, 6, 9, 18, 30
-IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
-RTM_NEWLINK, RTM_GETLINK = 16, 18
-IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 10, 18, 1
+RTA_OIF = 4
+RTA_GATEWAY = 5
+RTA_PRIORITY = 6
+RTA_MULTIPATH = 9
+RTA_VIA = 18
+RTA_NH_ID = 30
+IFA_ADDRESS = 1
+IFA_LOCAL = 2
+IFA_BROADCAST = 4
+IFLA_IFNAME = 3
+IFLA_MASTER = 10
+IFLA_LINKINFO = 18
+IFLA_INFO_KIND = 1
 IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
-IFADDRMSG = struct.Struct(
-    "=BBBBI"
-)  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
-RTMSG = struct.Struct(
-    "=BBBBBBBBI"
-)  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+# struct ifaddrmsg: family, prefix length, flags, scope, interface index
+IFADDRMSG = struct.Struct("=BBBBI")
+# struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+RTMSG = struct.Struct("=BBBBBBBBI")
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
 RTNH_F_ONLINK = 4
-RTM_GETNEXTHOP = 106
 
 # linux/nexthop.h
-NHA_ID, NHA_GROUP, NHA_OIF, NHA_GATEWAY = 1, 2, 5, 6
+NHA_ID = 1
+NHA_GROUP = 2
+NHA_OIF = 5
+NHA_GATEWAY = 6
 NHMSG = struct.Struct("=BBBBI")  # struct nhmsg: family, scope, protocol, reserved, flags
 NEXTHOP_GRP = struct.Struct("=I4x")  # struct nexthop_grp: id, then its weight
 
@@ -1107,7 +1118,8 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
 
 def attribute(kind: int, data: bytes) -> bytes:
     """One netlink attribute, padded to four bytes."""
-    return bytes(nlattr(NLA_HDRLEN + len(data), kind)) + data + bytes(-len(data) % NLMSG_ALIGNTO)
+    head = NLATTR.pack(NLA_HDRLEN + len(data), kind)
+    return head + data + bytes(-len(data) % NLMSG_ALIGNTO)
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
@@ -1137,8 +1149,9 @@ def string(kind: int, text: str) -> bytes:
 
 def message(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
     """One netlink request."""
-    header = nlmsghdr(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
-    return bytes(header) + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
+    length = NLMSG_HDRLEN + len(payload)
+    head = NLMSGHDR.pack(length, kind, NLM_F_REQUEST | flags, sequence, 0)
+    return head + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -1152,104 +1165,724 @@ def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += length + -length % NLMSG_ALIGNTO
 
 
-def attribute_places(data: bytes, at: int = 0) -> dict[int, tuple[int, int]]:
-    """Where the value of each attribute from offset `at` on starts and ends; the last one of a type
-    wins.
+def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
+    """The value of each attribute from offset `at` on; the last one of a type wins.
 
     Ends at the first attribute that does not fit.
     """
-    found: dict[int, tuple[int, int]] = {}
+    found = {}
     while len(data) - at >= NLA_HDRLEN:
         length, kind = NLATTR.unpack_from(data, at)
         if not NLA_HDRLEN <= length <= len(data) - at:
             break
-        found[kind & NLA_TYPE_MASK] = (at + NLA_HDRLEN, at + length)
+        found[kind & NLA_TYPE_MASK] = data[at + NLA_HDRLEN : at + length]
         at += length + -length % NLMSG_ALIGNTO
     return found
 
 
-def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
-    """The values that attribute_places() finds."""
-    return {kind: data[start:end] for kind, (start, end) in attribute_places(data, at).items()}
-
-
 def error_number(payload: bytes) -> int:
     """The errno in the payload of an NLMSG_ERROR message, 0 for an acknowledgement."""
-    return (
-        -int.from_bytes(payload[:4], sys.byteorder, signed=True)
-        if len(payload) >= 4
-        else errno.EBADMSG
+    if len(payload) < 4:
+        return errno.EBADMSG
+    return -int.from_bytes(payload[:4], sys.byteorder, signed=True)
+
+
+# A raw IP packet, its number in the group (big-endian, or empty), and whether RPF would drop it
+Logged = tuple[bytes, bytes, bool]
+NUMBER_HEAD = NLATTR.pack(NLA_HDRLEN + 4, NFULA_SEQ)
+# From NUMBER_HEAD on: the number, then the length and type of the packet's attribute
+NUMBER_AND_HEAD = struct.Struct("=4x4sHH")
+# The kernel puts the prefix second, behind struct nfulnl_msg_packet_hdr
+NFLOG_PREFIX_AT = NLMSG_HDRLEN + NFGENMSG.size + NLA_HDRLEN + NFULNL_PACKET_HDR_LEN
+NFLOG_PREFIX_TYPE_AT = NFLOG_PREFIX_AT + NLA_TYPE_OFFSET
+RPF_PREFIX_TYPE = NFULA_PREFIX.to_bytes(2, sys.byteorder) + RPF_PREFIX.encode()
+
+
+def parse_nflog(data: bytes) -> list[Logged]:
+    """The packets in one datagram of an NFLOG group (linux/netfilter/nfnetlink_log.h).
+
+    Other messages are skipped, the first one that does not fit is the end.
+    """
+    found = []
+    at = 0
+    size = len(data)
+    while size - at >= NLMSG_HDRLEN:
+        length, kind = NLMSG_HEAD.unpack_from(data, at)
+        end = at + length
+        if length < NLMSG_HDRLEN or end > size:
+            break
+        if kind == NFLOG_PACKET:
+            found.append(find_packet(data, at, end))
+        at = end + -length % NLMSG_ALIGNTO
+    return found
+
+
+def find_packet(data: bytes, start: int, end: int) -> Logged:
+    """What the message between these offsets holds.
+
+    The kernel puts the packet last and its number before it, so the head of the number is searched
+    for, and believed if a packet that fills the rest follows. A walk over all attributes costs
+    three times as much; it is for messages that look otherwise.
+    """
+    number_at = data.find(NUMBER_HEAD, start, end)
+    packet_at = number_at + NUMBER_AND_HEAD.size
+    if number_at < 0 or packet_at > end:
+        return walk_to_packet(data[start:end])
+    number, length, kind = NUMBER_AND_HEAD.unpack_from(data, number_at)
+    packet_end = packet_at + length - NLA_HDRLEN
+    if kind != NFULA_PAYLOAD or packet_end + -length % NLMSG_ALIGNTO != end:
+        return walk_to_packet(data[start:end])
+    rpf = data.startswith(RPF_PREFIX_TYPE, start + NFLOG_PREFIX_TYPE_AT)
+    return data[packet_at:packet_end], number, rpf
+
+
+def walk_to_packet(message: bytes) -> Logged:
+    """What find_packet() gives, for attributes in any order."""
+    found = attributes(message, NLMSG_HDRLEN + NFGENMSG.size)
+    rpf = found.get(NFULA_PREFIX, b"").startswith(RPF_PREFIX.encode())
+    return found.get(NFULA_PAYLOAD, b""), found.get(NFULA_SEQ, b""), rpf
+
+
+# -----------------------------------------------------------------------------
+# Section: rules -- what is installed and what is printed, made of the same parts, pure
+
+# Routers are told apart by a hash of their addresses, with a seed nobody knows, so that the set of
+# them is never full. Where 1,000 are loud, one genuine router in 65 shares a bucket with one.
+BUCKETS = 1 << 16
+# That one node should send: a third of a core; with more than 100 peers fewer errors pass
+COPIES_PER_SECOND = 100_000
+ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
+# Names of tables, by NFLOG group; the second holds the guard alone
+WHOLE_TABLE = "pmtud_{}"
+GUARD_TABLE = "pmtud_{}_guard"
+LIMIT_SECONDS = {"second": 1, "minute": 60}
+
+
+class Part(NamedTuple):
+    """A piece of a rule, a chain or a set: its text for people, its attributes for the kernel."""
+
+    text: str
+    data: bytes
+
+
+class Rule(NamedTuple):
+    """One rule of a chain."""
+
+    chain: str
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The rule as nft takes it."""
+        return " ".join(part.text for part in self.parts)
+
+    @property
+    def data(self) -> bytes:
+        """The rule's expressions."""
+        return b"".join(part.data for part in self.parts)
+
+
+class Chain(NamedTuple):
+    """One chain; without a hook it is reached by goto."""
+
+    name: str
+    hook: Optional[Part] = None
+
+
+class Set(NamedTuple):
+    """One set: its properties, and its packed elements, which are addresses."""
+
+    name: str
+    parts: tuple[Part, ...]
+    elements: tuple[bytes, ...] = ()
+
+
+class Table(NamedTuple):
+    """A table of nftables' family inet."""
+
+    name: str
+    sets: tuple[Set, ...]
+    chains: tuple[Chain, ...]
+    rules: tuple[Rule, ...]
+
+
+class Senders(NamedTuple):
+    """Where copies may come from: addresses, packed, and networks."""
+
+    addresses: frozenset[bytes] = frozenset()
+    networks: tuple[Network, ...] = ()
+    neighbours: tuple[Network, ...] = ()  # of broadcast and multicast peers
+
+    def of(self, family: Family) -> list[bytes]:
+        """The addresses of one family."""
+        return sorted(address for address in self.addresses if len(address) == family.address_len)
+
+    def rate(self, wanted: float) -> int:
+        """The errors per second that the kernel lets through where `wanted` may be acted on.
+
+        0: all.
+        """
+        if not wanted:
+            return 0
+        most = max(len(self.of(family)) for family in FAMILIES)
+        return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most))))
+
+
+NOBODY = Senders()
+
+
+class Site(NamedTuple):
+    """What the rules depend on beside the options."""
+
+    ifaces: tuple[str, ...]  # where errors come in
+    uplinks: tuple[str, ...]  # these, and where the default routes lead
+    vrfs: tuple[str, ...] = ()  # that these interfaces belong to
+    senders: Senders = NOBODY
+    conntrack: bool = True  # whether connections are tracked
+    bursts: bool = True  # whether the kernel can tell bursts: Linux 5.11 with nft_hash
+
+
+def expression(name: str, *attrs: bytes) -> bytes:
+    """One nftables expression."""
+    named = string(ExprAttr.NAME, name)
+    return nested(ListAttr.ELEM, named, nested(ExprAttr.DATA, *attrs))
+
+
+def host32(number: int) -> bytes:
+    """A number as nftables registers hold it, in host byte order."""
+    return struct.pack("=I", number)
+
+
+def interface_name(name: str) -> bytes:
+    """An interface name as nftables registers hold it."""
+    return name.encode().ljust(IFNAMSIZ, b"\0")
+
+
+def load_meta(key: int) -> bytes:
+    """Metadata of the packet into register 1."""
+    return expression("meta", be32(MetaAttr.DREG, NFT_REG_1), be32(MetaAttr.KEY, key))
+
+
+def load_payload(base: int, offset: int, length: int) -> bytes:
+    """Bytes of the packet into register 1."""
+    return expression(
+        "payload",
+        be32(PayloadAttr.DREG, NFT_REG_1),
+        be32(PayloadAttr.BASE, base),
+        be32(PayloadAttr.OFFSET, offset),
+        be32(PayloadAttr.LEN, length),
     )
 
 
-Logged = tuple[
-    bytes, bytes, bool
-]  # a raw IP packet, its number in the group (big-endian or empty), if RPF drops it
+def load_fib(result: int, flags: int) -> bytes:
+    """What the routing table says about an address into register 1."""
+    return expression(
+        "fib",
+        be32(FibAttr.DREG, NFT_REG_1),
+        be32(FibAttr.RESULT, result),
+        be32(FibAttr.FLAGS, flags),
+    )
 
 
-class NflogParser:
-    """Takes the datagrams of an NFLOG group apart (linux/netfilter/nfnetlink_log.h).
+def load_ct(key: int) -> bytes:
+    """What conntrack knows of the packet into register 1."""
+    return expression("ct", be32(CtAttr.DREG, NFT_REG_1), be32(CtAttr.KEY, key))
 
-    Messages of one rule look alike, so what is wanted is sought where the last message had it: 3.1
-    -> 0.6 us each.
+
+def load_source(family: Family) -> bytes:
+    """The source address into register 1, for packets of this family."""
+    is_ours = load_meta(NFT_META_NFPROTO) + equals(bytes([family.nfproto]))
+    return is_ours + load_payload(NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
+
+
+def keep_bits(mask: bytes) -> bytes:
+    """register 1 & mask."""
+    nothing = bytes(len(mask))
+    return expression(
+        "bitwise",
+        be32(BitwiseAttr.SREG, NFT_REG_1),
+        be32(BitwiseAttr.DREG, NFT_REG_1),
+        be32(BitwiseAttr.LEN, len(mask)),
+        nested(BitwiseAttr.MASK, attribute(DataAttr.VALUE, mask)),
+        nested(BitwiseAttr.XOR, attribute(DataAttr.VALUE, nothing)),
+    )
+
+
+def compare(operator: int, value: bytes) -> bytes:
+    """register 1 OPERATOR value."""
+    return expression(
+        "cmp",
+        be32(CmpAttr.SREG, NFT_REG_1),
+        be32(CmpAttr.OP, operator),
+        nested(CmpAttr.DATA, attribute(DataAttr.VALUE, value)),
+    )
+
+
+def equals(value: bytes) -> bytes:
+    """Goes on where register 1 has this value."""
+    return compare(NFT_CMP_EQ, value)
+
+
+def differs(value: bytes) -> bytes:
+    """Goes on where register 1 has another value."""
+    return compare(NFT_CMP_NEQ, value)
+
+
+def has_bits(bits: int) -> bytes:
+    """Goes on where register 1 has any of these bits."""
+    return keep_bits(host32(bits)) + differs(host32(0))
+
+
+def verdict(code: int, chain: str = "") -> bytes:
+    """The end of a rule."""
+    found = be32(VerdictAttr.CODE, code)
+    if chain:
+        found += string(VerdictAttr.CHAIN, chain)
+    data = nested(ImmediateAttr.DATA, nested(DataAttr.VERDICT, found))
+    return expression("immediate", be32(ImmediateAttr.DREG, NFT_REG_VERDICT), data)
+
+
+def goto(chain: str) -> Part:
+    """The end of a rule that goes on in another chain."""
+    return Part(f"goto {chain}", verdict(NFT_GOTO, chain))
+
+
+ACCEPT = Part("accept", verdict(NF_ACCEPT))
+DROP = Part("drop", verdict(NF_DROP))
+RETURN = Part("return", verdict(NFT_RETURN))
+NOTRACK = Part("notrack", expression("notrack"))
+FAILS_RPF = Part(
+    "fib saddr . iif oif 0",
+    load_fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF) + equals(host32(0)),
+)
+TO_LOCAL = Part(
+    "fib daddr type local",
+    load_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR) + equals(host32(RTN_LOCAL)),
+)
+NOT_FORWARDED = Part(
+    "fib daddr type != unicast",
+    load_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR) + differs(host32(RTN_UNICAST)),
+)
+TO_GROUP = Part("meta pkttype != host", load_meta(NFT_META_PKTTYPE) + differs(bytes([PACKET_HOST])))
+
+RELATED = Part("ct state related", load_ct(NFT_CT_STATE) + has_bits(NF_CT_STATE_RELATED_BIT))
+TRANSLATED = Part(
+    "ct status snat,dnat", load_ct(NFT_CT_STATUS) + has_bits(IPS_SRC_NAT | IPS_DST_NAT)
+)
+ERROR_WORDS = {
+    IPV4: "icmp type destination-unreachable icmp code frag-needed",
+    IPV6: "icmpv6 type packet-too-big icmpv6 code 0",
+}
+
+
+def is_error(family: Family) -> Part:
+    """The packet is an error of this family."""
+    protocol = load_meta(NFT_META_L4PROTO) + equals(bytes([family.icmp_protocol]))
+    kind = load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2) + equals(bytes(family.error))
+    return Part(ERROR_WORDS[family], protocol + kind)
+
+
+def has_mark(mark: int) -> Part:
+    """The packet is one that we sent with this mark."""
+    return Part(f"meta mark {mark:#x}", load_meta(NFT_META_MARK) + equals(host32(mark)))
+
+
+def comes_in(iface: str) -> Part:
+    """The packet came in on this interface."""
+    return Part(f'iifname "{iface}"', load_meta(NFT_META_IIFNAME) + equals(interface_name(iface)))
+
+
+def goes_out(iface: str) -> Part:
+    """The packet is routed to this interface."""
+    return Part(f'oifname "{iface}"', load_meta(NFT_META_OIFNAME) + equals(interface_name(iface)))
+
+
+def goes_elsewhere(iface: str) -> Part:
+    """The packet is not routed to this interface."""
+    data = load_meta(NFT_META_OIFNAME) + differs(interface_name(iface))
+    return Part(f'oifname != "{iface}"', data)
+
+
+def is_from_set(family: Family, name: str) -> Part:
+    """The packet's source is in this set of addresses."""
+    lookup = expression("lookup", string(LookupAttr.SET, name), be32(LookupAttr.SREG, NFT_REG_1))
+    return Part(f"{family.nft} saddr @{name}", load_source(family) + lookup)
+
+
+def is_from_network(network: Network) -> Part:
+    """The packet's source is in this network."""
+    family = family_of(network.network_address.packed)
+    data = load_source(family) + keep_bits(network.netmask.packed)
+    data += equals(network.network_address.packed)
+    return Part(f"{family.nft} saddr {network}", data)
+
+
+def to_group(group: int, prefix: str = "") -> Part:
+    """Hands the packet to an NFLOG group, with a prefix if one is given."""
+    number = be16(LogAttr.GROUP, group)
+    if not prefix:
+        return Part(f"log group {group}", expression("log", number))
+    data = expression("log", number, string(LogAttr.PREFIX, prefix))
+    return Part(f'log prefix "{prefix}" group {group}', data)
+
+
+def limit(rate: int, unit: str, burst: int, flags: int = 0) -> Part:
+    """Goes on for so many packets in a unit of time, with NFT_LIMIT_F_INV for those beyond them."""
+    words = "limit rate"
+    if flags & NFT_LIMIT_F_INV:
+        words = "limit rate over"
+    data = expression(
+        "limit",
+        be64(LimitAttr.RATE, rate),
+        be64(LimitAttr.UNIT, LIMIT_SECONDS[unit]),
+        be32(LimitAttr.BURST, burst),
+        be32(LimitAttr.FLAGS, flags),
+    )
+    return Part(f"{words} {rate}/{unit} burst {burst} packets", data)
+
+
+def per_second(rate: int) -> Part:
+    """Goes on for so many packets each second."""
+    return limit(rate, "second", rate)
+
+
+def key_of(name: str, number: int, length: int) -> Part:
+    """The type of a set's elements; its number is for nft's listing."""
+    return Part(f"type {name}", be32(SetAttr.KEY_TYPE, number) + be32(SetAttr.KEY_LEN, length))
+
+
+# The routers heard of lately, by the hash of their address
+ROUTERS = Set(
+    "routers",
+    (
+        key_of("mark", NFT_TYPE_MARK, 4),
+        Part(f"size {BUCKETS}", nested(SetAttr.DESC, be32(SetDescAttr.SIZE, BUCKETS))),
+        Part("flags dynamic,timeout", be32(SetAttr.FLAGS, NFT_SET_EVAL | NFT_SET_TIMEOUT)),
+        Part("timeout 1m", be64(SetAttr.TIMEOUT, 60_000)),
+    ),
+)
+
+
+def in_a_burst(family: Family) -> Part:
+    """The packet belongs to a burst of its router's, which is how genuine errors come.
+
+    It is the fourth or later of a burst, and one of the first ten of its bucket or one a minute.
+    Of 350,000 errors a second from random sources next to none has that shape; one loud source, or
+    1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a second, and a third
+    of the genuine went unheard).
     """
+    bucket = expression(
+        "hash",
+        be32(HashAttr.SREG, NFT_REG_1),
+        be32(HashAttr.DREG, NFT_REG_1),
+        be32(HashAttr.LEN, family.address_len),
+        be32(HashAttr.MODULUS, BUCKETS),
+    )
+    late = limit(100, "second", 3, NFT_LIMIT_F_INV)
+    few = limit(1, "minute", 10)
+    update = expression(
+        "dynset",
+        string(DynsetAttr.SET_NAME, ROUTERS.name),
+        be32(DynsetAttr.OP, NFT_DYNSET_OP_UPDATE),
+        be32(DynsetAttr.SREG_KEY, NFT_REG_1),
+        be32(DynsetAttr.FLAGS, NFT_DYNSET_F_EXPR),
+        nested(DynsetAttr.EXPRESSIONS, late.data, few.data),
+    )
+    key = f"jhash {family.nft} saddr mod {BUCKETS}"
+    text = f"update @{ROUTERS.name} {{ {key} {late.text} {few.text} }}"
+    return Part(text, load_source(family) + bucket + update)
 
-    NUMBER_HEAD = bytes(nlattr(NLA_HDRLEN + 4, NFULA_SEQ))
 
-    def __init__(self) -> None:
-        self._layout = struct.Struct(
-            "=65536xsIIHH"
-        )  # longer than any message, until one has been seen
-        self._prefix, self._rpf, self._packet_at = b"", False, 0
+def peers_set(family: Family) -> str:
+    """The name of the set of a family's peers."""
+    return f"peers_{family.name}"
 
-    def parse(self, data: bytes) -> list[Logged]:
-        """The packets in one datagram.
 
-        Other messages are skipped, the first one that does not fit is the end.
-        """
-        found, at = [], 0
-        while len(data) - at >= NLMSG_HDRLEN:
-            length, kind = NLMSG_HEAD.unpack_from(data, at)
-            if not NLMSG_HDRLEN <= length <= len(data) - at:
-                break
-            if kind == NFLOG_PACKET:
-                found.append(
-                    self._take_alike(data, at, length) or self._take(data[at : at + length])
-                )
-            at += length + -length % NLMSG_ALIGNTO
-        return found
+def make_sets(site: Site, rate: int) -> Iterator[Set]:
+    """The sets that nflog_rules() uses."""
+    if site.bursts and rate:
+        yield ROUTERS
+    for family in FAMILIES:
+        addresses = site.senders.of(family)
+        if addresses:
+            kind = key_of(f"{family.name}_addr", family.nft_type, family.address_len)
+            yield Set(peers_set(family), (kind,), tuple(addresses))
 
-    def _take_alike(self, data: bytes, at: int, length: int) -> Optional[Logged]:
-        """What the message at this offset holds, None if it is not laid out like the last one."""
-        if length < self._layout.size:
-            return None
-        prefix, number_head, number, size, kind = self._layout.unpack_from(data, at)
-        end = self._packet_at + size - NLA_HDRLEN
-        if prefix != self._prefix or number_head != self.NUMBER_HEAD or kind != NFULA_PAYLOAD:
-            return None
-        if end + -end % NLMSG_ALIGNTO != length:  # the packet comes last
-            return None
-        return data[at + self._packet_at : at + end], number, self._rpf
 
-    def _take(self, message: bytes) -> Logged:
-        """What a message holds, wherever it is.
+def base_chain(name: str, hook_name: str, hook: int, priority: int) -> Chain:
+    """A chain that the kernel calls from a hook."""
+    place = be32(HookAttr.HOOKNUM, hook) + be32(HookAttr.PRIORITY, priority)
+    data = nested(ChainAttr.HOOK, place) + string(ChainAttr.TYPE, "filter")
+    text = f"type filter hook {hook_name} priority {priority}; policy accept;"
+    return Chain(name, Part(text, data))
 
-        The usual order, prefix, number, packet, is remembered.
-        """
-        places = attribute_places(message, NLMSG_HDRLEN + NFGENMSG_LEN)
-        (text, text_end), (number, number_end), (packet, packet_end) = (
-            places.get(kind, (0, 0)) for kind in (NFULA_PREFIX, NFULA_SEQ, NFULA_PAYLOAD)
-        )
-        prefix, rpf = message[text:text_end], message.startswith(RPF_PREFIX.encode(), text)
-        if 0 < text_end < number < packet and number_end - number == 4:
-            layout = f"={text}x{len(prefix)}s{number - NLA_HDRLEN - text_end}x4s4s{packet - NLA_HDRLEN - number_end}xHH"
-            self._layout, self._prefix, self._rpf, self._packet_at = (
-                struct.Struct(layout),
-                prefix,
-                rpf,
-                packet,
-            )
-        return message[packet:packet_end], message[number:number_end], rpf
+
+CHAINS = (
+    Chain("mtu_errors"),
+    Chain("copies_in"),
+    Chain("shed"),
+    Chain("senders"),
+    base_chain("prerouting", "prerouting", NF_INET_PRE_ROUTING, NF_IP_PRI_BEFORE_RAW),
+    Chain("copies"),
+    base_chain("output", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEFORE_RAW),
+    Chain("owned"),
+    Chain("deliveries"),
+    base_chain("guard", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEHIND_CONNTRACK),
+)
+
+
+def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
+    """The rules that feed the NFLOG group, with `rate` errors a second at most; 0: all."""
+    rpf = (FAILS_RPF, to_group(group, RPF_PREFIX), RETURN)
+    rules = [Rule("mtu_errors", rpf), Rule("mtu_errors", (to_group(group),))]
+    copies = "mtu_errors"
+    routers = "mtu_errors"
+    if rate:
+        copies = "copies_in"
+        routers = "shed"
+        rules.append(Rule(copies, (per_second(rate), goto("mtu_errors"))))
+        rules += shed_rules(rate, site.bursts)
+    for parts in copy_senders(site.senders):
+        rules.append(Rule("senders", (*parts, goto(copies))))
+    for iface in site.ifaces:
+        rules.append(Rule("senders", (comes_in(iface), goto(routers))))
+    for family in FAMILIES:
+        rules.append(Rule("prerouting", (is_error(family), goto("senders"))))
+    return rules
+
+
+def shed_rules(rate: int, bursts: bool) -> list[Rule]:
+    """How routers share the rate, so that the kernel sheds a flood and still hears the others.
+
+    Seven eighths are for whoever comes first, which in a flood is the flood.
+    One eighth, in each family, is kept for errors in bursts: in_a_burst().
+    Of a rate of 1,000, random sources that send 350,000 use up the 875; then a router sends a burst
+    of ten, and its fourth to tenth error pass, out of the 125.
+    """
+    if not bursts:
+        return [Rule("shed", (per_second(rate), goto("mtu_errors")))]
+    # Of low rates more, up to half: with 1,000 peers 100 errors pass, and bursts have ten
+    kept = min(max(50, rate // 8), max(1, rate // 2))
+    rules = [Rule("shed", (per_second(max(1, rate - kept)), goto("mtu_errors")))]
+    for family in FAMILIES:
+        parts = (in_a_burst(family), per_second(kept), goto("mtu_errors"))
+        rules.append(Rule("shed", parts))
+    return rules
+
+
+def copy_senders(senders: Senders) -> Iterator[tuple[Part, ...]]:
+    """What tells copies by their sender; each of these alone.
+
+    They come in on any interface, since peers may be known by inner addresses. They have a budget
+    of their own, which no flood of others' errors uses up. A copy ends here: what a peer sent to
+    somebody else and this node forwards is none.
+    """
+    for family in FAMILIES:
+        if senders.of(family):
+            yield is_from_set(family, peers_set(family)), NOT_FORWARDED
+    for network in senders.networks:
+        yield is_from_network(network), NOT_FORWARDED
+    # Routers of a group's subnet are neighbours, too: what is no broadcast or multicast may be
+    # theirs.
+    for network in senders.neighbours:
+        yield is_from_network(network), TO_GROUP
+
+
+def guard_rules(site: Site) -> list[Rule]:
+    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does
+    not own the flow.
+
+    `notrack` does not make the kernel track connections, and stays without conntrack: the first
+    copy may be the first packet that conntrack sees, and be dropped as INVALID.
+    """
+    rules = marked_rules("output", MARK_COPY, "copies", (NOTRACK, ACCEPT))
+    rules += marked_rules("guard", MARK_DELIVER, "deliveries", (goto("owned"),))
+    for parts in owned_flows(site):
+        rules.append(Rule("owned", (*parts, ACCEPT)))
+    rules.append(Rule("owned", (DROP,)))
+    return rules
+
+
+def marked_rules(hook: str, mark: int, chain: str, action: tuple[Part, ...]) -> list[Rule]:
+    """What happens to our errors with this mark; a packet that is not ours costs one test."""
+    rules = [Rule(hook, (has_mark(mark), goto(chain)))]
+    for family in FAMILIES:
+        rules.append(Rule(chain, (is_error(family), *action)))
+    return rules
+
+
+def owned_flows(site: Site) -> Iterator[tuple[Part, ...]]:
+    """What tells a delivery about a flow of this node's own; each of these alone.
+
+    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it
+    routes elsewhere than where errors come in (a pod with a routed address; where connections are
+    tracked, this one too must be). A flow that it only forwards passes none of these, nor does what
+    goes to `lo` without a local address. A `ct` expression makes the kernel track connections:
+    without conntrack in use it is left out.
+    """
+    for vrf in site.vrfs:
+        # A packet passes OUTPUT twice: with this device, untracked, and then with its member
+        yield (goes_out(vrf),)
+    if site.conntrack:
+        yield RELATED, TRANSLATED
+    if site.uplinks:
+        inward = tuple(goes_elsewhere(iface) for iface in ("lo", *site.uplinks))
+        if site.conntrack:
+            inward = (RELATED, *inward)
+        yield inward
+    # To `lo` alone: where an address has just gone, what was meant for it would take the default
+    # route.
+    yield goes_out("lo"), TO_LOCAL
+
+
+def whole_table(config: Config, site: Site) -> Table:
+    """All that the daemon installs."""
+    rate = site.senders.rate(config.rate)
+    rules = nflog_rules(config.nflog_group, site, rate) + guard_rules(site)
+    return make_table(WHOLE_TABLE.format(config.nflog_group), make_sets(site, rate), rules)
+
+
+def guard_table(config: Config, site: Site) -> Table:
+    """What the daemon installs with --rules off."""
+    return make_table(GUARD_TABLE.format(config.nflog_group), (), guard_rules(site))
+
+
+def make_table(name: str, sets: Iterable[Set], rules: Sequence[Rule]) -> Table:
+    """A table with the chains that these rules are in."""
+    used = {rule.chain for rule in rules}
+    chains = tuple(chain for chain in CHAINS if chain.name in used)
+    return Table(name, tuple(sets), chains, tuple(rules))
+
+
+def nft_text(table: Table) -> list[str]:
+    """The lines with which nft puts this table in place of what is there, in one transaction."""
+    name = f"table inet {table.name}"
+    lines = [name, f"delete {name}", f"{name} {{"]
+    for one in table.sets:
+        lines += [f"\tset {one.name} {{", f"\t\t{set_text(one)}", "\t}"]
+    for chain in table.chains:
+        lines.append(f"\tchain {chain.name} {{")
+        if chain.hook:
+            lines.append(f"\t\t{chain.hook.text}")
+        lines += [f"\t\t{rule.text}" for rule in table.rules if rule.chain == chain.name]
+        lines.append("\t}")
+    return [*lines, "}"]
+
+
+def set_text(one: Set) -> str:
+    """What stands between the braces of a set."""
+    text = " ".join(f"{part.text};" for part in one.parts)
+    if not one.elements:
+        return text
+    elements = ", ".join(str(ipaddress.ip_address(address)) for address in one.elements)
+    return f"{text} elements = {{ {elements} }}"
+
+
+Request = tuple[int, bytes]  # type and payload of one message of nftables
+
+
+def replace_requests(table: Table, flags: int) -> list[Request]:
+    """The messages that put this table, with these NFT_TABLE_F_ flags, in place of what is there.
+
+    Make, so that deleting never fails, delete, make anew with contents.
+    """
+    name = string(TableAttr.NAME, table.name)
+    requests = [
+        (NFT_MSG_NEWTABLE, name),
+        (NFT_MSG_DELTABLE, name),
+        (NFT_MSG_NEWTABLE, name + be32(TableAttr.FLAGS, flags)),
+    ]
+    for number, one in enumerate(table.sets, 1):
+        requests += set_requests(table.name, one, number)
+    for chain in table.chains:
+        payload = string(ChainAttr.TABLE, table.name) + string(ChainAttr.NAME, chain.name)
+        if chain.hook:
+            payload += chain.hook.data
+        requests.append((NFT_MSG_NEWCHAIN, payload))
+    for rule in table.rules:
+        payload = string(RuleAttr.TABLE, table.name) + string(RuleAttr.CHAIN, rule.chain)
+        requests.append((NFT_MSG_NEWRULE, payload + nested(RuleAttr.EXPRESSIONS, rule.data)))
+    return requests
+
+
+def set_requests(table: str, one: Set, number: int) -> Iterator[Request]:
+    """The messages that make a set, the table's first or a later one, and fill it."""
+    names = string(SetAttr.TABLE, table) + string(SetAttr.NAME, one.name)
+    properties = b"".join(part.data for part in one.parts)
+    yield NFT_MSG_NEWSET, names + be32(SetAttr.ID, number) + properties
+    names = string(ElemListAttr.TABLE, table) + string(ElemListAttr.SET, one.name)
+    keys = [set_element(address) for address in one.elements]
+    for start in range(0, len(keys), ELEMENTS_MAX):
+        elements = nested(ElemListAttr.ELEMENTS, *keys[start : start + ELEMENTS_MAX])
+        yield NFT_MSG_NEWSETELEM, names + elements
+
+
+def set_element(address: bytes) -> bytes:
+    """One element of a set of addresses."""
+    return nested(ListAttr.ELEM, nested(ElemAttr.KEY, attribute(DataAttr.VALUE, address)))
+
+
+IPTABLES_ADDRESSES_MAX = 100  # in one command: a line that people can still read
+IPTABLES_ERRORS = {
+    IPV4: "-p icmp -m icmp --icmp-type 3/4",
+    IPV6: "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big",
+}
+
+
+def iptables_text(config: Config, site: Site) -> list[str]:
+    """The same as iptables and ip6tables commands, without the limits.
+
+    RPF verdicts by the rpfilter match.
+    """
+    lines: list[str] = []
+    for family in FAMILIES:
+        lines += iptables_nflog(family, config.nflog_group, site)
+        lines += iptables_guard(family, site)
+    return lines
+
+
+def iptables_nflog(family: Family, group: int, site: Site) -> Iterator[str]:
+    """The commands that feed the NFLOG group."""
+    command = f"{family.nft}tables -t raw -A PREROUTING"
+    error = IPTABLES_ERRORS[family]
+    target = f"-j NFLOG --nflog-group {group}"
+    for iface in site.ifaces:
+        begin = f"{command} -i {shlex.quote(iface)} {error}"
+        yield f'{begin} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"'
+        yield f"{begin} -m rpfilter {target}"
+    if len(site.ifaces) == 1:  # `! -i` cannot be given twice
+        begin = f"{command} ! -i {shlex.quote(site.ifaces[0])} {error}"
+        for sender in iptables_senders(family, site.senders):
+            yield f"{begin} {sender} {target}"
+
+
+def iptables_guard(family: Family, site: Site) -> Iterator[str]:
+    """The commands that do what guard_rules() does."""
+    command = f"{family.nft}tables"
+    error = IPTABLES_ERRORS[family]
+    yield f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack"
+    begin = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
+    for vrf in site.vrfs:
+        yield f"{begin} -o {shlex.quote(vrf)} -j ACCEPT"
+    yield f"{begin} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT"
+    yield f"{begin} -o lo -m addrtype --dst-type LOCAL -j ACCEPT"
+    for iface in ("lo", *site.uplinks):
+        yield f"{begin} -o {shlex.quote(iface)} -j DROP"
+    yield f"{begin} -m conntrack ! --ctstate RELATED -j DROP"
+
+
+def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
+    """What matches a copy by its sender; iptables makes a rule of each address in a list."""
+    ends_here = "-m addrtype ! --dst-type UNICAST"
+    addresses = [str(ipaddress.ip_address(address)) for address in senders.of(family)]
+    for start in range(0, len(addresses), IPTABLES_ADDRESSES_MAX):
+        yield f"-s {','.join(addresses[start : start + IPTABLES_ADDRESSES_MAX])} {ends_here}"
+    for network in senders.networks:
+        if network.version == family.version:
+            yield f"-s {network} {ends_here}"
+    for network in senders.neighbours:
+        if network.version == family.version:
+            yield f"-s {network} -m pkttype ! --pkt-type unicast"
 
 
 # -----------------------------------------------------------------------------
@@ -2252,13 +2885,13 @@ def group_holder(group: int) -> Optional[int]:
 
 def table_owner_lives(group: int) -> bool:
     """Whether pmtud runs for this group: the kernel removes such a table with its process."""
-    for name in (f"pmtud_{group}", f"pmtud_{group}_guard"):
-        query = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, name)
+    for name in (WHOLE_TABLE.format(group), GUARD_TABLE.format(group)):
+        query = NFGENMSG.pack(NFPROTO_INET, 0, 0) + string(TableAttr.NAME, name)
         with contextlib.suppress(PmtudError), Netlink(NETLINK_NETFILTER) as netlink:
             kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
             answer = netlink.request("look for our table", kind, 0, query)[0][1]
-            table = attributes(answer, NFGENMSG_LEN)
-            if int.from_bytes(table[NFTA_TABLE_FLAGS], "big") & NFT_TABLE_F_OWNER:
+            table = attributes(answer, NFGENMSG.size)
+            if int.from_bytes(table[TableAttr.FLAGS], "big") & NFT_TABLE_F_OWNER:
                 return True
     return False
 
@@ -2280,15 +2913,15 @@ class Nflog(Descriptor):
     def __init__(self, group: int) -> None:
         self.lost = 0  # errors, counted by gaps in the group's sequence numbers
         self._last: Optional[int] = None
-        self._group, self._parser = group, NflogParser()
+        self._group = group
         netlink = Netlink(NETLINK_NETFILTER)
         self.socket = netlink.socket
-        mode = nfulnl_msg_config_mode(self.COPY_BYTES, NFULNL_COPY_PACKET, 0)
+        mode = NFULNL_MODE.pack(self.COPY_BYTES, NFULNL_COPY_PACKET)
         payload = b"".join(
             (
-                bytes(nfgenmsg(socket.AF_UNSPEC, 0, group)),
+                NFGENMSG.pack(socket.AF_UNSPEC, 0, group),
                 attribute(NFULA_CFG_CMD, bytes([NFULNL_CFG_CMD_BIND])),
-                attribute(NFULA_CFG_MODE, bytes(mode)),
+                attribute(NFULA_CFG_MODE, mode),
                 be32(NFULA_CFG_QTHRESH, 1),
                 be16(NFULA_CFG_FLAGS, NFULNL_CFG_F_SEQ),
             )
@@ -2336,7 +2969,7 @@ class Nflog(Descriptor):
             )
         )
         self.socket.send(
-            message(NFLOG_CONFIG, 0, 0, bytes(nfgenmsg(socket.AF_UNSPEC, 0, self._group)) + payload)
+            message(NFLOG_CONFIG, 0, 0, NFGENMSG.pack(socket.AF_UNSPEC, 0, self._group) + payload)
         )
 
     def read(self) -> list[Logged]:
@@ -2345,7 +2978,7 @@ class Nflog(Descriptor):
         Raises OSError if the socket is broken.
         """
         try:
-            logged = self._parser.parse(self.socket.recv(self.DATAGRAM_BYTES))
+            logged = parse_nflog(self.socket.recv(self.DATAGRAM_BYTES))
         except OSError as problem:
             if problem.errno in (
                 errno.EAGAIN,
@@ -2362,359 +2995,6 @@ class Nflog(Descriptor):
         return logged
 
 
-class Rule(NamedTuple):
-    """One nftables rule: its chain, its text for people, its expressions for the kernel."""
-
-    chain: str
-    text: str
-    expressions: bytes
-
-
-class Chain(NamedTuple):
-    """One chain; hook -1: a regular chain, reached by goto."""
-
-    name: str
-    text: str
-    hook: int = -1
-    priority: int = 0
-
-
-def base_chain(name: str, hook_name: str, hook: int, priority: int) -> Chain:
-    """A chain that the kernel calls from a hook."""
-    text = f"type filter hook {hook_name} priority {priority}; policy accept;"
-    return Chain(name, text, hook, priority)
-
-
-CHAINS = (
-    Chain("mtu_errors", ""),
-    Chain("copies_in", ""),
-    Chain("shed", ""),
-    Chain("senders", ""),
-    base_chain("prerouting", "prerouting", NF_INET_PRE_ROUTING, NF_IP_PRI_BEFORE_RAW),
-    Chain("copies", ""),
-    base_chain("output", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEFORE_RAW),
-    Chain("owned", ""),
-    Chain("deliveries", ""),
-    base_chain("guard", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEHIND_CONNTRACK),
-)
-
-
-def expression(name: str, *attrs: bytes) -> bytes:
-    """One nftables expression; numbers inside registers are in host byte order."""
-    return nested(NFTA_LIST_ELEM, string(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, *attrs))
-
-
-def compare(operator: int, value: bytes) -> bytes:
-    """register 1 OPERATOR value."""
-    return expression(
-        "cmp", be32(1, NFT_REG_1), be32(2, operator), nested(3, attribute(NFTA_DATA_VALUE, value))
-    )
-
-
-def load(name: str, *operands: int) -> bytes:
-    """Load `meta KEY`, `payload BASE OFFSET LENGTH`, `fib RESULT FLAGS` or `ct KEY` into register
-    1.
-
-    The attributes of these four are numbered alike: 1 is the register, the operands follow.
-    """
-    return expression(
-        name, *(be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1))
-    )
-
-
-def match(name: str, *operands: int, value: bytes) -> bytes:
-    """What load() loads must equal value."""
-    return load(name, *operands) + compare(NFT_CMP_EQ, value)
-
-
-def mask(value: bytes) -> bytes:
-    """register 1 & value."""
-    bits, flips = (attribute(NFTA_DATA_VALUE, data) for data in (value, bytes(len(value))))
-    registers = (be32(1, NFT_REG_1), be32(2, NFT_REG_1))
-    return expression("bitwise", *registers, be32(3, len(value)), nested(4, bits), nested(5, flips))
-
-
-def host32(number: int) -> bytes:
-    """A number as nftables registers hold it, in host byte order."""
-    return struct.pack("=I", number)
-
-
-def match_ct(key: int, bit: int) -> bytes:
-    """ct state BIT or ct status BIT."""
-    return load("ct", key) + mask(host32(bit)) + compare(NFT_CMP_NEQ, bytes(4))
-
-
-ERROR_WORDS = {
-    IPV4: "icmp type destination-unreachable icmp code frag-needed",
-    IPV6: "icmpv6 type packet-too-big icmpv6 code 0",
-}
-
-
-def match_error(family: Family) -> bytes:
-    """What ERROR_WORDS says."""
-    protocol = match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
-    return protocol + match(
-        "payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error)
-    )
-
-
-def interface_name(name: str) -> bytes:
-    """An interface name as nftables registers hold it."""
-    return name.encode().ljust(IFNAMSIZ, b"\0")
-
-
-def verdict(code: int, chain: str = "") -> bytes:
-    """accept, drop, return, or goto CHAIN."""
-    target = string(NFTA_VERDICT_CHAIN, chain) if chain else b""
-    data = nested(2, nested(NFTA_DATA_VERDICT, be32(NFTA_VERDICT_CODE, code), target))
-    return expression("immediate", be32(1, NFT_REG_VERDICT), data)
-
-
-def log_to(group: int, prefix: str = "") -> bytes:
-    """log group GROUP [prefix PREFIX]."""
-    return expression("log", be16(1, group), string(2, prefix) if prefix else b"")
-
-
-def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
-    """limit rate [over] NUMBER/second burst BURST packets, with `seconds` 60 NUMBER/minute."""
-    return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
-
-
-# Routers are told apart by two hashes of their addresses, with seeds nobody knows, so that no set
-# of them is ever full. Where 1,000 are loud, one genuine router in 65 shares a bucket with one of
-# them, and one in 4,000 both its buckets.
-BUCKETS = 1 << 16
-BUCKET_OFFSETS = (0, BUCKETS)
-BUCKETS_MAX = 2 * BUCKETS
-# That one node should send: a third of a core; with more than 100 peers fewer errors pass
-COPIES_PER_SECOND = 100_000
-
-
-class Senders(NamedTuple):
-    """Where copies may come from: addresses, packed, and networks."""
-
-    addresses: frozenset[bytes] = frozenset()
-    networks: tuple[Network, ...] = ()
-    neighbours: tuple[Network, ...] = ()  # of broadcast and multicast peers
-
-    def of(self, family: Family) -> list[bytes]:
-        """The addresses of one family."""
-        return sorted(address for address in self.addresses if len(address) == family.address_len)
-
-    def rate(self, wanted: float) -> int:
-        """The errors per second that the kernel lets through where `wanted` may be acted on.
-
-        0: all.
-        """
-        most = max(len(self.of(family)) for family in FAMILIES)
-        return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most)))) if wanted else 0
-
-
-NOBODY = Senders()
-
-
-def load_source(family: Family) -> bytes:
-    """The source address into register 1, for packets of this family."""
-    is_ours = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
-    return is_ours + load(
-        "payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len
-    )
-
-
-def burst_rule(family: Family, offset: int, per_second: int) -> Rule:
-    """What lets a genuine router through a flood that has used up everybody's budget: its errors
-    come in bursts.
-
-    An error passes if it is the fourth or later of a burst, and one of the first ten of its bucket
-    or one a minute. Of 350,000 errors a second from random sources next to none has that shape; one
-    loud source, or 1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a
-    second, and a third of the genuine went unheard).
-    """
-    burst = limit_rate(100, 1, 3, NFT_LIMIT_F_INV) + limit_rate(1, 60, 10)
-    numbers = {
-        1: NFT_REG_1,
-        2: NFT_REG_1,
-        3: family.address_len,
-        4: BUCKETS,
-        6: offset,
-    }  # enum nft_hash_attributes
-    bucket = expression("hash", *(be32(kind, number) for kind, number in numbers.items()))
-    update = expression(
-        "dynset",
-        string(NFTA_DYNSET_SET_NAME, "routers"),
-        be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
-        be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
-        be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR),
-        nested(NFTA_DYNSET_EXPRESSIONS, burst),
-    )
-    key = f"jhash {family.nft} saddr mod {BUCKETS}" + (f" offset {offset}" if offset else "")
-    text = (
-        f"update @routers {{ {key} limit rate over 100/second burst 3 packets "
-        "limit rate 1/minute burst 10 packets } "
-        f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors"
-    )
-    return Rule(
-        "shed",
-        text,
-        load_source(family)
-        + bucket
-        + update
-        + limit_rate(per_second, 1, per_second)
-        + verdict(NFT_GOTO, "mtu_errors"),
-    )
-
-
-def sender_rules(senders: Senders, target: str) -> Iterator[Rule]:
-    """What tells copies by their sender: they come in on any interface, since peers may be known by
-    inner addresses.
-
-    They have a budget of their own, which no flood of others' errors uses up.
-    """
-    copies = verdict(NFT_GOTO, target)
-    # A copy ends here. What a peer sent to somebody else and this node forwards is no copy.
-    ends_here = load("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR)
-    ends_here += compare(NFT_CMP_NEQ, host32(RTN_UNICAST))
-    for family in FAMILIES:
-        if senders.of(family):
-            lookup = expression(
-                "lookup",
-                string(NFTA_LOOKUP_SET, f"peers_{family.name}"),
-                be32(NFTA_LOOKUP_SREG, NFT_REG_1),
-            )
-            text = (
-                f"{family.nft} saddr @peers_{family.name} fib daddr type != unicast goto {target}"
-            )
-            yield Rule("senders", text, load_source(family) + lookup + ends_here + copies)
-    for network in senders.networks:
-        family = family_of(network.network_address.packed)
-        matches = match_network(family, network) + ends_here
-        text = f"{family.nft} saddr {network} fib daddr type != unicast goto {target}"
-        yield Rule("senders", text, matches + copies)
-    # Routers of a group's subnet are neighbours, too: what is no broadcast or multicast may be
-    # theirs.
-    grouped = load("meta", NFT_META_PKTTYPE) + compare(NFT_CMP_NEQ, bytes([PACKET_HOST]))
-    for network in senders.neighbours:
-        family = family_of(network.network_address.packed)
-        text = f"{family.nft} saddr {network} meta pkttype != host goto {target}"
-        yield Rule("senders", text, match_network(family, network) + grouped + copies)
-
-
-def match_network(family: Family, network: Network) -> bytes:
-    """FAMILY saddr NETWORK."""
-    bits = load_source(family) + mask(network.netmask.packed)
-    return bits + compare(NFT_CMP_EQ, network.network_address.packed)
-
-
-def shed_rules(rate: int, bursts: bool) -> list[Rule]:
-    """The kernel sheds a flood for next to nothing.
-
-    Part of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit
-    would be used up.
-    """
-    kinds = [(family, offset) for offset in BUCKET_OFFSETS for family in FAMILIES if bursts]
-    share = min(
-        max(25, rate // 16), max(1, rate // 4)
-    )  # of each kind; 1,000 peers leave a rate of 100
-    rules = []
-    for chain, own in (
-        ("copies_in", rate),
-        ("shed", max(1, rate - share * len(kinds) // len(FAMILIES))),
-    ):
-        text = f"limit rate {own}/second burst {own} packets goto mtu_errors"
-        rules.append(Rule(chain, text, limit_rate(own, 1, own) + verdict(NFT_GOTO, "mtu_errors")))
-    return rules + [burst_rule(*kind, share) for kind in kinds]
-
-
-def nflog_rules(
-    config: Config, ifaces: Sequence[str], senders: Senders, bursts: bool = True
-) -> list[Rule]:
-    """The rules that feed the NFLOG group; `bursts` needs Linux 5.11 and nft_hash."""
-    group = config.nflog_group
-    rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
-    text = f'fib saddr . iif oif 0 log prefix "{RPF_PREFIX}" group {group} return'
-    rules = [
-        Rule("mtu_errors", text, rpf + log_to(group, RPF_PREFIX) + verdict(NFT_RETURN)),
-        Rule("mtu_errors", f"log group {group}", log_to(group)),
-    ]
-    copies, routers = "mtu_errors", "mtu_errors"
-    if config.rate:
-        copies, routers = "copies_in", "shed"
-        rules += shed_rules(senders.rate(config.rate), bursts)
-    rules += sender_rules(senders, copies)
-    for iface in ifaces:
-        matches = match("meta", NFT_META_IIFNAME, value=interface_name(iface))
-        rules.append(
-            Rule(
-                "senders", f'iifname "{iface}" goto {routers}', matches + verdict(NFT_GOTO, routers)
-            )
-        )
-    for family in FAMILIES:
-        text = f"{ERROR_WORDS[family]} goto senders"
-        rules.append(Rule("prerouting", text, match_error(family) + verdict(NFT_GOTO, "senders")))
-    return rules
-
-
-def guard_rules(ifaces: Sequence[str], conntrack: bool, vrfs: Sequence[str] = ()) -> list[Rule]:
-    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does
-    not own the flow.
-
-    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it
-    routes elsewhere than where errors come in (a pod with a routed address; where connections are
-    tracked, this one too must be). A flow that it only forwards passes none of these, nor does what
-    goes to `lo` without a local address. A `ct` expression makes the kernel track connections:
-    without conntrack in use it is left out. `notrack` does not, and stays: the first copy may be
-    the first packet that conntrack sees, and be dropped as INVALID.
-    """
-    rules = []
-    for mark, hook, chain, action, then in (
-        (
-            MARK_COPY,
-            "output",
-            "copies",
-            "notrack accept",
-            expression("notrack") + verdict(NF_ACCEPT),
-        ),
-        (MARK_DELIVER, "guard", "deliveries", "goto owned", verdict(NFT_GOTO, "owned")),
-    ):  # one test of the mark for each packet that is not ours
-        ours = match("meta", NFT_META_MARK, value=host32(mark)) + verdict(NFT_GOTO, chain)
-        rules.append(Rule(hook, f"meta mark {mark:#x} goto {chain}", ours))
-        rules += [
-            Rule(chain, f"{ERROR_WORDS[family]} {action}", match_error(family) + then)
-            for family in FAMILIES
-        ]
-    accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
-    for vrf in (
-        vrfs
-    ):  # a packet passes OUTPUT twice: with this device, untracked, and then with its member
-        device = match("meta", NFT_META_OIFNAME, value=interface_name(vrf))
-        rules.append(Rule("owned", f'oifname "{vrf}" accept', device + accept))
-    if conntrack:
-        translated = match_ct(NFT_CT_STATUS, IPS_SRC_NAT | IPS_DST_NAT)
-        rules.append(
-            Rule(
-                "owned",
-                "ct state related ct status snat,dnat accept",
-                related + translated + accept,
-            )
-        )
-    if ifaces:
-        outward = ("lo", *ifaces)
-        inward = b"".join(
-            load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i))
-            for i in outward
-        )
-        words = " ".join(f'oifname != "{iface}"' for iface in outward)
-        if conntrack:
-            words, inward = f"ct state related {words}", related + inward
-        rules.append(Rule("owned", f"{words} accept", inward + accept))
-    # To `lo` alone: where an address has just gone, what was meant for it would take the default
-    # route.
-    local = match("meta", NFT_META_OIFNAME, value=interface_name("lo"))
-    local += match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
-    rules.append(Rule("owned", 'oifname "lo" fib daddr type local accept', local + accept))
-    return [*rules, Rule("owned", "drop", verdict(NF_DROP))]
-
-
 def conntrack_in_use() -> bool:
     """Whether this network namespace tracks any connection now; asking does not start tracking."""
     with contextlib.suppress(OSError, ValueError), open(CONNTRACK_COUNT) as stream:
@@ -2722,7 +3002,7 @@ def conntrack_in_use() -> bool:
     return False
 
 
-class Firewall(Descriptor):
+class Firewall(Netlink):
     """Our nftables table, owned by this socket: the kernel deletes it when the socket is closed or
     the process dies.
 
@@ -2731,18 +3011,19 @@ class Firewall(Descriptor):
     """
 
     SEND_BUFFER_BYTES = 4 << 20  # a transaction with PEERS_MAX peers takes 0.6 MB
-    ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
 
     def __init__(
         self, config: Config, ifaces: Sequence[str], owned: bool = True, senders: Senders = NOBODY
     ) -> None:
+        super().__init__(NETLINK_NETFILTER)
         self.senders = senders
-        self.table = f"pmtud_{config.nflog_group}" + ("" if config.rules == "auto" else "_guard")
         self.conntrack = False
-        self.owned = self._bursts = owned
+        self.owned = owned
+        self._bursts = owned
         self._config = config
-        self._netlink = Netlink(NETLINK_NETFILTER)
-        self.socket = self._netlink.socket
+        self.table = WHOLE_TABLE.format(config.nflog_group)
+        if config.rules == "off":
+            self.table = GUARD_TABLE.format(config.nflog_group)
         try:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.SEND_BUFFER_BYTES)
@@ -2765,118 +3046,60 @@ class Firewall(Descriptor):
         try:
             self._commit("replace table", self._requests(ifaces))
         except NetlinkError as problem:
-            if problem.number == errno.ENOENT and self._bursts:  # a kernel without nft_hash
-                self._bursts = False
-            elif problem.number in (errno.EOPNOTSUPP, errno.EINVAL) and self.owned:
-                self.owned = self._bursts = False
-            else:
-                raise
+            self._give_up_what_is_missing(problem)
             self.replace(ifaces)
 
-    def _requests(self, ifaces: Sequence[str]) -> list[tuple[int, bytes]]:
-        """The (type, payload) of every message.
+    def _give_up_what_is_missing(self, problem: NetlinkError) -> None:
+        """Do without what this kernel does not have; raises the problem if it is another one."""
+        if problem.number == errno.ENOENT and self._bursts:  # no nft_hash
+            self._bursts = False
+            return
+        if problem.number in (errno.EOPNOTSUPP, errno.EINVAL) and self.owned:  # before 5.12
+            self.owned = False
+            self._bursts = False
+            return
+        raise problem
 
-        Make, so that deleting never fails, delete, make anew with contents.
-        """
-        config, name = self._config, string(NFTA_TABLE_NAME, self.table)
-        rules = (
-            nflog_rules(config, ifaces, self.senders, self._bursts)
-            if config.rules == "auto"
-            else []
+    def _requests(self, ifaces: Sequence[str]) -> list[Request]:
+        site = Site(
+            tuple(ifaces),
+            uplinks(ifaces),
+            vrfs_of(ifaces),
+            self.senders,
+            self.conntrack,
+            self._bursts,
         )
-        rules += guard_rules(uplinks(ifaces), self.conntrack, vrfs_of(ifaces))
-        used = {rule.chain for rule in rules}
-        flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
-        return [
-            (NFT_MSG_NEWTABLE, name),
-            (NFT_MSG_DELTABLE, name),
-            (NFT_MSG_NEWTABLE, name + flags),
-            *(self._sets() if "senders" in used else ()),
-            *((NFT_MSG_NEWCHAIN, self._chain(chain)) for chain in CHAINS if chain.name in used),
-            *((NFT_MSG_NEWRULE, self._rule(rule)) for rule in rules),
-        ]
+        table = whole_table(self._config, site)
+        if self._config.rules == "off":
+            table = guard_table(self._config, site)
+        flags = 0
+        if self.owned:
+            flags = NFT_TABLE_F_OWNER
+        return replace_requests(table, flags)
 
-    def _commit(self, operation: str, requests: Sequence[tuple[int, bytes]]) -> None:
+    def _commit(self, operation: str, requests: Sequence[Request]) -> None:
         """Send requests as one transaction: all take effect or none."""
-        header = bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
-        batch = [message(NFNL_MSG_BATCH_BEGIN, 0, self._netlink.next_sequence(), header)]
+        batch_head = NFGENMSG.pack(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES)
+        batch = [message(NFNL_MSG_BATCH_BEGIN, 0, self.next_sequence(), batch_head)]
+        head = NFGENMSG.pack(NFPROTO_INET, 0, 0)
+        last = 0
         for number, (kind, payload) in enumerate(requests, 1):
-            flags = NLM_F_CREATE | NLM_F_APPEND if kind != NFT_MSG_DELTABLE else 0
-            flags |= NLM_F_ACK if number == len(requests) else 0
-            last, body = (
-                self._netlink.next_sequence(),
-                bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + payload,
-            )
-            batch.append(message(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, last, body))
-        batch.append(message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header))
-        self._netlink.send(operation, b"".join(batch), last)
-
-    def _sets(self) -> Iterator[tuple[int, bytes]]:
-        """The set of routers' buckets, and those of peers with their elements."""
-        table = string(NFTA_SET_TABLE, self.table)
-        if self._bursts and self._config.rate:
-            yield (
-                NFT_MSG_NEWSET,
-                b"".join(
-                    (
-                        table,
-                        string(NFTA_SET_NAME, "routers"),
-                        be32(NFTA_SET_ID, 1),
-                        be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
-                        be32(NFTA_SET_KEY_TYPE, NFT_TYPE_MARK),
-                        be32(NFTA_SET_KEY_LEN, 4),
-                        nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS_MAX)),
-                        be64(NFTA_SET_TIMEOUT, 60_000),
-                    )
-                ),
-            )
-        for family in FAMILIES:
-            addresses, name = self.senders.of(family), f"peers_{family.name}"
-            if addresses:
-                yield (
-                    NFT_MSG_NEWSET,
-                    b"".join(
-                        (
-                            table,
-                            string(NFTA_SET_NAME, name),
-                            be32(NFTA_SET_ID, family.version),
-                            be32(NFTA_SET_FLAGS, 0),
-                            be32(NFTA_SET_KEY_TYPE, family.nft_type),
-                            be32(NFTA_SET_KEY_LEN, family.address_len),
-                        )
-                    ),
-                )
-            value = attribute(NFTA_DATA_VALUE, bytes(family.address_len))
-            head = nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, value))[: -family.address_len]
-            # All are of one length, so have the same headers
-            keys = [head + address for address in addresses]
-            for start in range(0, len(keys), self.ELEMENTS_MAX):
-                elements = nested(
-                    NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX]
-                )
-                names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(
-                    NFTA_SET_ELEM_LIST_SET, name
-                )
-                yield NFT_MSG_NEWSETELEM, names + elements
-
-    def _chain(self, chain: Chain) -> bytes:
-        payload = string(NFTA_CHAIN_TABLE, self.table) + string(NFTA_CHAIN_NAME, chain.name)
-        if chain.hook >= 0:
-            hook = be32(NFTA_HOOK_HOOKNUM, chain.hook) + be32(NFTA_HOOK_PRIORITY, chain.priority)
-            payload += nested(NFTA_CHAIN_HOOK, hook) + string(NFTA_CHAIN_TYPE, "filter")
-        return payload
-
-    def _rule(self, rule: Rule) -> bytes:
-        payload = string(NFTA_RULE_TABLE, self.table) + string(NFTA_RULE_CHAIN, rule.chain)
-        return payload + nested(NFTA_RULE_EXPRESSIONS, rule.expressions)
+            flags = NLM_F_CREATE | NLM_F_APPEND
+            if kind == NFT_MSG_DELTABLE:
+                flags = 0
+            if number == len(requests):
+                flags |= NLM_F_ACK
+            last = self.next_sequence()
+            batch.append(message(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, last, head + payload))
+        batch.append(message(NFNL_MSG_BATCH_END, 0, self.next_sequence(), batch_head))
+        self.send(operation, b"".join(batch), last)
 
     def close(self) -> None:
         """Remove the table; the kernel does it by itself where it is owned."""
         if not self.owned:
+            delete = (NFT_MSG_DELTABLE, string(TableAttr.NAME, self.table))
             with contextlib.suppress(PmtudError, OSError):
-                self._commit(
-                    "delete table", [(NFT_MSG_DELTABLE, string(NFTA_TABLE_NAME, self.table))]
-                )
+                self._commit("delete table", [delete])
         super().close()
 
 
@@ -4383,7 +4606,7 @@ class ServiceManager:
             self.tell("WATCHDOG=1")
 
 
-def per_second(rate: float) -> str:
+def describe_rate(rate: float) -> str:
     """A rate for people."""
     if not rate:
         return "no limit"
@@ -4405,14 +4628,14 @@ def describe_rules(config: Config, firewall: Optional[Firewall]) -> str:
 
 def describe_limits(config: Config, senders: Senders) -> str:
     """How much is acted on, and what is believed."""
-    total = per_second(config.rate)
+    total = describe_rate(config.rate)
     passed = senders.rate(config.rate)
     if passed < config.rate:
         total += f", {passed}/s for so many peers"
     ipv4, ipv6 = config.min_mtu
     text = (
         f"one per flow each {config.flow_interval:g} s, "
-        f"{per_second(config.source_rate)} per router, {total} in all; "
+        f"{describe_rate(config.source_rate)} per router, {total} in all; "
         f"MTU at least {ipv4} (IPv4), {ipv6} (IPv6)"
     )
     if config.dry_run:
@@ -4859,7 +5082,7 @@ class Link(NamedTuple):
     under: str = ""  # where a tunnel's packets leave, empty where the kernel does not say
 
 
-class Daemon(NamedTuple):
+class RunningDaemon(NamedTuple):
     """The process that is pmtud."""
 
     process: str
@@ -5197,7 +5420,7 @@ class Node(NamedTuple):
     ifaces: tuple[str, ...]
     links: dict[str, Link]
     firewall: Ruleset
-    daemon: Optional[Daemon]
+    daemon: Optional[RunningDaemon]
     cni_dir: str
 
 
@@ -5243,10 +5466,10 @@ def nftables_refusal(table_flags: int) -> int:
     Asked in a batch without its end message, which the kernel validates and then always aborts:
     nothing is made.
     """
-    every = bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
+    every = NFGENMSG.pack(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES)
     begin = message(NFNL_MSG_BATCH_BEGIN, 0, 1, every)
-    table = bytes(nfgenmsg(NFPROTO_INET, 0, 0))
-    table += string(NFTA_TABLE_NAME, "pmtud_probe") + be32(NFTA_TABLE_FLAGS, table_flags)
+    table = NFGENMSG.pack(NFPROTO_INET, 0, 0)
+    table += string(TableAttr.NAME, "pmtud_probe") + be32(TableAttr.FLAGS, table_flags)
     kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE
     make = message(kind, NLM_F_CREATE | NLM_F_ACK, 2, table)
     try:
@@ -5257,7 +5480,7 @@ def nftables_refusal(table_flags: int) -> int:
     return 0
 
 
-def find_daemon(group: int, firewall: Ruleset) -> Optional[Daemon]:
+def find_daemon(group: int, firewall: Ruleset) -> Optional[RunningDaemon]:
     """The process that is pmtud and has the group, None if there is none."""
     port = group_holder(group)
     if port is None:
@@ -5274,7 +5497,7 @@ def find_daemon(group: int, firewall: Ruleset) -> Optional[Daemon]:
     idle = re.search(
         rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", options
     )
-    return Daemon(describe_process(pid), options, not idle)
+    return RunningDaemon(describe_process(pid), options, not idle)
 
 
 def option_of(options: bytes, name: str) -> str:
@@ -6743,9 +6966,6 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     return Invocation(command, config, hosts, bool(words["json"]), color, warnings)
 
 
-IPTABLES_ADDRESSES_MAX = 100  # in one command: a line that people can still read
-
-
 def print_rules(config: Config) -> None:
     """The rules the daemon would install, as nft and as iptables commands, on standard output."""
     ifaces = config.ifaces or default_route_interfaces()
@@ -6757,84 +6977,17 @@ def print_rules(config: Config) -> None:
     senders = arrange(
         {"static": config.peers, **listed}, local_addresses(), config.ignore_networks
     ).senders
-    rules = [
-        *nflog_rules(config, ifaces, senders),
-        *guard_rules(uplinks(ifaces), True, vrfs_of(ifaces)),
-    ]
-    table = f"table inet pmtud_{config.nflog_group}"
+    site = Site(ifaces, uplinks(ifaces), vrfs_of(ifaces), senders)
     lines = [
-        "# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, then start pmtud.py with --rules off"
+        "# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, "
+        "then start pmtud.py with --rules off",
+        *nft_text(whole_table(config, site)),
+        "",
+        "# or iptables (nft or legacy); "
+        "`-m conntrack` starts connection tracking where nothing else has",
+        *iptables_text(config, site),
     ]
-    lines += [
-        table,
-        f"delete {table}",
-        f"{table} {{",
-    ]  # in place of what is there, in one transaction
-    if config.rate:
-        lines.append(
-            f"\tset routers {{\n\t\ttype mark; size {BUCKETS_MAX}; flags dynamic,timeout; timeout 1m;\n\t}}"
-        )
-    for family in FAMILIES:
-        elements = ", ".join(str(ipaddress.ip_address(address)) for address in senders.of(family))
-        if elements:
-            kind = f"{family.name}_addr"
-            lines.append(
-                f"\tset peers_{family.name} {{\n\t\ttype {kind}; elements = {{ {elements} }}\n\t}}"
-            )
-    for chain in CHAINS:
-        lines.append(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
-        lines += [f"\t\t{rule.text}" for rule in rules if rule.chain == chain.name]
-        lines.append("\t}")
-    lines.append(
-        "}\n\n# or iptables (nft or legacy); `-m conntrack` starts connection tracking where nothing else has"
-    )
-    show("\n".join([*lines, *iptables_rules(config, ifaces, senders)]))
-
-
-def iptables_rules(config: Config, ifaces: Sequence[str], senders: Senders) -> list[str]:
-    """The same rules as iptables and ip6tables commands, without the limits.
-
-    RPF verdicts by the rpfilter match.
-    """
-    lines = []
-    for family, command, error in (
-        (IPV4, "iptables", "-p icmp -m icmp --icmp-type 3/4"),
-        (IPV6, "ip6tables", "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big"),
-    ):
-        target = f"-j NFLOG --nflog-group {config.nflog_group}"
-        for iface in ifaces:
-            rule = f"{command} -t raw -A PREROUTING -i {shlex.quote(iface)} {error}"
-            lines.append(f'{rule} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"')
-            lines.append(f"{rule} -m rpfilter {target}")
-        if len(ifaces) == 1:  # `! -i` cannot be given twice
-            rule = f"{command} -t raw -A PREROUTING ! -i {shlex.quote(ifaces[0])} {error}"
-            lines += [f"{rule} {sender} {target}" for sender in iptables_senders(family, senders)]
-        lines.append(
-            f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack"
-        )
-        guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
-        lines += [f"{guard} -o {shlex.quote(vrf)} -j ACCEPT" for vrf in vrfs_of(ifaces)]
-        lines.append(
-            f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT"
-        )
-        lines.append(f"{guard} -o lo -m addrtype --dst-type LOCAL -j ACCEPT")
-        lines += [f"{guard} -o {shlex.quote(iface)} -j DROP" for iface in ("lo", *uplinks(ifaces))]
-        lines.append(f"{guard} -m conntrack ! --ctstate RELATED -j DROP")
-    return lines
-
-
-def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
-    """What matches a copy by its sender; iptables makes a rule of each address in a list."""
-    ends_here = "-m addrtype ! --dst-type UNICAST"
-    addresses = [socket.inet_ntop(family.af, address) for address in senders.of(family)]
-    for start in range(0, len(addresses), IPTABLES_ADDRESSES_MAX):
-        yield f"-s {','.join(addresses[start : start + IPTABLES_ADDRESSES_MAX])} {ends_here}"
-    for network in senders.networks:
-        if network.version == family.version:
-            yield f"-s {network} {ends_here}"
-    for network in senders.neighbours:
-        if network.version == family.version:
-            yield f"-s {network} -m pkttype ! --pkt-type unicast"
+    show("\n".join(lines))
 
 
 def check_metrics_library(config: Config) -> None:
