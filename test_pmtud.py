@@ -115,7 +115,7 @@ for variable in list(
     os.environ
 ):  # what this machine's own pmtud, service manager or cluster say is not for these
     if re.match(
-        "PMTUD_(?!VENV|SCRIPT|TEST_|FUZZ_|SOAK_)|NOTIFY_|WATCHDOG_|KUBERNETES_|PYTHON|NO_COLOR|RES_OPTIONS",
+        "PMTUD_(?!VENV|SCRIPT|PATIENCE|TEST_|FUZZ_|SOAK_)|NOTIFY_|WATCHDOG_|KUBERNETES_|PYTHON|NO_COLOR|RES_OPTIONS",
         variable,
     ):
         del os.environ[variable]
@@ -3415,9 +3415,8 @@ libc.bind.argtypes, libc.bind.restype = (
 )
 
 
-PATIENCE = (
-    4  # how many times as slow as the machine on which these tests were written another one may be
-)
+# How many times as slow as the machine on which these tests were written another one may be.
+PATIENCE = float(ENVIRONMENT.get("PMTUD_PATIENCE", "4"))
 
 
 def poll(condition: Callable[[], T], timeout: float) -> T:
@@ -4020,6 +4019,10 @@ class Cluster(Net):
             *(f"route add 10.244.{j}.0/24 via {self.node_address(j)}" for j in others),
             *(f"route add fd44:{j}::/64 via {self.node_address(j, 6)}" for j in others),
         )
+        self._build_services(node, i)
+
+    def _build_services(self, node: Host, i: int) -> None:
+        """What makes the services' addresses lead to pods."""
         rules = NAT_RULES.format(i=i, j=i % self.size + 1)
         node.run("nft", "-f", "-", input=rules + (INVALID_DROP_RULES if self.invalid_drop else ""))
 
