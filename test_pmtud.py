@@ -23,6 +23,7 @@ PROGRAM = HERE / "pmtud.py"
 VENV = Path(os.environ.get("PMTUD_VENV", HERE / ".venv"))
 REQUIREMENTS = (
     "pytest>=8,<10",
+    "pytest-xdist>=3.5,<4",
     "hypothesis>=6,<7",
     "scapy>=2.5,<3",
     "prometheus-client>=0.16,<1",
@@ -69,6 +70,7 @@ import atexit
 import contextlib
 import ctypes
 import errno
+import fcntl
 import importlib.util
 import json
 import math
@@ -108,6 +110,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6, in6_chksum
 from scapy.utils import checksum as scapy_checksum
+from xdist.scheduler import LoadGroupScheduling
+from xdist.workermanage import WorkerController
 
 sys.path.insert(0, str(HERE))
 os.umask(0o022)  # what is made here is read by other users and by root without its privileges
@@ -138,6 +142,27 @@ if __name__ != "__main__":  # there pytest.main() has yet to import this file on
 SCRIPT = ENVIRONMENT.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
 settings.register_profile("pmtud", max_examples=200, deadline=None, database=None)
 settings.load_profile("pmtud")
+
+# With several workers each test goes to whoever is free, but for these groups.
+in_order = pytest.mark.xdist_group(
+    "lab"
+)  # on one worker: each exercise goes on where the last ended
+alone = pytest.mark.xdist_group("alone")  # at the end, while no other test runs: they measure time
+
+
+@pytest.fixture(autouse=True)
+def turn(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """A test of the group `alone` waits until the other workers' tests are over, and they for it."""
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    shared = alone.mark not in request.node.iter_markers()
+    with open(tmp_path_factory.getbasetemp().parent / "turn", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+
 
 # -----------------------------------------------------------------------------
 # Section: builders -- packets made from the RFCs, every field can be broken
@@ -12879,6 +12904,7 @@ def done() -> dict[str, Result]:
     return {}
 
 
+@in_order
 @pytest.mark.parametrize("step", EXERCISES, ids=lambda step: step.number)
 def test_lab_exercise(stage: Lab, done: dict[str, Result], step: Exercise) -> None:
     done[step.number] = result = step.run(stage)
@@ -12886,6 +12912,7 @@ def test_lab_exercise(stage: Lab, done: dict[str, Result], step: Exercise) -> No
     assert "{" not in re.sub(r"\{\"spec.*\}\}\}", "", step.meaning.format(**result.facts))
 
 
+@in_order
 def test_lab_tables(done: dict[str, Result], capsys: pytest.CaptureFixture[str]) -> None:
     tables(Screen(), done)
     text = capsys.readouterr().out
@@ -13618,6 +13645,7 @@ def flooded() -> Iterator[tuple[BenchNet, Contender, Process]]:
         yield net, one, net.start(one, 3, "--log-level=info")
 
 
+@alone
 @pytest.mark.parametrize("sources", [1, 1000, 0])
 def test_genuine_routers_are_heard_in_a_flood(
     flooded: tuple[BenchNet, Contender, Process], sources: int
@@ -13790,6 +13818,7 @@ def timed_errors(net: BenchNet, one: Contender) -> Iterator[list[float]]:
         thread.join()
 
 
+@alone
 def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
     """Errors are copied in time, the peers are complete soon after the last, and few lines tell of
     it.
@@ -14059,25 +14088,49 @@ class Units:
         items[:] = [item for item in items if (item.reportinfo()[1] or 0) < end]
 
 
+WORKERS = 4  # the tests mostly wait
+
+
+class AloneLast(LoadGroupScheduling):
+    """The largest groups first, and the group `alone` when nothing else is left."""
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if "alone" in self.workqueue:
+            self.workqueue.move_to_end("alone")
+        super()._assign_work_unit(node)
+
+
+class Workers:
+    """A pytest plugin: workers for the whole suite; a few tests are not worth their start."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> Iterator[None]:
+        """Before xdist reads its options."""
+        option = config.option
+        some = option.keyword or option.markexpr
+        watched = option.usepdb or option.collectonly or option.capture == "no"
+        if option.numprocesses is None and not some and not watched:
+            option.numprocesses = WORKERS
+        if option.numprocesses and option.dist == "no":
+            option.dist = "loadgroup"
+        return (yield)
+
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> LoadGroupScheduling:
+        """Who gets which test."""
+        return AloneLast(config, log)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the lab, the bench, or the tests."""
-    if argv[:1] in (["lab"], ["bench"]):
+    command, *rest = argv or [""]
+    if command in ("lab", "bench"):
         hide_settings()
-        return (lab if argv[0] == "lab" else bench)(argv[1:])
-    unit, argv = argv[:1] == ["unit"], argv[argv[:1] == ["unit"] :]
-    options = [
-        "-q",
-        "-ra",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "error::DeprecationWarning",
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-        str(Path(__file__)),
-        *argv,
-    ]
-    return int(pytest.main(options, plugins=[Verdict(), *([Units()] if unit else [])]))
+        return lab(rest) if command == "lab" else bench(rest)
+    plugins: list[object] = [Verdict(), Workers()]
+    if command == "unit":
+        plugins.append(Units())
+        argv = ["-n0", *rest]
+    return int(pytest.main([str(Path(__file__)), *argv], plugins=plugins))
 
 
 if __name__ == "__main__":
