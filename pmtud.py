@@ -93,60 +93,25 @@ __version__ = "0.1.0"
 # Section: constants -- names and layouts of the kernel's headers and the RFCs
 
 # linux/netlink.h
-NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_CREATE, NLM_F_APPEND = 0x001, 0x004, 0x300, 0x400, 0x800
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+NLM_F_REQUEST = 0x001
+NLM_F_ACK = 0x004
+NLM_F_DUMP = 0x300
+NLM_F_CREATE = 0x400
+NLM_F_APPEND = 0x800
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLA_F_NESTED = 0x8000
+NLA_TYPE_MASK = 0x3FFF
 NLMSG_ALIGNTO = 4
-NLMSGHDR = struct.Struct(
-    "=IHHII"
-)  # struct nlmsghdr, to read in place: length, type, flags, sequence, port id
-NLATTR = struct.Struct("=HH")  # struct nlattr, to read in place: length, type
-NLMSG_HEAD = struct.Struct("=IH")  # the first two of them
-NLMSG_HDRLEN, NLA_HDRLEN = NLMSGHDR.size, NLATTR.size
+NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port id
+NLMSG_HEAD = struct.Struct("=IH")  # the first two of these
+NLMSG_HDRLEN = NLMSGHDR.size
+NLATTR = struct.Struct("=HH")  # struct nlattr: length, type
+NLA_HDRLEN = NLATTR.size
+NLA_TYPE_OFFSET = 2  # in struct nlattr
 NETLINK_BUFFER_BYTES = 1 << 16
-
-
-class nlmsghdr(ctypes.Structure):
-    """struct nlmsghdr of linux/netlink.h, host byte order."""
-
-    _fields_ = [
-        ("nlmsg_len", ctypes.c_uint32),
-        ("nlmsg_type", ctypes.c_uint16),
-        ("nlmsg_flags", ctypes.c_uint16),
-        ("nlmsg_seq", ctypes.c_uint32),
-        ("nlmsg_pid", ctypes.c_uint32),
-    ]
-
-
-class nlattr(ctypes.Structure):
-    """struct nlattr of linux/netlink.h, host byte order."""
-
-    _fields_ = [("nla_len", ctypes.c_uint16), ("nla_type", ctypes.c_uint16)]
-
-
-class nfgenmsg(ctypes.BigEndianStructure):
-    """struct nfgenmsg of linux/netfilter/nfnetlink.h; res_id is big-endian."""
-
-    _fields_ = [
-        ("nfgen_family", ctypes.c_uint8),
-        ("version", ctypes.c_uint8),
-        ("res_id", ctypes.c_uint16),
-    ]
-
-
-class nfulnl_msg_config_mode(ctypes.BigEndianStructure):
-    """struct nfulnl_msg_config_mode of linux/netfilter/nfnetlink_log.h.
-
-    Copy_range is big-endian.
-    """
-
-    _pack_ = 1
-    _fields_ = [
-        ("copy_range", ctypes.c_uint32),
-        ("copy_mode", ctypes.c_uint8),
-        ("_pad", ctypes.c_uint8),
-    ]
 
 
 class iovec(ctypes.Structure):
@@ -162,109 +127,155 @@ MMSGHDR = struct.Struct("@PIPNPNi0PI0P")
 UIO_MAXIOV = 1024  # linux/uio.h: the most messages one sendmmsg() takes
 
 # linux/netfilter/nfnetlink.h
-NFNL_SUBSYS_ULOG, NFNL_SUBSYS_NFTABLES = 4, 10
-NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
+NFNL_SUBSYS_ULOG = 4
+NFNL_SUBSYS_NFTABLES = 10
+NFNL_MSG_BATCH_BEGIN = 0x10
+NFNL_MSG_BATCH_END = 0x11
+NFGENMSG = struct.Struct("!BBH")  # struct nfgenmsg: family, version 0, resource id
 
 # linux/netfilter/nfnetlink_log.h
-NFULNL_MSG_PACKET, NFULNL_MSG_CONFIG = 0, 1
-NFULA_PREFIX, NFULA_PAYLOAD, NFULA_SEQ = 10, 9, 12
-NFULA_CFG_CMD, NFULA_CFG_MODE, NFULA_CFG_NLBUFSIZ, NFULA_CFG_TIMEOUT = 1, 2, 3, 4
-NFULA_CFG_QTHRESH, NFULA_CFG_FLAGS = 5, 6
+NFLOG_PACKET = NFNL_SUBSYS_ULOG << 8 | 0  # NFULNL_MSG_PACKET
+NFLOG_CONFIG = NFNL_SUBSYS_ULOG << 8 | 1  # NFULNL_MSG_CONFIG
+NFULA_PAYLOAD = 9
+NFULA_PREFIX = 10
+NFULA_SEQ = 12
+NFULA_CFG_CMD = 1
+NFULA_CFG_MODE = 2
+NFULA_CFG_NLBUFSIZ = 3
+NFULA_CFG_TIMEOUT = 4  # in hundredths of a second
+NFULA_CFG_QTHRESH = 5
+NFULA_CFG_FLAGS = 6
 NFULNL_CFG_CMD_BIND = 1
 NFULNL_COPY_PACKET = 2
 NFULNL_CFG_F_SEQ = 1
-NFGENMSG_LEN = ctypes.sizeof(nfgenmsg)
-NFLOG_PACKET, NFLOG_CONFIG = (
-    NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_PACKET,
-    NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG,
-)
+NFULNL_MODE = struct.Struct("!IBx")  # struct nfulnl_msg_config_mode: copy range, copy mode
+NFULNL_PACKET_HDR_LEN = 4  # struct nfulnl_msg_packet_hdr: protocol, hook, padding
 
-# linux/netfilter/nf_tables.h, linux/netfilter.h
-NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
-NF_DROP, NF_ACCEPT, NFT_GOTO, NFT_RETURN = 0, 1, -4, -5
-NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 0, 3
+# linux/netfilter.h
+NFPROTO_INET = 1
+NFPROTO_IPV4 = 2
+NFPROTO_IPV6 = 10
+NF_DROP = 0
+NF_ACCEPT = 1
+NF_INET_PRE_ROUTING = 0
+NF_INET_LOCAL_OUT = 3
 # Of hooks with equal priority the one registered last runs first, so at the usual ones (raw -300,
 # mangle -150) others get before us: a filter that drops an error, a rule that overwrites our mark.
 NF_IP_PRI_BEFORE_RAW = -399  # directly behind defragmentation, NF_IP_PRI_CONNTRACK_DEFRAG
 NF_IP_PRI_BEHIND_CONNTRACK = -199  # NF_IP_PRI_CONNTRACK is -200, NAT of destinations -100
-NFT_MSG_NEWTABLE, NFT_MSG_GETTABLE, NFT_MSG_DELTABLE, NFT_MSG_NEWCHAIN, NFT_MSG_NEWRULE = (
-    0,
-    1,
-    2,
-    3,
-    6,
+
+# linux/netfilter/nf_tables.h: messages, then the attributes of each object and expression, which
+# the kernel numbers from 1 in this order
+NFT_MSG_NEWTABLE = 0
+NFT_MSG_GETTABLE = 1
+NFT_MSG_DELTABLE = 2
+NFT_MSG_NEWCHAIN = 3
+NFT_MSG_NEWRULE = 6
+NFT_MSG_NEWSET = 9
+NFT_MSG_NEWSETELEM = 12
+ListAttr = enum.IntEnum("ListAttr", "ELEM")
+DataAttr = enum.IntEnum("DataAttr", "VALUE VERDICT")
+VerdictAttr = enum.IntEnum("VerdictAttr", "CODE CHAIN")
+TableAttr = enum.IntEnum("TableAttr", "NAME FLAGS")
+ChainAttr = enum.IntEnum("ChainAttr", "TABLE HANDLE NAME HOOK POLICY USE TYPE")
+HookAttr = enum.IntEnum("HookAttr", "HOOKNUM PRIORITY")
+RuleAttr = enum.IntEnum("RuleAttr", "TABLE CHAIN HANDLE EXPRESSIONS")
+SetAttr = enum.IntEnum(
+    "SetAttr", "TABLE NAME FLAGS KEY_TYPE KEY_LEN DATA_TYPE DATA_LEN POLICY DESC ID TIMEOUT"
 )
-NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM = 9, 12
-NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_KEY = (
-    1,
-    2,
-    3,
-    1,
+SetDescAttr = enum.IntEnum("SetDescAttr", "SIZE")
+ElemAttr = enum.IntEnum("ElemAttr", "KEY")
+ElemListAttr = enum.IntEnum("ElemListAttr", "TABLE SET ELEMENTS")
+ExprAttr = enum.IntEnum("ExprAttr", "NAME DATA")
+BitwiseAttr = enum.IntEnum("BitwiseAttr", "SREG DREG LEN MASK XOR")
+CmpAttr = enum.IntEnum("CmpAttr", "SREG OP DATA")
+CtAttr = enum.IntEnum("CtAttr", "DREG KEY")
+DynsetAttr = enum.IntEnum(
+    "DynsetAttr", "SET_NAME SET_ID OP SREG_KEY SREG_DATA TIMEOUT EXPR PAD FLAGS EXPRESSIONS"
 )
-NFTA_LOOKUP_SET, NFTA_LOOKUP_SREG, NFT_TYPE_MARK = 1, 2, 19
-NFTA_SET_TABLE, NFTA_SET_NAME, NFTA_SET_FLAGS, NFTA_SET_KEY_TYPE, NFTA_SET_KEY_LEN = 1, 2, 3, 4, 5
-NFTA_SET_DESC, NFTA_SET_ID, NFTA_SET_TIMEOUT, NFTA_SET_DESC_SIZE = 9, 10, 11, 1
-NFT_SET_TIMEOUT, NFT_SET_EVAL = 0x10, 0x20
-(
-    NFTA_DYNSET_SET_NAME,
-    NFTA_DYNSET_OP,
-    NFTA_DYNSET_SREG_KEY,
-    NFTA_DYNSET_FLAGS,
-    NFTA_DYNSET_EXPRESSIONS,
-) = 1, 3, 4, 9, 10
-NFT_DYNSET_OP_UPDATE, NFT_DYNSET_F_EXPR = 1, 2
-NFT_LIMIT_F_INV = 1
+FibAttr = enum.IntEnum("FibAttr", "DREG RESULT FLAGS")
+HashAttr = enum.IntEnum("HashAttr", "SREG DREG LEN MODULUS")
+ImmediateAttr = enum.IntEnum("ImmediateAttr", "DREG DATA")
+LimitAttr = enum.IntEnum("LimitAttr", "RATE UNIT BURST TYPE FLAGS")
+LogAttr = enum.IntEnum("LogAttr", "GROUP PREFIX")
+LookupAttr = enum.IntEnum("LookupAttr", "SET SREG")
+MetaAttr = enum.IntEnum("MetaAttr", "DREG KEY")
+PayloadAttr = enum.IntEnum("PayloadAttr", "DREG BASE OFFSET LEN")
+
+# linux/netfilter/nf_tables.h: values
 NFT_TABLE_F_OWNER = 0x2
-NFTA_TABLE_NAME, NFTA_TABLE_FLAGS = 1, 2
-NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_TYPE = 1, 3, 4, 7
-NFTA_HOOK_HOOKNUM, NFTA_HOOK_PRIORITY = 1, 2
-NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS = 1, 2, 4
-NFTA_LIST_ELEM, NFTA_EXPR_NAME, NFTA_EXPR_DATA = 1, 1, 2
-NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE, NFTA_VERDICT_CHAIN = 1, 2, 1, 2
-NFT_REG_VERDICT, NFT_REG_1 = 0, 1
-NFT_META_MARK, NFT_META_IIFNAME, NFT_META_OIFNAME, NFT_META_NFPROTO, NFT_META_L4PROTO = (
-    3,
-    6,
-    7,
-    15,
-    16,
-)
-NFT_META_PKTTYPE, PACKET_HOST = 19, 0  # and linux/if_packet.h
-NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER = 1, 2
-NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
-NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF = 1, 2, 8
-NFT_CT_STATE, NFT_CT_STATUS, NF_CT_STATE_RELATED_BIT, IPS_SRC_NAT, IPS_DST_NAT = (
-    0,
-    2,
-    1 << 2,
-    1 << 4,
-    1 << 5,
-)
-NFT_CMP_EQ, NFT_CMP_NEQ = 0, 1
-RTN_UNICAST, RTN_LOCAL = 1, 2
+NFT_SET_TIMEOUT = 0x10
+NFT_SET_EVAL = 0x20
+NFT_GOTO = -4
+NFT_RETURN = -5
+NFT_REG_VERDICT = 0
+NFT_REG_1 = 1
+NFT_CMP_EQ = 0
+NFT_CMP_NEQ = 1
+NFT_META_MARK = 3
+NFT_META_IIFNAME = 6
+NFT_META_OIFNAME = 7
+NFT_META_NFPROTO = 15
+NFT_META_L4PROTO = 16
+NFT_META_PKTTYPE = 19
+NFT_PAYLOAD_NETWORK_HEADER = 1
+NFT_PAYLOAD_TRANSPORT_HEADER = 2
+NFT_FIB_RESULT_OIF = 1
+NFT_FIB_RESULT_ADDRTYPE = 3
+NFTA_FIB_F_SADDR = 1
+NFTA_FIB_F_DADDR = 2
+NFTA_FIB_F_IIF = 8
+NFT_CT_STATE = 0
+NFT_CT_STATUS = 2
+NFT_DYNSET_OP_UPDATE = 1
+NFT_DYNSET_F_EXPR = 2
+NFT_LIMIT_F_INV = 1
+NFT_TYPE_MARK = 19  # of nft, for its listing
+NF_CT_STATE_RELATED_BIT = 1 << 2
+IPS_SRC_NAT = 1 << 4  # linux/netfilter/nf_conntrack_common.h
+IPS_DST_NAT = 1 << 5
+PACKET_HOST = 0  # linux/if_packet.h
+RTN_UNICAST = 1  # linux/rtnetlink.h, and the answer of fib
+RTN_LOCAL = 2
 IFNAMSIZ = 16
 
 # linux/rtnetlink.h
-RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
-RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+RTM_NEWADDR = 20
+RTM_GETADDR = 22
+RTM_NEWROUTE = 24
+RTM_GETROUTE = 26
+RTM_GETNEXTHOP = 106
+RTMGRP_IPV4_IFADDR = 0x10
+RTMGRP_IPV6_IFADDR = 0x100
 RT_TABLE_MAIN = 254
-RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_VIA, RTA_NH_ID = 4, 5, 6, 9, 18, 30
-IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST = 1, 2, 4
-RTM_NEWLINK, RTM_GETLINK = 16, 18
-IFLA_IFNAME, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 10, 18, 1
+RTA_OIF = 4
+RTA_GATEWAY = 5
+RTA_PRIORITY = 6
+RTA_MULTIPATH = 9
+RTA_VIA = 18
+RTA_NH_ID = 30
+IFA_ADDRESS = 1
+IFA_LOCAL = 2
+IFA_BROADCAST = 4
+IFLA_IFNAME = 3
+IFLA_MASTER = 10
+IFLA_LINKINFO = 18
+IFLA_INFO_KIND = 1
 IFINFOMSG = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
-IFADDRMSG = struct.Struct(
-    "=BBBBI"
-)  # struct ifaddrmsg: family, prefix length, flags, scope, interface index
-RTMSG = struct.Struct(
-    "=BBBBBBBBI"
-)  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+# struct ifaddrmsg: family, prefix length, flags, scope, interface index
+IFADDRMSG = struct.Struct("=BBBBI")
+# struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+RTMSG = struct.Struct("=BBBBBBBBI")
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
 RTNH_F_ONLINK = 4
-RTM_GETNEXTHOP = 106
 
 # linux/nexthop.h
-NHA_ID, NHA_GROUP, NHA_OIF, NHA_GATEWAY = 1, 2, 5, 6
+NHA_ID = 1
+NHA_GROUP = 2
+NHA_OIF = 5
+NHA_GATEWAY = 6
 NHMSG = struct.Struct("=BBBBI")  # struct nhmsg: family, scope, protocol, reserved, flags
 NEXTHOP_GRP = struct.Struct("=I4x")  # struct nexthop_grp: id, then its weight
 
@@ -282,7 +293,7 @@ ICMPV6_PKT_TOOBIG = 2
 IPV4_HEADER = struct.Struct(
     "!BxHxxHxBxx4s4s"
 )  # version+IHL, total length, flags+fragment offset, protocol, src, dst
-IPV4_HEADER_LEN, IPV4_HEADER_MAX = 20, 60
+IPV4_HEADER_LEN, IPV4_HEADER_MAX, IPV4_PROTOCOL_AT = 20, 60, 9
 IPV4_OFFSET_MASK, IPV4_MORE_FRAGMENTS = 0x1FFF, 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
@@ -307,13 +318,8 @@ PLAIN_IPV4_ERROR = struct.Struct("!BxHxxHxBxx4s4s H4xH BxHxxHxBxx4s4s HH")
 QUOTED_TRANSPORT_MIN = 8  # RFC 792: the quoted header plus 64 bits
 PORTS = struct.Struct("!HH")  # source and destination port: TCP, UDP, DCCP, SCTP
 PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
-GRE, ESP = 47, 50
-PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {
-    4,
-    41,
-    GRE,
-    ESP,
-}  # 4, 41: IPIP, 6in4; plus the family's own ICMP
+IPIP, SIT, GRE, ESP = 4, 41, 47, 50  # SIT: IPv6 in IPv4, 6in4
+PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {IPIP, SIT, GRE, ESP}  # and the family's own ICMP
 ICMP_ECHO = struct.Struct("!BxxxH")  # type, id (RFC 792, RFC 4443 section 4)
 GRE_HEADER = struct.Struct(
     "!HxxI"
@@ -393,7 +399,7 @@ class Reason(str, enum.Enum):
 
 
 # -----------------------------------------------------------------------------
-# Section: configuration -- one frozen record, and the parsers of its values
+# Section: options -- one table, the parsers of their values, and the record they fill
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 PEERS_MAX = 16384  # a bound for every list of peers; beyond it use a subnet broadcast address
@@ -513,6 +519,11 @@ def parse_nodename(text: str) -> str:
     return text
 
 
+def parse_address(text: str) -> str:
+    """An address, as Python writes it."""
+    return str(ipaddress.ip_address(text))
+
+
 def parse_iface(text: str) -> tuple[str, ...]:
     """Interface names, comma-separated."""
     names = tuple(split_list(text))
@@ -576,6 +587,160 @@ def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
             f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet"
         )
     return tuple(dict.fromkeys(found))
+
+
+def check_source(text: str) -> None:
+    """Raise ValueError unless this is file:PATH, dns:NAME or kube:nodes[?SELECTOR]."""
+    kind, _, rest = text.partition(":")
+    if kind == "file" and rest:
+        return
+    if kind == "dns" and HOST_NAME.fullmatch(rest):
+        return
+    if text == "kube:nodes" or text.startswith("kube:nodes?"):
+        return
+    raise ValueError(f"{text!r} is not {PEER_KINDS}")
+
+
+def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
+    """The items of one --peers value: addresses, and the texts of sources."""
+    items: list[Union[PeerAddress, str]] = []
+    for item in split_list(text):
+        name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
+        if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
+            check_source(name)
+            items.append(name)
+            continue
+        try:
+            items.append(parse_peer(item))
+        except ValueError as problem:
+            raise ValueError(f"{problem}; a peer is {PEER_KINDS}") from None
+    return items
+
+
+class Option(NamedTuple):
+    """One option: its variable, its place in Config and its text in --help follow from it.
+
+    Its default is that of its field in Config.
+    """
+
+    flag: str
+    help: str = ""
+    parse: Optional[Callable[[str], Any]] = None  # raises ValueError; a switch has none
+    metavar: Optional[str] = None
+    choices: Optional[tuple[str, ...]] = None
+    repeatable: bool = False
+    default: str = ""  # in words, where the value says nothing
+    renamed: str = ""  # the field, where it has another name
+
+    @property
+    def dest(self) -> str:
+        """Its name in argparse."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    @property
+    def field(self) -> str:
+        """Its name in Config."""
+        return self.renamed or self.dest
+
+
+def shown(value: Any) -> str:
+    """A default as --help and people write it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+OPTIONS = (
+    Option(
+        "--peers",
+        "nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME "
+        "(all A and AAAA, asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; "
+        "comma-separated",
+        parse_peer_items,
+        "LIST",
+        repeatable=True,
+        default="none",
+    ),
+    Option(
+        "--iface",
+        "where errors come in",
+        parse_iface,
+        "NAME",
+        repeatable=True,
+        default="the interface of the default route",
+        renamed="ifaces",
+    ),
+    Option(
+        "--nodename",
+        "this node's name in the log",
+        parse_nodename,
+        "NAME",
+        default="the host name",
+    ),
+    Option("--nflog-group", "NFLOG group", number_between(0, 65535), "N"),
+    Option(
+        "--metrics-port",
+        "port of /metrics, /healthz and /readyz; 0: none",
+        number_between(0, 65535),
+        "PORT",
+    ),
+    Option("--metrics-addr", "address to serve them on", parse_address, "ADDR", default="all"),
+    Option("--ttl", "TTL or hop limit of copies", number_between(1, 255), "N"),
+    Option(
+        "--ignore-networks",
+        "networks of the cluster besides the peers: errors from there are not replicated",
+        parse_networks,
+        "LIST",
+        repeatable=True,
+        default="none",
+    ),
+    Option(
+        "--rules",
+        "auto: install our own nftables table; off: your NFLOG rule feeds us",
+        choices=("auto", "off"),
+    ),
+    Option("--no-rescue", "do not deliver a router's error on the node that receives it"),
+    Option(
+        "--service-networks",
+        "act only on errors about packets sent from these networks",
+        parse_networks,
+        "LIST",
+        repeatable=True,
+        default="all",
+    ),
+    Option(
+        "--ports",
+        "act only on errors about packets sent from these ports",
+        parse_ports,
+        "LIST",
+        repeatable=True,
+        default="all",
+    ),
+    Option("--min-mtu", "smallest MTU believed, in bytes", parse_min_mtu, "V4[,V6]"),
+    Option(
+        "--flow-interval",
+        "act on one error per flow and MTU in this time; 0: on each",
+        number_between(0, 3600, float),
+        "SECONDS",
+    ),
+    Option(
+        "--source-rate",
+        "errors acted on per second from one router or peer; 0: unlimited",
+        number_between(0, 1e9, float),
+        "N",
+    ),
+    Option(
+        "--rate",
+        "errors acted on per second, from routers and from peers each; 0: unlimited",
+        number_between(0, 1e9, float),
+        "N",
+    ),
+    Option("--dry-run", "send nothing; count and log what would be done"),
+    Option("--log-level", choices=("debug", "info", "warning", "error")),
+    Option("--log-format", choices=("text", "json")),
+)
 
 
 # -----------------------------------------------------------------------------
@@ -704,6 +869,13 @@ IPV6 = Family(
 FAMILIES = (IPV4, IPV6)
 
 
+def family_of_packet(packet: bytes) -> Family:
+    """The family of an IP packet, however broken."""
+    if packet and packet[0] >> 4 == 6:
+        return IPV6
+    return IPV4
+
+
 def family_of(packed: bytes) -> Family:
     """The family of a packed address."""
     return IPV4 if len(packed) == 4 else IPV6
@@ -804,6 +976,36 @@ def flow_id(family: Family, protocol: int, packet: bytes, at: int) -> int:
     return found
 
 
+def is_deaf_tunnel(error: MtuError) -> bool:
+    """Whether it is about an IPv4 tunnel between kernels that a delivery alone does not teach.
+
+    Linux looks for GRE's route, and for a 6in4 tunnel bound to a device, by the device that the
+    error came in on; with a delivery that is lo. About an echo reply it asks the routing table,
+    and learns the same. (6.1, 6.18)
+    """
+    return error.family is IPV4 and error.quoted_protocol in (GRE, SIT)
+
+
+def as_about_echo_reply(icmp: bytes) -> bytes:
+    """An IPv4 error made into one about an ICMP echo reply between the same addresses.
+
+    A wrong checksum stays wrong.
+    """
+    kind, code, checksum, mtu = ICMPV4_FRAG_NEEDED.unpack_from(icmp)
+    quoted = bytearray(icmp[ICMP_HEADER_LEN:])
+    start = (quoted[0] & 0x0F) * 4  # of the transport header
+    # RFC 1624: what the words lose, the checksum gains. An echo reply starts with type 0 and code
+    # 0.
+    lost = (
+        quoted[IPV4_PROTOCOL_AT]
+        - socket.IPPROTO_ICMP
+        + int.from_bytes(quoted[start : start + 2], "big")
+    )
+    quoted[IPV4_PROTOCOL_AT] = socket.IPPROTO_ICMP
+    quoted[start : start + 2] = bytes(2)
+    return ICMPV4_FRAG_NEEDED.pack(kind, code, (checksum + lost) % 0xFFFF, mtu) + quoted
+
+
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
     """What walk_error() finds in an error without IP options, None for any other packet.
 
@@ -865,7 +1067,7 @@ def parse(packet: bytes) -> Union[MtuError, Reason]:
 
 def walk_error(packet: bytes) -> Union[MtuError, Reason]:
     """What parse() gives, for any headers."""
-    family = IPV6 if packet and packet[0] >> 4 == 6 else IPV4
+    family = family_of_packet(packet)
     outer = family.header(packet, 0, len(packet))
     if outer is None:
         return Reason.TRUNCATED
@@ -917,7 +1119,8 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
 
 def attribute(kind: int, data: bytes) -> bytes:
     """One netlink attribute, padded to four bytes."""
-    return bytes(nlattr(NLA_HDRLEN + len(data), kind)) + data + bytes(-len(data) % NLMSG_ALIGNTO)
+    head = NLATTR.pack(NLA_HDRLEN + len(data), kind)
+    return head + data + bytes(-len(data) % NLMSG_ALIGNTO)
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
@@ -947,8 +1150,9 @@ def string(kind: int, text: str) -> bytes:
 
 def message(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
     """One netlink request."""
-    header = nlmsghdr(NLMSG_HDRLEN + len(payload), kind, NLM_F_REQUEST | flags, sequence, 0)
-    return bytes(header) + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
+    length = NLMSG_HDRLEN + len(payload)
+    head = NLMSGHDR.pack(length, kind, NLM_F_REQUEST | flags, sequence, 0)
+    return head + payload + bytes(-len(payload) % NLMSG_ALIGNTO)
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -962,104 +1166,724 @@ def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += length + -length % NLMSG_ALIGNTO
 
 
-def attribute_places(data: bytes, at: int = 0) -> dict[int, tuple[int, int]]:
-    """Where the value of each attribute from offset `at` on starts and ends; the last one of a type
-    wins.
+def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
+    """The value of each attribute from offset `at` on; the last one of a type wins.
 
     Ends at the first attribute that does not fit.
     """
-    found: dict[int, tuple[int, int]] = {}
+    found = {}
     while len(data) - at >= NLA_HDRLEN:
         length, kind = NLATTR.unpack_from(data, at)
         if not NLA_HDRLEN <= length <= len(data) - at:
             break
-        found[kind & NLA_TYPE_MASK] = (at + NLA_HDRLEN, at + length)
+        found[kind & NLA_TYPE_MASK] = data[at + NLA_HDRLEN : at + length]
         at += length + -length % NLMSG_ALIGNTO
     return found
 
 
-def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
-    """The values that attribute_places() finds."""
-    return {kind: data[start:end] for kind, (start, end) in attribute_places(data, at).items()}
-
-
 def error_number(payload: bytes) -> int:
     """The errno in the payload of an NLMSG_ERROR message, 0 for an acknowledgement."""
-    return (
-        -int.from_bytes(payload[:4], sys.byteorder, signed=True)
-        if len(payload) >= 4
-        else errno.EBADMSG
+    if len(payload) < 4:
+        return errno.EBADMSG
+    return -int.from_bytes(payload[:4], sys.byteorder, signed=True)
+
+
+# A raw IP packet, its number in the group (big-endian, or empty), and whether RPF would drop it
+Logged = tuple[bytes, bytes, bool]
+NUMBER_HEAD = NLATTR.pack(NLA_HDRLEN + 4, NFULA_SEQ)
+# From NUMBER_HEAD on: the number, then the length and type of the packet's attribute
+NUMBER_AND_HEAD = struct.Struct("=4x4sHH")
+# The kernel puts the prefix second, behind struct nfulnl_msg_packet_hdr
+NFLOG_PREFIX_AT = NLMSG_HDRLEN + NFGENMSG.size + NLA_HDRLEN + NFULNL_PACKET_HDR_LEN
+NFLOG_PREFIX_TYPE_AT = NFLOG_PREFIX_AT + NLA_TYPE_OFFSET
+RPF_PREFIX_TYPE = NFULA_PREFIX.to_bytes(2, sys.byteorder) + RPF_PREFIX.encode()
+
+
+def parse_nflog(data: bytes) -> list[Logged]:
+    """The packets in one datagram of an NFLOG group (linux/netfilter/nfnetlink_log.h).
+
+    Other messages are skipped, the first one that does not fit is the end.
+    """
+    found = []
+    at = 0
+    size = len(data)
+    while size - at >= NLMSG_HDRLEN:
+        length, kind = NLMSG_HEAD.unpack_from(data, at)
+        end = at + length
+        if length < NLMSG_HDRLEN or end > size:
+            break
+        if kind == NFLOG_PACKET:
+            found.append(find_packet(data, at, end))
+        at = end + -length % NLMSG_ALIGNTO
+    return found
+
+
+def find_packet(data: bytes, start: int, end: int) -> Logged:
+    """What the message between these offsets holds.
+
+    The kernel puts the packet last and its number before it, so the head of the number is searched
+    for, and believed if a packet that fills the rest follows. A walk over all attributes costs
+    three times as much; it is for messages that look otherwise.
+    """
+    number_at = data.find(NUMBER_HEAD, start, end)
+    packet_at = number_at + NUMBER_AND_HEAD.size
+    if number_at < 0 or packet_at > end:
+        return walk_to_packet(data[start:end])
+    number, length, kind = NUMBER_AND_HEAD.unpack_from(data, number_at)
+    packet_end = packet_at + length - NLA_HDRLEN
+    if kind != NFULA_PAYLOAD or packet_end + -length % NLMSG_ALIGNTO != end:
+        return walk_to_packet(data[start:end])
+    rpf = data.startswith(RPF_PREFIX_TYPE, start + NFLOG_PREFIX_TYPE_AT)
+    return data[packet_at:packet_end], number, rpf
+
+
+def walk_to_packet(message: bytes) -> Logged:
+    """What find_packet() gives, for attributes in any order."""
+    found = attributes(message, NLMSG_HDRLEN + NFGENMSG.size)
+    rpf = found.get(NFULA_PREFIX, b"").startswith(RPF_PREFIX.encode())
+    return found.get(NFULA_PAYLOAD, b""), found.get(NFULA_SEQ, b""), rpf
+
+
+# -----------------------------------------------------------------------------
+# Section: rules -- what is installed and what is printed, made of the same parts, pure
+
+# Routers are told apart by a hash of their addresses, with a seed nobody knows, so that the set of
+# them is never full. Where 1,000 are loud, one genuine router in 65 shares a bucket with one.
+BUCKETS = 1 << 16
+# That one node should send: a third of a core; with more than 100 peers fewer errors pass
+COPIES_PER_SECOND = 100_000
+ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
+# Names of tables, by NFLOG group; the second holds the guard alone
+WHOLE_TABLE = "pmtud_{}"
+GUARD_TABLE = "pmtud_{}_guard"
+LIMIT_SECONDS = {"second": 1, "minute": 60}
+
+
+class Part(NamedTuple):
+    """A piece of a rule, a chain or a set: its text for people, its attributes for the kernel."""
+
+    text: str
+    data: bytes
+
+
+class Rule(NamedTuple):
+    """One rule of a chain."""
+
+    chain: str
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The rule as nft takes it."""
+        return " ".join(part.text for part in self.parts)
+
+    @property
+    def data(self) -> bytes:
+        """The rule's expressions."""
+        return b"".join(part.data for part in self.parts)
+
+
+class Chain(NamedTuple):
+    """One chain; without a hook it is reached by goto."""
+
+    name: str
+    hook: Optional[Part] = None
+
+
+class Set(NamedTuple):
+    """One set: its properties, and its packed elements, which are addresses."""
+
+    name: str
+    parts: tuple[Part, ...]
+    elements: tuple[bytes, ...] = ()
+
+
+class Table(NamedTuple):
+    """A table of nftables' family inet."""
+
+    name: str
+    sets: tuple[Set, ...]
+    chains: tuple[Chain, ...]
+    rules: tuple[Rule, ...]
+
+
+class Senders(NamedTuple):
+    """Where copies may come from: addresses, packed, and networks."""
+
+    addresses: frozenset[bytes] = frozenset()
+    networks: tuple[Network, ...] = ()
+    neighbours: tuple[Network, ...] = ()  # of broadcast and multicast peers
+
+    def of(self, family: Family) -> list[bytes]:
+        """The addresses of one family."""
+        return sorted(address for address in self.addresses if len(address) == family.address_len)
+
+    def rate(self, wanted: float) -> int:
+        """The errors per second that the kernel lets through where `wanted` may be acted on.
+
+        0: all.
+        """
+        if not wanted:
+            return 0
+        most = max(len(self.of(family)) for family in FAMILIES)
+        return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most))))
+
+
+NOBODY = Senders()
+
+
+class Site(NamedTuple):
+    """What the rules depend on beside the options."""
+
+    ifaces: tuple[str, ...]  # where errors come in
+    uplinks: tuple[str, ...]  # these, and where the default routes lead
+    vrfs: tuple[str, ...] = ()  # that these interfaces belong to
+    senders: Senders = NOBODY
+    conntrack: bool = True  # whether connections are tracked
+    bursts: bool = True  # whether the kernel can tell bursts: Linux 5.11 with nft_hash
+
+
+def expression(name: str, *attrs: bytes) -> bytes:
+    """One nftables expression."""
+    named = string(ExprAttr.NAME, name)
+    return nested(ListAttr.ELEM, named, nested(ExprAttr.DATA, *attrs))
+
+
+def host32(number: int) -> bytes:
+    """A number as nftables registers hold it, in host byte order."""
+    return struct.pack("=I", number)
+
+
+def interface_name(name: str) -> bytes:
+    """An interface name as nftables registers hold it."""
+    return name.encode().ljust(IFNAMSIZ, b"\0")
+
+
+def load_meta(key: int) -> bytes:
+    """Metadata of the packet into register 1."""
+    return expression("meta", be32(MetaAttr.DREG, NFT_REG_1), be32(MetaAttr.KEY, key))
+
+
+def load_payload(base: int, offset: int, length: int) -> bytes:
+    """Bytes of the packet into register 1."""
+    return expression(
+        "payload",
+        be32(PayloadAttr.DREG, NFT_REG_1),
+        be32(PayloadAttr.BASE, base),
+        be32(PayloadAttr.OFFSET, offset),
+        be32(PayloadAttr.LEN, length),
     )
 
 
-Logged = tuple[
-    bytes, bytes, bool
-]  # a raw IP packet, its number in the group (big-endian or empty), if RPF drops it
+def load_fib(result: int, flags: int) -> bytes:
+    """What the routing table says about an address into register 1."""
+    return expression(
+        "fib",
+        be32(FibAttr.DREG, NFT_REG_1),
+        be32(FibAttr.RESULT, result),
+        be32(FibAttr.FLAGS, flags),
+    )
 
 
-class NflogParser:
-    """Takes the datagrams of an NFLOG group apart (linux/netfilter/nfnetlink_log.h).
+def load_ct(key: int) -> bytes:
+    """What conntrack knows of the packet into register 1."""
+    return expression("ct", be32(CtAttr.DREG, NFT_REG_1), be32(CtAttr.KEY, key))
 
-    Messages of one rule look alike, so what is wanted is sought where the last message had it: 3.1
-    -> 0.6 us each.
+
+def load_source(family: Family) -> bytes:
+    """The source address into register 1, for packets of this family."""
+    is_ours = load_meta(NFT_META_NFPROTO) + equals(bytes([family.nfproto]))
+    return is_ours + load_payload(NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
+
+
+def keep_bits(mask: bytes) -> bytes:
+    """register 1 & mask."""
+    nothing = bytes(len(mask))
+    return expression(
+        "bitwise",
+        be32(BitwiseAttr.SREG, NFT_REG_1),
+        be32(BitwiseAttr.DREG, NFT_REG_1),
+        be32(BitwiseAttr.LEN, len(mask)),
+        nested(BitwiseAttr.MASK, attribute(DataAttr.VALUE, mask)),
+        nested(BitwiseAttr.XOR, attribute(DataAttr.VALUE, nothing)),
+    )
+
+
+def compare(operator: int, value: bytes) -> bytes:
+    """register 1 OPERATOR value."""
+    return expression(
+        "cmp",
+        be32(CmpAttr.SREG, NFT_REG_1),
+        be32(CmpAttr.OP, operator),
+        nested(CmpAttr.DATA, attribute(DataAttr.VALUE, value)),
+    )
+
+
+def equals(value: bytes) -> bytes:
+    """Goes on where register 1 has this value."""
+    return compare(NFT_CMP_EQ, value)
+
+
+def differs(value: bytes) -> bytes:
+    """Goes on where register 1 has another value."""
+    return compare(NFT_CMP_NEQ, value)
+
+
+def has_bits(bits: int) -> bytes:
+    """Goes on where register 1 has any of these bits."""
+    return keep_bits(host32(bits)) + differs(host32(0))
+
+
+def verdict(code: int, chain: str = "") -> bytes:
+    """The end of a rule."""
+    found = be32(VerdictAttr.CODE, code)
+    if chain:
+        found += string(VerdictAttr.CHAIN, chain)
+    data = nested(ImmediateAttr.DATA, nested(DataAttr.VERDICT, found))
+    return expression("immediate", be32(ImmediateAttr.DREG, NFT_REG_VERDICT), data)
+
+
+def goto(chain: str) -> Part:
+    """The end of a rule that goes on in another chain."""
+    return Part(f"goto {chain}", verdict(NFT_GOTO, chain))
+
+
+ACCEPT = Part("accept", verdict(NF_ACCEPT))
+DROP = Part("drop", verdict(NF_DROP))
+RETURN = Part("return", verdict(NFT_RETURN))
+NOTRACK = Part("notrack", expression("notrack"))
+FAILS_RPF = Part(
+    "fib saddr . iif oif 0",
+    load_fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF) + equals(host32(0)),
+)
+TO_LOCAL = Part(
+    "fib daddr type local",
+    load_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR) + equals(host32(RTN_LOCAL)),
+)
+NOT_FORWARDED = Part(
+    "fib daddr type != unicast",
+    load_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR) + differs(host32(RTN_UNICAST)),
+)
+TO_GROUP = Part("meta pkttype != host", load_meta(NFT_META_PKTTYPE) + differs(bytes([PACKET_HOST])))
+
+RELATED = Part("ct state related", load_ct(NFT_CT_STATE) + has_bits(NF_CT_STATE_RELATED_BIT))
+TRANSLATED = Part(
+    "ct status snat,dnat", load_ct(NFT_CT_STATUS) + has_bits(IPS_SRC_NAT | IPS_DST_NAT)
+)
+ERROR_WORDS = {
+    IPV4: "icmp type destination-unreachable icmp code frag-needed",
+    IPV6: "icmpv6 type packet-too-big icmpv6 code 0",
+}
+
+
+def is_error(family: Family) -> Part:
+    """The packet is an error of this family."""
+    protocol = load_meta(NFT_META_L4PROTO) + equals(bytes([family.icmp_protocol]))
+    kind = load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2) + equals(bytes(family.error))
+    return Part(ERROR_WORDS[family], protocol + kind)
+
+
+def has_mark(mark: int) -> Part:
+    """The packet is one that we sent with this mark."""
+    return Part(f"meta mark {mark:#x}", load_meta(NFT_META_MARK) + equals(host32(mark)))
+
+
+def comes_in(iface: str) -> Part:
+    """The packet came in on this interface."""
+    return Part(f'iifname "{iface}"', load_meta(NFT_META_IIFNAME) + equals(interface_name(iface)))
+
+
+def goes_out(iface: str) -> Part:
+    """The packet is routed to this interface."""
+    return Part(f'oifname "{iface}"', load_meta(NFT_META_OIFNAME) + equals(interface_name(iface)))
+
+
+def goes_elsewhere(iface: str) -> Part:
+    """The packet is not routed to this interface."""
+    data = load_meta(NFT_META_OIFNAME) + differs(interface_name(iface))
+    return Part(f'oifname != "{iface}"', data)
+
+
+def is_from_set(family: Family, name: str) -> Part:
+    """The packet's source is in this set of addresses."""
+    lookup = expression("lookup", string(LookupAttr.SET, name), be32(LookupAttr.SREG, NFT_REG_1))
+    return Part(f"{family.nft} saddr @{name}", load_source(family) + lookup)
+
+
+def is_from_network(network: Network) -> Part:
+    """The packet's source is in this network."""
+    family = family_of(network.network_address.packed)
+    data = load_source(family) + keep_bits(network.netmask.packed)
+    data += equals(network.network_address.packed)
+    return Part(f"{family.nft} saddr {network}", data)
+
+
+def to_group(group: int, prefix: str = "") -> Part:
+    """Hands the packet to an NFLOG group, with a prefix if one is given."""
+    number = be16(LogAttr.GROUP, group)
+    if not prefix:
+        return Part(f"log group {group}", expression("log", number))
+    data = expression("log", number, string(LogAttr.PREFIX, prefix))
+    return Part(f'log prefix "{prefix}" group {group}', data)
+
+
+def limit(rate: int, unit: str, burst: int, flags: int = 0) -> Part:
+    """Goes on for so many packets in a unit of time, with NFT_LIMIT_F_INV for those beyond them."""
+    words = "limit rate"
+    if flags & NFT_LIMIT_F_INV:
+        words = "limit rate over"
+    data = expression(
+        "limit",
+        be64(LimitAttr.RATE, rate),
+        be64(LimitAttr.UNIT, LIMIT_SECONDS[unit]),
+        be32(LimitAttr.BURST, burst),
+        be32(LimitAttr.FLAGS, flags),
+    )
+    return Part(f"{words} {rate}/{unit} burst {burst} packets", data)
+
+
+def per_second(rate: int) -> Part:
+    """Goes on for so many packets each second."""
+    return limit(rate, "second", rate)
+
+
+def key_of(name: str, number: int, length: int) -> Part:
+    """The type of a set's elements; its number is for nft's listing."""
+    return Part(f"type {name}", be32(SetAttr.KEY_TYPE, number) + be32(SetAttr.KEY_LEN, length))
+
+
+# The routers heard of lately, by the hash of their address
+ROUTERS = Set(
+    "routers",
+    (
+        key_of("mark", NFT_TYPE_MARK, 4),
+        Part(f"size {BUCKETS}", nested(SetAttr.DESC, be32(SetDescAttr.SIZE, BUCKETS))),
+        Part("flags dynamic,timeout", be32(SetAttr.FLAGS, NFT_SET_EVAL | NFT_SET_TIMEOUT)),
+        Part("timeout 1m", be64(SetAttr.TIMEOUT, 60_000)),
+    ),
+)
+
+
+def in_a_burst(family: Family) -> Part:
+    """The packet belongs to a burst of its router's, which is how genuine errors come.
+
+    It is the fourth or later of a burst, and one of the first ten of its bucket or one a minute.
+    Of 350,000 errors a second from random sources next to none has that shape; one loud source, or
+    1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a second, and a third
+    of the genuine went unheard).
     """
+    bucket = expression(
+        "hash",
+        be32(HashAttr.SREG, NFT_REG_1),
+        be32(HashAttr.DREG, NFT_REG_1),
+        be32(HashAttr.LEN, family.address_len),
+        be32(HashAttr.MODULUS, BUCKETS),
+    )
+    late = limit(100, "second", 3, NFT_LIMIT_F_INV)
+    few = limit(1, "minute", 10)
+    update = expression(
+        "dynset",
+        string(DynsetAttr.SET_NAME, ROUTERS.name),
+        be32(DynsetAttr.OP, NFT_DYNSET_OP_UPDATE),
+        be32(DynsetAttr.SREG_KEY, NFT_REG_1),
+        be32(DynsetAttr.FLAGS, NFT_DYNSET_F_EXPR),
+        nested(DynsetAttr.EXPRESSIONS, late.data, few.data),
+    )
+    key = f"jhash {family.nft} saddr mod {BUCKETS}"
+    text = f"update @{ROUTERS.name} {{ {key} {late.text} {few.text} }}"
+    return Part(text, load_source(family) + bucket + update)
 
-    NUMBER_HEAD = bytes(nlattr(NLA_HDRLEN + 4, NFULA_SEQ))
 
-    def __init__(self) -> None:
-        self._layout = struct.Struct(
-            "=65536xsIIHH"
-        )  # longer than any message, until one has been seen
-        self._prefix, self._rpf, self._packet_at = b"", False, 0
+def peers_set(family: Family) -> str:
+    """The name of the set of a family's peers."""
+    return f"peers_{family.name}"
 
-    def parse(self, data: bytes) -> list[Logged]:
-        """The packets in one datagram.
 
-        Other messages are skipped, the first one that does not fit is the end.
-        """
-        found, at = [], 0
-        while len(data) - at >= NLMSG_HDRLEN:
-            length, kind = NLMSG_HEAD.unpack_from(data, at)
-            if not NLMSG_HDRLEN <= length <= len(data) - at:
-                break
-            if kind == NFLOG_PACKET:
-                found.append(
-                    self._take_alike(data, at, length) or self._take(data[at : at + length])
-                )
-            at += length + -length % NLMSG_ALIGNTO
-        return found
+def make_sets(site: Site, rate: int) -> Iterator[Set]:
+    """The sets that nflog_rules() uses."""
+    if site.bursts and rate:
+        yield ROUTERS
+    for family in FAMILIES:
+        addresses = site.senders.of(family)
+        if addresses:
+            kind = key_of(f"{family.name}_addr", family.nft_type, family.address_len)
+            yield Set(peers_set(family), (kind,), tuple(addresses))
 
-    def _take_alike(self, data: bytes, at: int, length: int) -> Optional[Logged]:
-        """What the message at this offset holds, None if it is not laid out like the last one."""
-        if length < self._layout.size:
-            return None
-        prefix, number_head, number, size, kind = self._layout.unpack_from(data, at)
-        end = self._packet_at + size - NLA_HDRLEN
-        if prefix != self._prefix or number_head != self.NUMBER_HEAD or kind != NFULA_PAYLOAD:
-            return None
-        if end + -end % NLMSG_ALIGNTO != length:  # the packet comes last
-            return None
-        return data[at + self._packet_at : at + end], number, self._rpf
 
-    def _take(self, message: bytes) -> Logged:
-        """What a message holds, wherever it is.
+def base_chain(name: str, hook_name: str, hook: int, priority: int) -> Chain:
+    """A chain that the kernel calls from a hook."""
+    place = be32(HookAttr.HOOKNUM, hook) + be32(HookAttr.PRIORITY, priority)
+    data = nested(ChainAttr.HOOK, place) + string(ChainAttr.TYPE, "filter")
+    text = f"type filter hook {hook_name} priority {priority}; policy accept;"
+    return Chain(name, Part(text, data))
 
-        The usual order, prefix, number, packet, is remembered.
-        """
-        places = attribute_places(message, NLMSG_HDRLEN + NFGENMSG_LEN)
-        (text, text_end), (number, number_end), (packet, packet_end) = (
-            places.get(kind, (0, 0)) for kind in (NFULA_PREFIX, NFULA_SEQ, NFULA_PAYLOAD)
-        )
-        prefix, rpf = message[text:text_end], message.startswith(RPF_PREFIX.encode(), text)
-        if 0 < text_end < number < packet and number_end - number == 4:
-            layout = f"={text}x{len(prefix)}s{number - NLA_HDRLEN - text_end}x4s4s{packet - NLA_HDRLEN - number_end}xHH"
-            self._layout, self._prefix, self._rpf, self._packet_at = (
-                struct.Struct(layout),
-                prefix,
-                rpf,
-                packet,
-            )
-        return message[packet:packet_end], message[number:number_end], rpf
+
+CHAINS = (
+    Chain("mtu_errors"),
+    Chain("copies_in"),
+    Chain("shed"),
+    Chain("senders"),
+    base_chain("prerouting", "prerouting", NF_INET_PRE_ROUTING, NF_IP_PRI_BEFORE_RAW),
+    Chain("copies"),
+    base_chain("output", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEFORE_RAW),
+    Chain("owned"),
+    Chain("deliveries"),
+    base_chain("guard", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEHIND_CONNTRACK),
+)
+
+
+def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
+    """The rules that feed the NFLOG group, with `rate` errors a second at most; 0: all."""
+    rpf = (FAILS_RPF, to_group(group, RPF_PREFIX), RETURN)
+    rules = [Rule("mtu_errors", rpf), Rule("mtu_errors", (to_group(group),))]
+    copies = "mtu_errors"
+    routers = "mtu_errors"
+    if rate:
+        copies = "copies_in"
+        routers = "shed"
+        rules.append(Rule(copies, (per_second(rate), goto("mtu_errors"))))
+        rules += shed_rules(rate, site.bursts)
+    for parts in copy_senders(site.senders):
+        rules.append(Rule("senders", (*parts, goto(copies))))
+    for iface in site.ifaces:
+        rules.append(Rule("senders", (comes_in(iface), goto(routers))))
+    for family in FAMILIES:
+        rules.append(Rule("prerouting", (is_error(family), goto("senders"))))
+    return rules
+
+
+def shed_rules(rate: int, bursts: bool) -> list[Rule]:
+    """How routers share the rate, so that the kernel sheds a flood and still hears the others.
+
+    Seven eighths are for whoever comes first, which in a flood is the flood.
+    One eighth, in each family, is kept for errors in bursts: in_a_burst().
+    Of a rate of 1,000, random sources that send 350,000 use up the 875; then a router sends a burst
+    of ten, and its fourth to tenth error pass, out of the 125.
+    """
+    if not bursts:
+        return [Rule("shed", (per_second(rate), goto("mtu_errors")))]
+    # Of low rates more, up to half: with 1,000 peers 100 errors pass, and bursts have ten
+    kept = min(max(50, rate // 8), max(1, rate // 2))
+    rules = [Rule("shed", (per_second(max(1, rate - kept)), goto("mtu_errors")))]
+    for family in FAMILIES:
+        parts = (in_a_burst(family), per_second(kept), goto("mtu_errors"))
+        rules.append(Rule("shed", parts))
+    return rules
+
+
+def copy_senders(senders: Senders) -> Iterator[tuple[Part, ...]]:
+    """What tells copies by their sender; each of these alone.
+
+    They come in on any interface, since peers may be known by inner addresses. They have a budget
+    of their own, which no flood of others' errors uses up. A copy ends here: what a peer sent to
+    somebody else and this node forwards is none.
+    """
+    for family in FAMILIES:
+        if senders.of(family):
+            yield is_from_set(family, peers_set(family)), NOT_FORWARDED
+    for network in senders.networks:
+        yield is_from_network(network), NOT_FORWARDED
+    # Routers of a group's subnet are neighbours, too: what is no broadcast or multicast may be
+    # theirs.
+    for network in senders.neighbours:
+        yield is_from_network(network), TO_GROUP
+
+
+def guard_rules(site: Site) -> list[Rule]:
+    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does
+    not own the flow.
+
+    `notrack` does not make the kernel track connections, and stays without conntrack: the first
+    copy may be the first packet that conntrack sees, and be dropped as INVALID.
+    """
+    rules = marked_rules("output", MARK_COPY, "copies", (NOTRACK, ACCEPT))
+    rules += marked_rules("guard", MARK_DELIVER, "deliveries", (goto("owned"),))
+    for parts in owned_flows(site):
+        rules.append(Rule("owned", (*parts, ACCEPT)))
+    rules.append(Rule("owned", (DROP,)))
+    return rules
+
+
+def marked_rules(hook: str, mark: int, chain: str, action: tuple[Part, ...]) -> list[Rule]:
+    """What happens to our errors with this mark; a packet that is not ours costs one test."""
+    rules = [Rule(hook, (has_mark(mark), goto(chain)))]
+    for family in FAMILIES:
+        rules.append(Rule(chain, (is_error(family), *action)))
+    return rules
+
+
+def owned_flows(site: Site) -> Iterator[tuple[Part, ...]]:
+    """What tells a delivery about a flow of this node's own; each of these alone.
+
+    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it
+    routes elsewhere than where errors come in (a pod with a routed address; where connections are
+    tracked, this one too must be). A flow that it only forwards passes none of these, nor does what
+    goes to `lo` without a local address. A `ct` expression makes the kernel track connections:
+    without conntrack in use it is left out.
+    """
+    for vrf in site.vrfs:
+        # A packet passes OUTPUT twice: with this device, untracked, and then with its member
+        yield (goes_out(vrf),)
+    if site.conntrack:
+        yield RELATED, TRANSLATED
+    if site.uplinks:
+        inward = tuple(goes_elsewhere(iface) for iface in ("lo", *site.uplinks))
+        if site.conntrack:
+            inward = (RELATED, *inward)
+        yield inward
+    # To `lo` alone: where an address has just gone, what was meant for it would take the default
+    # route.
+    yield goes_out("lo"), TO_LOCAL
+
+
+def whole_table(config: Config, site: Site) -> Table:
+    """All that the daemon installs."""
+    rate = site.senders.rate(config.rate)
+    rules = nflog_rules(config.nflog_group, site, rate) + guard_rules(site)
+    return make_table(WHOLE_TABLE.format(config.nflog_group), make_sets(site, rate), rules)
+
+
+def guard_table(config: Config, site: Site) -> Table:
+    """What the daemon installs with --rules off."""
+    return make_table(GUARD_TABLE.format(config.nflog_group), (), guard_rules(site))
+
+
+def make_table(name: str, sets: Iterable[Set], rules: Sequence[Rule]) -> Table:
+    """A table with the chains that these rules are in."""
+    used = {rule.chain for rule in rules}
+    chains = tuple(chain for chain in CHAINS if chain.name in used)
+    return Table(name, tuple(sets), chains, tuple(rules))
+
+
+def nft_text(table: Table) -> list[str]:
+    """The lines with which nft puts this table in place of what is there, in one transaction."""
+    name = f"table inet {table.name}"
+    lines = [name, f"delete {name}", f"{name} {{"]
+    for one in table.sets:
+        lines += [f"\tset {one.name} {{", f"\t\t{set_text(one)}", "\t}"]
+    for chain in table.chains:
+        lines.append(f"\tchain {chain.name} {{")
+        if chain.hook:
+            lines.append(f"\t\t{chain.hook.text}")
+        lines += [f"\t\t{rule.text}" for rule in table.rules if rule.chain == chain.name]
+        lines.append("\t}")
+    return [*lines, "}"]
+
+
+def set_text(one: Set) -> str:
+    """What stands between the braces of a set."""
+    text = " ".join(f"{part.text};" for part in one.parts)
+    if not one.elements:
+        return text
+    elements = ", ".join(str(ipaddress.ip_address(address)) for address in one.elements)
+    return f"{text} elements = {{ {elements} }}"
+
+
+Request = tuple[int, bytes]  # type and payload of one message of nftables
+
+
+def replace_requests(table: Table, flags: int) -> list[Request]:
+    """The messages that put this table, with these NFT_TABLE_F_ flags, in place of what is there.
+
+    Make, so that deleting never fails, delete, make anew with contents.
+    """
+    name = string(TableAttr.NAME, table.name)
+    requests = [
+        (NFT_MSG_NEWTABLE, name),
+        (NFT_MSG_DELTABLE, name),
+        (NFT_MSG_NEWTABLE, name + be32(TableAttr.FLAGS, flags)),
+    ]
+    for number, one in enumerate(table.sets, 1):
+        requests += set_requests(table.name, one, number)
+    for chain in table.chains:
+        payload = string(ChainAttr.TABLE, table.name) + string(ChainAttr.NAME, chain.name)
+        if chain.hook:
+            payload += chain.hook.data
+        requests.append((NFT_MSG_NEWCHAIN, payload))
+    for rule in table.rules:
+        payload = string(RuleAttr.TABLE, table.name) + string(RuleAttr.CHAIN, rule.chain)
+        requests.append((NFT_MSG_NEWRULE, payload + nested(RuleAttr.EXPRESSIONS, rule.data)))
+    return requests
+
+
+def set_requests(table: str, one: Set, number: int) -> Iterator[Request]:
+    """The messages that make a set, the table's first or a later one, and fill it."""
+    names = string(SetAttr.TABLE, table) + string(SetAttr.NAME, one.name)
+    properties = b"".join(part.data for part in one.parts)
+    yield NFT_MSG_NEWSET, names + be32(SetAttr.ID, number) + properties
+    names = string(ElemListAttr.TABLE, table) + string(ElemListAttr.SET, one.name)
+    keys = [set_element(address) for address in one.elements]
+    for start in range(0, len(keys), ELEMENTS_MAX):
+        elements = nested(ElemListAttr.ELEMENTS, *keys[start : start + ELEMENTS_MAX])
+        yield NFT_MSG_NEWSETELEM, names + elements
+
+
+def set_element(address: bytes) -> bytes:
+    """One element of a set of addresses."""
+    return nested(ListAttr.ELEM, nested(ElemAttr.KEY, attribute(DataAttr.VALUE, address)))
+
+
+IPTABLES_ADDRESSES_MAX = 100  # in one command: a line that people can still read
+IPTABLES_ERRORS = {
+    IPV4: "-p icmp -m icmp --icmp-type 3/4",
+    IPV6: "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big",
+}
+
+
+def iptables_text(config: Config, site: Site) -> list[str]:
+    """The same as iptables and ip6tables commands, without the limits.
+
+    RPF verdicts by the rpfilter match.
+    """
+    lines: list[str] = []
+    for family in FAMILIES:
+        lines += iptables_nflog(family, config.nflog_group, site)
+        lines += iptables_guard(family, site)
+    return lines
+
+
+def iptables_nflog(family: Family, group: int, site: Site) -> Iterator[str]:
+    """The commands that feed the NFLOG group."""
+    command = f"{family.nft}tables -t raw -A PREROUTING"
+    error = IPTABLES_ERRORS[family]
+    target = f"-j NFLOG --nflog-group {group}"
+    for iface in site.ifaces:
+        begin = f"{command} -i {shlex.quote(iface)} {error}"
+        yield f'{begin} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"'
+        yield f"{begin} -m rpfilter {target}"
+    if len(site.ifaces) == 1:  # `! -i` cannot be given twice
+        begin = f"{command} ! -i {shlex.quote(site.ifaces[0])} {error}"
+        for sender in iptables_senders(family, site.senders):
+            yield f"{begin} {sender} {target}"
+
+
+def iptables_guard(family: Family, site: Site) -> Iterator[str]:
+    """The commands that do what guard_rules() does."""
+    command = f"{family.nft}tables"
+    error = IPTABLES_ERRORS[family]
+    yield f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack"
+    begin = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
+    for vrf in site.vrfs:
+        yield f"{begin} -o {shlex.quote(vrf)} -j ACCEPT"
+    yield f"{begin} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT"
+    yield f"{begin} -o lo -m addrtype --dst-type LOCAL -j ACCEPT"
+    for iface in ("lo", *site.uplinks):
+        yield f"{begin} -o {shlex.quote(iface)} -j DROP"
+    yield f"{begin} -m conntrack ! --ctstate RELATED -j DROP"
+
+
+def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
+    """What matches a copy by its sender; iptables makes a rule of each address in a list."""
+    ends_here = "-m addrtype ! --dst-type UNICAST"
+    addresses = [str(ipaddress.ip_address(address)) for address in senders.of(family)]
+    for start in range(0, len(addresses), IPTABLES_ADDRESSES_MAX):
+        yield f"-s {','.join(addresses[start : start + IPTABLES_ADDRESSES_MAX])} {ends_here}"
+    for network in senders.networks:
+        if network.version == family.version:
+            yield f"-s {network} {ends_here}"
+    for network in senders.neighbours:
+        if network.version == family.version:
+            yield f"-s {network} -m pkttype ! --pkt-type unicast"
 
 
 # -----------------------------------------------------------------------------
@@ -1073,6 +1897,17 @@ KNOWN_MAX = (
 # What becomes of an error: a copy to every peer and a delivery here, a delivery here only, nothing
 # (--no-rescue)
 REPLICATE, DELIVER, NOTHING = ACTIONS = ("replicate", "deliver", "none")
+
+
+Addresses = tuple[bytes, bytes, bytes]  # source, destination, quoted source; packed
+
+
+class Verdict(NamedTuple):
+    """What becomes of an error."""
+
+    origin: str  # one of ORIGINS
+    action: str  # one of ACTIONS
+    reason: Optional[Reason] = None  # why nothing is done
 
 
 class Membership:
@@ -1152,7 +1987,7 @@ class Policy:
     """The rules of this run: the options that judge an error, and the memory of the limits."""
 
     def __init__(self, config: Config, view: View) -> None:
-        self.look(view)
+        self.set_view(view)
         self._min_mtu = {4: config.min_mtu[0], 6: config.min_mtu[1]}
         self._ports = config.ports
         self.services = Membership(config.service_networks) if config.service_networks else None
@@ -1162,12 +1997,22 @@ class Policy:
         self._sources = TokenBuckets(config.source_rate)
         self._total = TokenBuckets(config.rate)
 
-    def look(self, view: View) -> None:
+    def set_view(self, view: View) -> None:
         """From now on judge by this view."""
         self.view = view
-        self.known: dict[
-            tuple[bytes, bytes, bytes], tuple[str, Optional[Reason]]
-        ] = {}  # of judge_addresses()
+        self.known: dict[Addresses, Verdict] = {}  # of judge_addresses()
+
+    def judge(self, error: MtuError) -> Verdict:
+        """What its addresses say."""
+        origin, reason = classify(error, self.view)
+        if not reason and self.services and error.quoted_src not in self.services:
+            reason = Reason.NOT_SERVICE
+        if reason:
+            return Verdict(origin, NOTHING, reason)
+        # A node's own address has one owner.
+        if origin is PEER or error.quoted_src in self.view.node:
+            return Verdict(origin, DELIVER)
+        return Verdict(origin, REPLICATE)
 
     def invalid(self, error: MtuError) -> Optional[Reason]:
         """The first reason not to believe this error, or not to act on it.
@@ -1260,37 +2105,30 @@ def classify(error: MtuError, view: View) -> tuple[str, Optional[Reason]]:
     return PEER if node else ROUTER, Reason.MISADDRESSED
 
 
-def judge_addresses(error: MtuError, policy: Policy) -> tuple[str, Optional[Reason]]:
+def judge_addresses(error: MtuError, policy: Policy) -> Verdict:
     """What the addresses alone decide, remembered."""
     addresses = (error.src, error.dst, error.quoted_src)
-    found = policy.known.get(addresses)
-    if found is None:
-        origin, reason = classify(error, policy.view)
-        if (
-            reason is None
-            and policy.services is not None
-            and error.quoted_src not in policy.services
-        ):
-            reason = Reason.NOT_SERVICE
+    verdict = policy.known.get(addresses)
+    if verdict is None:
+        verdict = policy.judge(error)
         if len(policy.known) >= KNOWN_MAX:
             policy.known.clear()
-        found = policy.known[addresses] = origin, reason
-    return found
+        policy.known[addresses] = verdict
+    return verdict
 
 
-def decide(error: MtuError, policy: Policy, now: float) -> tuple[str, Union[str, Reason]]:
+def decide(error: MtuError, policy: Policy, now: float) -> Verdict:
     """Who sent the error, and what to do with it or why to drop it.
 
     `now` in seconds of a monotonic clock.
     """
-    origin, reason = judge_addresses(error, policy)
-    reason = reason or policy.invalid(error) or policy.limited(error, origin, now)
-    if reason is not None:
-        return origin, reason
-    alone = (
-        origin is PEER or error.quoted_src in policy.view.node
-    )  # a node's own address has one owner
-    return origin, DELIVER if alone else REPLICATE
+    verdict = judge_addresses(error, policy)
+    if verdict.reason:
+        return verdict
+    reason = policy.invalid(error) or policy.limited(error, verdict.origin, now)
+    if reason:
+        return Verdict(verdict.origin, NOTHING, reason)
+    return verdict
 
 
 # -----------------------------------------------------------------------------
@@ -1639,6 +2477,84 @@ def set_up_logging(level: str, form: str) -> None:
     LOGGER.setLevel(level.upper())
 
 
+class Complaints:
+    """What is not in force now, and why: a warning once for as long as the problem is the same."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+
+    def say(self, about: str, text: str, **fields: object) -> None:
+        """Warn, unless the last warning about this said the same."""
+        said = f"{text} {fields}"
+        if self._said.get(about) != said:
+            self._said[about] = said
+            log("warning", text, **fields)
+
+    def withdraw(self, about: str) -> None:
+        """All is well again."""
+        self._said.pop(about, None)
+
+    def __contains__(self, about: str) -> bool:
+        return about in self._said
+
+
+class News:
+    """Which lines are due: not within an hour of the last about the same, PER_MINUTE in all."""
+
+    PER_MINUTE = 20
+    SECONDS = 3600.0
+
+    def __init__(self) -> None:
+        self._known = Recent(self.SECONDS, capacity=1024)
+        self._left = self.PER_MINUTE
+
+    def is_due(self, key: object, now: float, rationed: bool = True) -> bool:
+        """Whether a line about this is; `rationed` ones no more than PER_MINUTE."""
+        if self._known.get(key) is not None:
+            return False
+        if rationed:
+            if not self._left:
+                return False
+            self._left -= 1
+        self._known.put(key, now, now)
+        return True
+
+    def renew(self) -> None:
+        """A minute has gone."""
+        self._left = self.PER_MINUTE
+
+
+class Refusals:
+    """Copies that the kernel refused: a line each at debug, a warning for all once a minute."""
+
+    SECONDS = 60.0
+    SHOWN = 8
+
+    def __init__(self) -> None:
+        self._untold: Counter[tuple[PeerAddress, int]] = Counter()  # by peer and errno
+        self._tell_at = 0.0
+
+    def add(self, refused: Sequence[tuple[PeerAddress, int]]) -> None:
+        """Remember these (peer, errno)."""
+        self._untold.update(refused)
+        for peer, code in refused:
+            log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
+
+    def tell(self, now: float) -> None:
+        """Warn of those since the last warning."""
+        if not self._untold or now < self._tell_at:
+            return
+        shown = []
+        for (peer, code), count in self._untold.most_common(self.SHOWN):
+            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+            shown.append(f"{peer}: {problem}, {count} times")
+        if len(self._untold) > len(shown):
+            shown.append(f"and {len(self._untold) - len(shown)} more")
+        log("warning", f"the kernel refused copies to {'; '.join(shown)}")
+        self._untold.clear()
+        self._tell_at = now + self.SECONDS
+
+
 # -----------------------------------------------------------------------------
 # Section: kernel -- one class per descriptor: netlink, NFLOG, nftables, raw sockets
 
@@ -1970,13 +2886,13 @@ def group_holder(group: int) -> Optional[int]:
 
 def table_owner_lives(group: int) -> bool:
     """Whether pmtud runs for this group: the kernel removes such a table with its process."""
-    for name in (f"pmtud_{group}", f"pmtud_{group}_guard"):
-        query = bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + string(NFTA_TABLE_NAME, name)
+    for name in (WHOLE_TABLE.format(group), GUARD_TABLE.format(group)):
+        query = NFGENMSG.pack(NFPROTO_INET, 0, 0) + string(TableAttr.NAME, name)
         with contextlib.suppress(PmtudError), Netlink(NETLINK_NETFILTER) as netlink:
             kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
             answer = netlink.request("look for our table", kind, 0, query)[0][1]
-            table = attributes(answer, NFGENMSG_LEN)
-            if int.from_bytes(table[NFTA_TABLE_FLAGS], "big") & NFT_TABLE_F_OWNER:
+            table = attributes(answer, NFGENMSG.size)
+            if int.from_bytes(table[TableAttr.FLAGS], "big") & NFT_TABLE_F_OWNER:
                 return True
     return False
 
@@ -1998,15 +2914,15 @@ class Nflog(Descriptor):
     def __init__(self, group: int) -> None:
         self.lost = 0  # errors, counted by gaps in the group's sequence numbers
         self._last: Optional[int] = None
-        self._group, self._parser = group, NflogParser()
+        self._group = group
         netlink = Netlink(NETLINK_NETFILTER)
         self.socket = netlink.socket
-        mode = nfulnl_msg_config_mode(self.COPY_BYTES, NFULNL_COPY_PACKET, 0)
+        mode = NFULNL_MODE.pack(self.COPY_BYTES, NFULNL_COPY_PACKET)
         payload = b"".join(
             (
-                bytes(nfgenmsg(socket.AF_UNSPEC, 0, group)),
+                NFGENMSG.pack(socket.AF_UNSPEC, 0, group),
                 attribute(NFULA_CFG_CMD, bytes([NFULNL_CFG_CMD_BIND])),
-                attribute(NFULA_CFG_MODE, bytes(mode)),
+                attribute(NFULA_CFG_MODE, mode),
                 be32(NFULA_CFG_QTHRESH, 1),
                 be16(NFULA_CFG_FLAGS, NFULNL_CFG_F_SEQ),
             )
@@ -2054,7 +2970,7 @@ class Nflog(Descriptor):
             )
         )
         self.socket.send(
-            message(NFLOG_CONFIG, 0, 0, bytes(nfgenmsg(socket.AF_UNSPEC, 0, self._group)) + payload)
+            message(NFLOG_CONFIG, 0, 0, NFGENMSG.pack(socket.AF_UNSPEC, 0, self._group) + payload)
         )
 
     def read(self) -> list[Logged]:
@@ -2063,7 +2979,7 @@ class Nflog(Descriptor):
         Raises OSError if the socket is broken.
         """
         try:
-            logged = self._parser.parse(self.socket.recv(self.DATAGRAM_BYTES))
+            logged = parse_nflog(self.socket.recv(self.DATAGRAM_BYTES))
         except OSError as problem:
             if problem.errno in (
                 errno.EAGAIN,
@@ -2080,359 +2996,6 @@ class Nflog(Descriptor):
         return logged
 
 
-class Rule(NamedTuple):
-    """One nftables rule: its chain, its text for people, its expressions for the kernel."""
-
-    chain: str
-    text: str
-    expressions: bytes
-
-
-class Chain(NamedTuple):
-    """One chain; hook -1: a regular chain, reached by goto."""
-
-    name: str
-    text: str
-    hook: int = -1
-    priority: int = 0
-
-
-def base_chain(name: str, hook_name: str, hook: int, priority: int) -> Chain:
-    """A chain that the kernel calls from a hook."""
-    text = f"type filter hook {hook_name} priority {priority}; policy accept;"
-    return Chain(name, text, hook, priority)
-
-
-CHAINS = (
-    Chain("mtu_errors", ""),
-    Chain("copies_in", ""),
-    Chain("shed", ""),
-    Chain("senders", ""),
-    base_chain("prerouting", "prerouting", NF_INET_PRE_ROUTING, NF_IP_PRI_BEFORE_RAW),
-    Chain("copies", ""),
-    base_chain("output", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEFORE_RAW),
-    Chain("owned", ""),
-    Chain("deliveries", ""),
-    base_chain("guard", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEHIND_CONNTRACK),
-)
-
-
-def expression(name: str, *attrs: bytes) -> bytes:
-    """One nftables expression; numbers inside registers are in host byte order."""
-    return nested(NFTA_LIST_ELEM, string(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, *attrs))
-
-
-def compare(operator: int, value: bytes) -> bytes:
-    """register 1 OPERATOR value."""
-    return expression(
-        "cmp", be32(1, NFT_REG_1), be32(2, operator), nested(3, attribute(NFTA_DATA_VALUE, value))
-    )
-
-
-def load(name: str, *operands: int) -> bytes:
-    """Load `meta KEY`, `payload BASE OFFSET LENGTH`, `fib RESULT FLAGS` or `ct KEY` into register
-    1.
-
-    The attributes of these four are numbered alike: 1 is the register, the operands follow.
-    """
-    return expression(
-        name, *(be32(number, operand) for number, operand in enumerate((NFT_REG_1, *operands), 1))
-    )
-
-
-def match(name: str, *operands: int, value: bytes) -> bytes:
-    """What load() loads must equal value."""
-    return load(name, *operands) + compare(NFT_CMP_EQ, value)
-
-
-def mask(value: bytes) -> bytes:
-    """register 1 & value."""
-    bits, flips = (attribute(NFTA_DATA_VALUE, data) for data in (value, bytes(len(value))))
-    registers = (be32(1, NFT_REG_1), be32(2, NFT_REG_1))
-    return expression("bitwise", *registers, be32(3, len(value)), nested(4, bits), nested(5, flips))
-
-
-def host32(number: int) -> bytes:
-    """A number as nftables registers hold it, in host byte order."""
-    return struct.pack("=I", number)
-
-
-def match_ct(key: int, bit: int) -> bytes:
-    """ct state BIT or ct status BIT."""
-    return load("ct", key) + mask(host32(bit)) + compare(NFT_CMP_NEQ, bytes(4))
-
-
-ERROR_WORDS = {
-    IPV4: "icmp type destination-unreachable icmp code frag-needed",
-    IPV6: "icmpv6 type packet-too-big icmpv6 code 0",
-}
-
-
-def match_error(family: Family) -> bytes:
-    """What ERROR_WORDS says."""
-    protocol = match("meta", NFT_META_L4PROTO, value=bytes([family.icmp_protocol]))
-    return protocol + match(
-        "payload", NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, value=bytes(family.error)
-    )
-
-
-def interface_name(name: str) -> bytes:
-    """An interface name as nftables registers hold it."""
-    return name.encode().ljust(IFNAMSIZ, b"\0")
-
-
-def verdict(code: int, chain: str = "") -> bytes:
-    """accept, drop, return, or goto CHAIN."""
-    target = string(NFTA_VERDICT_CHAIN, chain) if chain else b""
-    data = nested(2, nested(NFTA_DATA_VERDICT, be32(NFTA_VERDICT_CODE, code), target))
-    return expression("immediate", be32(1, NFT_REG_VERDICT), data)
-
-
-def log_to(group: int, prefix: str = "") -> bytes:
-    """log group GROUP [prefix PREFIX]."""
-    return expression("log", be16(1, group), string(2, prefix) if prefix else b"")
-
-
-def limit_rate(number: int, seconds: int, burst: int, flags: int = 0) -> bytes:
-    """limit rate [over] NUMBER/second burst BURST packets, with `seconds` 60 NUMBER/minute."""
-    return expression("limit", be64(1, number), be64(2, seconds), be32(3, burst), be32(5, flags))
-
-
-# Routers are told apart by two hashes of their addresses, with seeds nobody knows, so that no set
-# of them is ever full. Where 1,000 are loud, one genuine router in 65 shares a bucket with one of
-# them, and one in 4,000 both its buckets.
-BUCKETS = 1 << 16
-BUCKET_OFFSETS = (0, BUCKETS)
-BUCKETS_MAX = 2 * BUCKETS
-# That one node should send: a third of a core; with more than 100 peers fewer errors pass
-COPIES_PER_SECOND = 100_000
-
-
-class Senders(NamedTuple):
-    """Where copies may come from: addresses, packed, and networks."""
-
-    addresses: frozenset[bytes] = frozenset()
-    networks: tuple[Network, ...] = ()
-    neighbours: tuple[Network, ...] = ()  # of broadcast and multicast peers
-
-    def of(self, family: Family) -> list[bytes]:
-        """The addresses of one family."""
-        return sorted(address for address in self.addresses if len(address) == family.address_len)
-
-    def rate(self, wanted: float) -> int:
-        """The errors per second that the kernel lets through where `wanted` may be acted on.
-
-        0: all.
-        """
-        most = max(len(self.of(family)) for family in FAMILIES)
-        return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most)))) if wanted else 0
-
-
-NOBODY = Senders()
-
-
-def load_source(family: Family) -> bytes:
-    """The source address into register 1, for packets of this family."""
-    is_ours = match("meta", NFT_META_NFPROTO, value=bytes([family.nfproto]))
-    return is_ours + load(
-        "payload", NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len
-    )
-
-
-def burst_rule(family: Family, offset: int, per_second: int) -> Rule:
-    """What lets a genuine router through a flood that has used up everybody's budget: its errors
-    come in bursts.
-
-    An error passes if it is the fourth or later of a burst, and one of the first ten of its bucket
-    or one a minute. Of 350,000 errors a second from random sources next to none has that shape; one
-    loud source, or 1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a
-    second, and a third of the genuine went unheard).
-    """
-    burst = limit_rate(100, 1, 3, NFT_LIMIT_F_INV) + limit_rate(1, 60, 10)
-    numbers = {
-        1: NFT_REG_1,
-        2: NFT_REG_1,
-        3: family.address_len,
-        4: BUCKETS,
-        6: offset,
-    }  # enum nft_hash_attributes
-    bucket = expression("hash", *(be32(kind, number) for kind, number in numbers.items()))
-    update = expression(
-        "dynset",
-        string(NFTA_DYNSET_SET_NAME, "routers"),
-        be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE),
-        be32(NFTA_DYNSET_SREG_KEY, NFT_REG_1),
-        be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR),
-        nested(NFTA_DYNSET_EXPRESSIONS, burst),
-    )
-    key = f"jhash {family.nft} saddr mod {BUCKETS}" + (f" offset {offset}" if offset else "")
-    text = (
-        f"update @routers {{ {key} limit rate over 100/second burst 3 packets "
-        "limit rate 1/minute burst 10 packets } "
-        f"limit rate {per_second}/second burst {per_second} packets goto mtu_errors"
-    )
-    return Rule(
-        "shed",
-        text,
-        load_source(family)
-        + bucket
-        + update
-        + limit_rate(per_second, 1, per_second)
-        + verdict(NFT_GOTO, "mtu_errors"),
-    )
-
-
-def sender_rules(senders: Senders, target: str) -> Iterator[Rule]:
-    """What tells copies by their sender: they come in on any interface, since peers may be known by
-    inner addresses.
-
-    They have a budget of their own, which no flood of others' errors uses up.
-    """
-    copies = verdict(NFT_GOTO, target)
-    # A copy ends here. What a peer sent to somebody else and this node forwards is no copy.
-    ends_here = load("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR)
-    ends_here += compare(NFT_CMP_NEQ, host32(RTN_UNICAST))
-    for family in FAMILIES:
-        if senders.of(family):
-            lookup = expression(
-                "lookup",
-                string(NFTA_LOOKUP_SET, f"peers_{family.name}"),
-                be32(NFTA_LOOKUP_SREG, NFT_REG_1),
-            )
-            text = (
-                f"{family.nft} saddr @peers_{family.name} fib daddr type != unicast goto {target}"
-            )
-            yield Rule("senders", text, load_source(family) + lookup + ends_here + copies)
-    for network in senders.networks:
-        family = family_of(network.network_address.packed)
-        matches = match_network(family, network) + ends_here
-        text = f"{family.nft} saddr {network} fib daddr type != unicast goto {target}"
-        yield Rule("senders", text, matches + copies)
-    # Routers of a group's subnet are neighbours, too: what is no broadcast or multicast may be
-    # theirs.
-    grouped = load("meta", NFT_META_PKTTYPE) + compare(NFT_CMP_NEQ, bytes([PACKET_HOST]))
-    for network in senders.neighbours:
-        family = family_of(network.network_address.packed)
-        text = f"{family.nft} saddr {network} meta pkttype != host goto {target}"
-        yield Rule("senders", text, match_network(family, network) + grouped + copies)
-
-
-def match_network(family: Family, network: Network) -> bytes:
-    """FAMILY saddr NETWORK."""
-    bits = load_source(family) + mask(network.netmask.packed)
-    return bits + compare(NFT_CMP_EQ, network.network_address.packed)
-
-
-def shed_rules(rate: int, bursts: bool) -> list[Rule]:
-    """The kernel sheds a flood for next to nothing.
-
-    Part of the rate is kept for bursts: were all of it open to the flood, the daemon's own limit
-    would be used up.
-    """
-    kinds = [(family, offset) for offset in BUCKET_OFFSETS for family in FAMILIES if bursts]
-    share = min(
-        max(25, rate // 16), max(1, rate // 4)
-    )  # of each kind; 1,000 peers leave a rate of 100
-    rules = []
-    for chain, own in (
-        ("copies_in", rate),
-        ("shed", max(1, rate - share * len(kinds) // len(FAMILIES))),
-    ):
-        text = f"limit rate {own}/second burst {own} packets goto mtu_errors"
-        rules.append(Rule(chain, text, limit_rate(own, 1, own) + verdict(NFT_GOTO, "mtu_errors")))
-    return rules + [burst_rule(*kind, share) for kind in kinds]
-
-
-def nflog_rules(
-    config: Config, ifaces: Sequence[str], senders: Senders, bursts: bool = True
-) -> list[Rule]:
-    """The rules that feed the NFLOG group; `bursts` needs Linux 5.11 and nft_hash."""
-    group = config.nflog_group
-    rpf = match("fib", NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, value=host32(0))
-    text = f'fib saddr . iif oif 0 log prefix "{RPF_PREFIX}" group {group} return'
-    rules = [
-        Rule("mtu_errors", text, rpf + log_to(group, RPF_PREFIX) + verdict(NFT_RETURN)),
-        Rule("mtu_errors", f"log group {group}", log_to(group)),
-    ]
-    copies, routers = "mtu_errors", "mtu_errors"
-    if config.rate:
-        copies, routers = "copies_in", "shed"
-        rules += shed_rules(senders.rate(config.rate), bursts)
-    rules += sender_rules(senders, copies)
-    for iface in ifaces:
-        matches = match("meta", NFT_META_IIFNAME, value=interface_name(iface))
-        rules.append(
-            Rule(
-                "senders", f'iifname "{iface}" goto {routers}', matches + verdict(NFT_GOTO, routers)
-            )
-        )
-    for family in FAMILIES:
-        text = f"{ERROR_WORDS[family]} goto senders"
-        rules.append(Rule("prerouting", text, match_error(family) + verdict(NFT_GOTO, "senders")))
-    return rules
-
-
-def guard_rules(ifaces: Sequence[str], conntrack: bool, vrfs: Sequence[str] = ()) -> list[Rule]:
-    """The rules that keep our copies out of conntrack, and our deliveries inside a node that does
-    not own the flow.
-
-    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it
-    routes elsewhere than where errors come in (a pod with a routed address; where connections are
-    tracked, this one too must be). A flow that it only forwards passes none of these, nor does what
-    goes to `lo` without a local address. A `ct` expression makes the kernel track connections:
-    without conntrack in use it is left out. `notrack` does not, and stays: the first copy may be
-    the first packet that conntrack sees, and be dropped as INVALID.
-    """
-    rules = []
-    for mark, hook, chain, action, then in (
-        (
-            MARK_COPY,
-            "output",
-            "copies",
-            "notrack accept",
-            expression("notrack") + verdict(NF_ACCEPT),
-        ),
-        (MARK_DELIVER, "guard", "deliveries", "goto owned", verdict(NFT_GOTO, "owned")),
-    ):  # one test of the mark for each packet that is not ours
-        ours = match("meta", NFT_META_MARK, value=host32(mark)) + verdict(NFT_GOTO, chain)
-        rules.append(Rule(hook, f"meta mark {mark:#x} goto {chain}", ours))
-        rules += [
-            Rule(chain, f"{ERROR_WORDS[family]} {action}", match_error(family) + then)
-            for family in FAMILIES
-        ]
-    accept, related = verdict(NF_ACCEPT), match_ct(NFT_CT_STATE, NF_CT_STATE_RELATED_BIT)
-    for vrf in (
-        vrfs
-    ):  # a packet passes OUTPUT twice: with this device, untracked, and then with its member
-        device = match("meta", NFT_META_OIFNAME, value=interface_name(vrf))
-        rules.append(Rule("owned", f'oifname "{vrf}" accept', device + accept))
-    if conntrack:
-        translated = match_ct(NFT_CT_STATUS, IPS_SRC_NAT | IPS_DST_NAT)
-        rules.append(
-            Rule(
-                "owned",
-                "ct state related ct status snat,dnat accept",
-                related + translated + accept,
-            )
-        )
-    if ifaces:
-        outward = ("lo", *ifaces)
-        inward = b"".join(
-            load("meta", NFT_META_OIFNAME) + compare(NFT_CMP_NEQ, interface_name(i))
-            for i in outward
-        )
-        words = " ".join(f'oifname != "{iface}"' for iface in outward)
-        if conntrack:
-            words, inward = f"ct state related {words}", related + inward
-        rules.append(Rule("owned", f"{words} accept", inward + accept))
-    # To `lo` alone: where an address has just gone, what was meant for it would take the default
-    # route.
-    local = match("meta", NFT_META_OIFNAME, value=interface_name("lo"))
-    local += match("fib", NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR, value=host32(RTN_LOCAL))
-    rules.append(Rule("owned", 'oifname "lo" fib daddr type local accept', local + accept))
-    return [*rules, Rule("owned", "drop", verdict(NF_DROP))]
-
-
 def conntrack_in_use() -> bool:
     """Whether this network namespace tracks any connection now; asking does not start tracking."""
     with contextlib.suppress(OSError, ValueError), open(CONNTRACK_COUNT) as stream:
@@ -2440,7 +3003,7 @@ def conntrack_in_use() -> bool:
     return False
 
 
-class Firewall(Descriptor):
+class Firewall(Netlink):
     """Our nftables table, owned by this socket: the kernel deletes it when the socket is closed or
     the process dies.
 
@@ -2449,18 +3012,19 @@ class Firewall(Descriptor):
     """
 
     SEND_BUFFER_BYTES = 4 << 20  # a transaction with PEERS_MAX peers takes 0.6 MB
-    ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
 
     def __init__(
         self, config: Config, ifaces: Sequence[str], owned: bool = True, senders: Senders = NOBODY
     ) -> None:
+        super().__init__(NETLINK_NETFILTER)
         self.senders = senders
-        self.table = f"pmtud_{config.nflog_group}" + ("" if config.rules == "auto" else "_guard")
         self.conntrack = False
-        self.owned = self._bursts = owned
+        self.owned = owned
+        self._bursts = owned
         self._config = config
-        self._netlink = Netlink(NETLINK_NETFILTER)
-        self.socket = self._netlink.socket
+        self.table = WHOLE_TABLE.format(config.nflog_group)
+        if config.rules == "off":
+            self.table = GUARD_TABLE.format(config.nflog_group)
         try:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.SEND_BUFFER_BYTES)
@@ -2483,118 +3047,60 @@ class Firewall(Descriptor):
         try:
             self._commit("replace table", self._requests(ifaces))
         except NetlinkError as problem:
-            if problem.number == errno.ENOENT and self._bursts:  # a kernel without nft_hash
-                self._bursts = False
-            elif problem.number in (errno.EOPNOTSUPP, errno.EINVAL) and self.owned:
-                self.owned = self._bursts = False
-            else:
-                raise
+            self._give_up_what_is_missing(problem)
             self.replace(ifaces)
 
-    def _requests(self, ifaces: Sequence[str]) -> list[tuple[int, bytes]]:
-        """The (type, payload) of every message.
+    def _give_up_what_is_missing(self, problem: NetlinkError) -> None:
+        """Do without what this kernel does not have; raises the problem if it is another one."""
+        if problem.number == errno.ENOENT and self._bursts:  # no nft_hash
+            self._bursts = False
+            return
+        if problem.number in (errno.EOPNOTSUPP, errno.EINVAL) and self.owned:  # before 5.12
+            self.owned = False
+            self._bursts = False
+            return
+        raise problem
 
-        Make, so that deleting never fails, delete, make anew with contents.
-        """
-        config, name = self._config, string(NFTA_TABLE_NAME, self.table)
-        rules = (
-            nflog_rules(config, ifaces, self.senders, self._bursts)
-            if config.rules == "auto"
-            else []
+    def _requests(self, ifaces: Sequence[str]) -> list[Request]:
+        site = Site(
+            tuple(ifaces),
+            uplinks(ifaces),
+            vrfs_of(ifaces),
+            self.senders,
+            self.conntrack,
+            self._bursts,
         )
-        rules += guard_rules(uplinks(ifaces), self.conntrack, vrfs_of(ifaces))
-        used = {rule.chain for rule in rules}
-        flags = be32(NFTA_TABLE_FLAGS, NFT_TABLE_F_OWNER if self.owned else 0)
-        return [
-            (NFT_MSG_NEWTABLE, name),
-            (NFT_MSG_DELTABLE, name),
-            (NFT_MSG_NEWTABLE, name + flags),
-            *(self._sets() if "senders" in used else ()),
-            *((NFT_MSG_NEWCHAIN, self._chain(chain)) for chain in CHAINS if chain.name in used),
-            *((NFT_MSG_NEWRULE, self._rule(rule)) for rule in rules),
-        ]
+        table = whole_table(self._config, site)
+        if self._config.rules == "off":
+            table = guard_table(self._config, site)
+        flags = 0
+        if self.owned:
+            flags = NFT_TABLE_F_OWNER
+        return replace_requests(table, flags)
 
-    def _commit(self, operation: str, requests: Sequence[tuple[int, bytes]]) -> None:
+    def _commit(self, operation: str, requests: Sequence[Request]) -> None:
         """Send requests as one transaction: all take effect or none."""
-        header = bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
-        batch = [message(NFNL_MSG_BATCH_BEGIN, 0, self._netlink.next_sequence(), header)]
+        batch_head = NFGENMSG.pack(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES)
+        batch = [message(NFNL_MSG_BATCH_BEGIN, 0, self.next_sequence(), batch_head)]
+        head = NFGENMSG.pack(NFPROTO_INET, 0, 0)
+        last = 0
         for number, (kind, payload) in enumerate(requests, 1):
-            flags = NLM_F_CREATE | NLM_F_APPEND if kind != NFT_MSG_DELTABLE else 0
-            flags |= NLM_F_ACK if number == len(requests) else 0
-            last, body = (
-                self._netlink.next_sequence(),
-                bytes(nfgenmsg(NFPROTO_INET, 0, 0)) + payload,
-            )
-            batch.append(message(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, last, body))
-        batch.append(message(NFNL_MSG_BATCH_END, 0, self._netlink.next_sequence(), header))
-        self._netlink.send(operation, b"".join(batch), last)
-
-    def _sets(self) -> Iterator[tuple[int, bytes]]:
-        """The set of routers' buckets, and those of peers with their elements."""
-        table = string(NFTA_SET_TABLE, self.table)
-        if self._bursts and self._config.rate:
-            yield (
-                NFT_MSG_NEWSET,
-                b"".join(
-                    (
-                        table,
-                        string(NFTA_SET_NAME, "routers"),
-                        be32(NFTA_SET_ID, 1),
-                        be32(NFTA_SET_FLAGS, NFT_SET_TIMEOUT | NFT_SET_EVAL),
-                        be32(NFTA_SET_KEY_TYPE, NFT_TYPE_MARK),
-                        be32(NFTA_SET_KEY_LEN, 4),
-                        nested(NFTA_SET_DESC, be32(NFTA_SET_DESC_SIZE, BUCKETS_MAX)),
-                        be64(NFTA_SET_TIMEOUT, 60_000),
-                    )
-                ),
-            )
-        for family in FAMILIES:
-            addresses, name = self.senders.of(family), f"peers_{family.name}"
-            if addresses:
-                yield (
-                    NFT_MSG_NEWSET,
-                    b"".join(
-                        (
-                            table,
-                            string(NFTA_SET_NAME, name),
-                            be32(NFTA_SET_ID, family.version),
-                            be32(NFTA_SET_FLAGS, 0),
-                            be32(NFTA_SET_KEY_TYPE, family.nft_type),
-                            be32(NFTA_SET_KEY_LEN, family.address_len),
-                        )
-                    ),
-                )
-            value = attribute(NFTA_DATA_VALUE, bytes(family.address_len))
-            head = nested(NFTA_LIST_ELEM, nested(NFTA_SET_ELEM_KEY, value))[: -family.address_len]
-            # All are of one length, so have the same headers
-            keys = [head + address for address in addresses]
-            for start in range(0, len(keys), self.ELEMENTS_MAX):
-                elements = nested(
-                    NFTA_SET_ELEM_LIST_ELEMENTS, *keys[start : start + self.ELEMENTS_MAX]
-                )
-                names = string(NFTA_SET_ELEM_LIST_TABLE, self.table) + string(
-                    NFTA_SET_ELEM_LIST_SET, name
-                )
-                yield NFT_MSG_NEWSETELEM, names + elements
-
-    def _chain(self, chain: Chain) -> bytes:
-        payload = string(NFTA_CHAIN_TABLE, self.table) + string(NFTA_CHAIN_NAME, chain.name)
-        if chain.hook >= 0:
-            hook = be32(NFTA_HOOK_HOOKNUM, chain.hook) + be32(NFTA_HOOK_PRIORITY, chain.priority)
-            payload += nested(NFTA_CHAIN_HOOK, hook) + string(NFTA_CHAIN_TYPE, "filter")
-        return payload
-
-    def _rule(self, rule: Rule) -> bytes:
-        payload = string(NFTA_RULE_TABLE, self.table) + string(NFTA_RULE_CHAIN, rule.chain)
-        return payload + nested(NFTA_RULE_EXPRESSIONS, rule.expressions)
+            flags = NLM_F_CREATE | NLM_F_APPEND
+            if kind == NFT_MSG_DELTABLE:
+                flags = 0
+            if number == len(requests):
+                flags |= NLM_F_ACK
+            last = self.next_sequence()
+            batch.append(message(NFNL_SUBSYS_NFTABLES << 8 | kind, flags, last, head + payload))
+        batch.append(message(NFNL_MSG_BATCH_END, 0, self.next_sequence(), batch_head))
+        self.send(operation, b"".join(batch), last)
 
     def close(self) -> None:
         """Remove the table; the kernel does it by itself where it is owned."""
         if not self.owned:
+            delete = (NFT_MSG_DELTABLE, string(TableAttr.NAME, self.table))
             with contextlib.suppress(PmtudError, OSError):
-                self._commit(
-                    "delete table", [(NFT_MSG_DELTABLE, string(NFTA_TABLE_NAME, self.table))]
-                )
+                self._commit("delete table", [delete])
         super().close()
 
 
@@ -3233,14 +3739,13 @@ class KubeSource(PeerSource):
 
 def open_source(text: str) -> PeerSource:
     """The source that a peer item names; raises ValueError for a kind that does not exist."""
+    check_source(text)
     kind, _, rest = text.partition(":")
-    if kind == "file" and rest:
+    if kind == "file":
         return FileSource(rest)
-    if kind == "dns" and HOST_NAME.fullmatch(rest):
+    if kind == "dns":
         return DnsSource(rest)
-    if text == "kube:nodes" or text.startswith("kube:nodes?"):
-        return KubeSource(text.partition("?")[2])
-    raise ValueError(f"{text!r} is not {PEER_KINDS}")
+    return KubeSource(text.partition("?")[2])
 
 
 class Peers:
@@ -3365,6 +3870,13 @@ class Arrangement(NamedTuple):
         """The peers of both families."""
         return [peer for peers in self.targets.values() for peer in peers]
 
+    def needs_sockets_after(self, before: Arrangement) -> bool:
+        """Whether the sockets of an arrangement before do not fit."""
+        if any(peer.zone for peer in self.everyone):  # its interface may have a new index
+            return True
+        fields = (self.targets, self.sources, self.inside)
+        return fields != (before.targets, before.sources, before.inside)
+
     @property
     def senders(self) -> Senders:
         """Where copies may come from."""
@@ -3470,7 +3982,433 @@ def arrange(
 
 
 # -----------------------------------------------------------------------------
-# Section: service -- HTTP, and the loop that ties everything together
+# Section: forwarder -- the packet's way, whole: read, decide, copy, deliver, count
+
+
+class Lane:
+    """One family's ways out, and what is known of them.
+
+    Delivery to this node's own stack, and copies to its peers.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.counts = CopyCounts(())
+        self.delivery: Optional[DeliverySocket] = None
+        self.fanout: Optional[Fanout] = None  # None without peers
+        self._stack = contextlib.ExitStack()
+
+    def open(self, config: Config, arrangement: Arrangement) -> None:
+        """Open both sockets; raises OSError, or PmtudError without privileges."""
+        name = self.family.name
+        with contextlib.ExitStack() as stack:
+            delivery = DeliverySocket(self.family, arrangement.inside.get(name))
+            stack.enter_context(delivery)
+            copies = CopySocket(self.family, config.ttl, arrangement.sources.get(name, b""))
+            stack.enter_context(copies)
+            peers = []
+            for peer in arrangement.targets[name]:
+                if reachable(peer, copies, join=not config.dry_run):
+                    peers.append(peer)
+            self.counts = CopyCounts([str(peer) for peer in peers], self.counts)
+            if peers:
+                self.fanout = Fanout(copies, peers, self.counts)
+            self.delivery = delivery
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Close both sockets; harmless when repeated."""
+        self.delivery = self.fanout = None
+        self._stack.close()
+
+
+def reachable(peer: PeerAddress, copies: CopySocket, join: bool) -> bool:
+    """Whether the peer's interface exists; a multicast group is joined there, which sends reports."""
+    try:
+        place(peer)
+        if peer.is_multicast and join:
+            copies.join(peer)
+    except OSError as problem:
+        text = f"peer {peer} left out until its interface is there"
+        log("warning", text, problem=problem.strerror or problem)
+        return False
+    return True
+
+
+class RuleKeeper:
+    """Keeps our rules in force: where errors come in, who may send copies, what may go out."""
+
+    def __init__(self, config: Config, complaints: Complaints) -> None:
+        self.ifaces: tuple[str, ...] = ()
+        self.firewall: Optional[Firewall] = None
+        # By family name, as last probed: whether no error about another node's flow can leave.
+        self.guarded = {family.name: False for family in FAMILIES}
+        self.complaints = complaints
+        self._config = config
+        self._default_route: tuple[str, ...] = ()
+
+    def choose_ifaces(self) -> None:
+        """Where errors come in: --iface, or the default route; raises PmtudError."""
+        self._default_route = default_route_interfaces()
+        self.ifaces = self._config.ifaces
+        if self.ifaces:
+            check_ifaces(self.ifaces)
+            return
+        self.ifaces = self._default_route
+        if not self.ifaces and self._config.rules == "auto":
+            raise PmtudError(
+                "there is no default route; name the interface errors come in on with --iface"
+            )
+
+    def open(self, stack: contextlib.ExitStack, senders: Senders) -> None:
+        """Install our table; with --rules off it holds the guard only, and it may be missing."""
+        try:
+            self.firewall = Firewall(self._config, self.ifaces, senders=senders)
+            stack.enter_context(self.firewall)
+        except PmtudError as problem:
+            if self._config.rules == "auto":
+                raise
+            log("warning", "cannot install the guard", problem=str(problem))
+        self.probe_guard()
+
+    def replace(self) -> None:
+        """Install our table again, with what is known now."""
+        if not self.firewall:
+            return
+        try:
+            self.firewall.replace(self.ifaces)
+        except PmtudError as problem:
+            log("warning", "cannot replace our rules", problem=str(problem))
+
+    def follow_senders(self, senders: Senders) -> None:
+        """From now on copies come from these."""
+        if self.firewall and self.firewall.senders != senders:
+            self.firewall.senders = senders
+            self.replace()
+
+    def follow_default_route(self) -> bool:
+        """Whether it moved; the rules have followed then. One that is gone changes nothing."""
+        with contextlib.suppress(PmtudError, OSError):
+            found = default_route_interfaces()
+            if found and found != self._default_route:
+                self._default_route = found
+                if not self._config.ifaces:
+                    before = ",".join(self.ifaces)
+                    log("info", "the default route moved", before=before, now=",".join(found))
+                    self.ifaces = found
+                self.replace()
+                return True
+        return False
+
+    def conntrack_appeared(self) -> bool:
+        """Whether conntrack came into use after our start, as with kube-proxy; the guard asks it then."""
+        if not self.firewall or self.firewall.conntrack or not conntrack_in_use():
+            return False
+        log("info", "conntrack came into use: the guard now asks it who owns a flow")
+        self.replace()
+        return True
+
+    def probe_guard(self) -> None:
+        """Learn whether the guard holds; without it only errors for own addresses are delivered."""
+        for family in FAMILIES:
+            holds = self._restored(family)
+            about = f"no guard {family.name}"
+            if holds:
+                self.complaints.withdraw(about)
+            else:
+                text = (
+                    f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
+                    "install the output rules that `pmtud.py rules` prints"
+                )
+                self.complaints.say(about, text, family=family.name)
+            self.guarded[family.name] = holds
+
+    def _restored(self, family: Family) -> bool:
+        """Whether the guard holds, if need be after our rules have been installed again."""
+        holds = guard_holds(family)
+        if holds is None:  # the probe has no way out: believe the table, if we have one
+            return self.firewall is not None
+        if holds or not self.firewall:
+            return holds
+        self.replace()
+        about = f"overruled {family.name}"
+        if guard_holds(family):
+            self.complaints.withdraw(about)
+            log("warning", "our rules were flushed: installed again", family=family.name)
+            return True
+        text = (
+            f"our rules are overruled: another one in OUTPUT changes mark {MARK_DELIVER:#x} before "
+            "our chain `guard` (find it with: nft list ruleset | grep -B 9 'mark set')"
+        )
+        self.complaints.say(about, text, family=family.name)
+        return False
+
+
+def check_ifaces(names: Sequence[str]) -> None:
+    """Raise UsageError where --iface cannot work; say where it is not what was meant."""
+    existing = [name for _, name in socket.if_nameindex()]
+    for name in names:
+        if name not in existing:
+            there = ", ".join(existing)
+            raise UsageError(f"--iface: there is no interface {name}; there are {there}")
+        for role in ("brport", "bonding_slave"):
+            if os.path.exists(f"/sys/class/net/{name}/{role}"):
+                advice = "errors come in on that one; name it with --iface"
+                log("warning", f"{name} belongs to a bridge or bond: {advice}")
+    vrf = foreign_vrf(names)
+    if vrf:
+        raise UsageError(
+            f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
+            f"`ip vrf exec {vrf}`"
+        )
+
+
+class Acted(NamedTuple):
+    """An error that is acted on."""
+
+    error: MtuError
+    origin: str
+    action: str  # one of ACTIONS
+    rpf: bool  # strict reverse path filtering drops it
+
+
+class Forwarder:
+    """The packet's way: read what NFLOG has, decide on each error, copy, deliver, count."""
+
+    # Errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core
+    # takes 3 %.
+    BUSY = 100
+    # Errors and copies a turn then, so that no flood starves signals and timers.
+    BATCH = 40
+    BATCH_COPIES = 6400
+
+    def __init__(self, config: Config, counters: Counters, keeper: RuleKeeper) -> None:
+        self.news = News()
+        self.refusals = Refusals()
+        self._config = config
+        self._counters = counters
+        self._keeper = keeper
+        self._policy = Policy(config, View())
+        self._lanes = {family.name: Lane(family) for family in FAMILIES}
+        self._nflog: Optional[Nflog] = None
+        self._recent = 0  # errors since the last tick
+        self._gathering = 1  # how many the kernel hands over at a time
+
+    # -- read
+
+    def open(self) -> None:
+        """Bind the NFLOG group; raises PmtudError."""
+        self._nflog = Nflog(self._config.nflog_group)
+
+    def fileno(self) -> int:
+        """The NFLOG socket's descriptor; another one once a broken socket was opened again."""
+        return self._nflog.fileno() if self._nflog else -1
+
+    def close(self) -> None:
+        """Give the group back, and all sockets."""
+        self.close_lanes()
+        if self._nflog:
+            self._nflog.close()
+
+    def follow(self, arrangement: Arrangement) -> None:
+        """From now on judge and send by this arrangement; raises PmtudError."""
+        self._policy.set_view(arrangement.view)
+        self._counters.peers = arrangement.per_source
+        self.open_lanes(arrangement)
+        self.gather()  # with more peers fewer errors a turn
+
+    def open_lanes(self, arrangement: Arrangement) -> None:
+        """Sockets for each family that has none; one that has no use may go without."""
+        complaints = self._keeper.complaints
+        for name, lane in self._lanes.items():
+            if lane.delivery:
+                continue
+            try:
+                lane.open(self._config, arrangement)
+                self._counters.copies[name] = lane.counts
+                complaints.withdraw(name)
+            # Switched off in the kernel, or duplicate detection on the source address.
+            except OSError as problem:
+                if arrangement.targets[name]:
+                    complaints.say(name, f"no {name} sockets", problem=problem)
+
+    def close_lanes(self) -> None:
+        """Close the sockets of both families."""
+        for lane in self._lanes.values():
+            lane.close()
+
+    def _read(self) -> list[Logged]:
+        """What has arrived, nothing if nothing has.
+
+        A broken socket is opened again; PmtudError, the end of the daemon, if that fails.
+        """
+        if not self._nflog:
+            return []
+        before = self._nflog.lost
+        try:
+            logged = self._nflog.read()
+        except OSError as problem:
+            self._nflog.close()
+            self.open()
+            self._gathering = 1
+            log("error", "the NFLOG socket broke and was opened again", problem=problem.strerror)
+            return []
+        self._counters.nflog_lost += self._nflog.lost - before
+        return logged
+
+    def gather(self) -> None:
+        """While errors are many, have the kernel hand over as many at a time as a turn may take."""
+        errors = 1
+        if self._recent > self.BUSY:
+            most = max(len(lane.counts.refused) for lane in self._lanes.values())
+            errors = max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+        if self._nflog and errors != self._gathering:
+            with contextlib.suppress(OSError):
+                self._nflog.gather(errors)
+                self._gathering = errors
+
+    def tick(self, now: float) -> None:
+        """Once a second: see whether errors are still many, tell of refused copies."""
+        self.gather()
+        self._recent = 0
+        self.refusals.tell(now)
+
+    # -- decide
+
+    def handle_batch(self, now: float) -> None:
+        """Take what arrived, decide on each error, send the copies together, then deliver here."""
+        logged = self._read()
+        acted = []
+        for packet, _, rpf in logged:
+            one = self._judge(packet, rpf, now)
+            if one:
+                acted.append(one)
+        if not self._config.dry_run:
+            self._replicate(acted)
+            for error, origin, _, rpf in acted:
+                if origin is PEER or self._config.rescue:
+                    self._deliver(error, rpf)
+        self._account(acted, now)
+        if logged:
+            self._counters.last_error_received = time.time()
+            self._counters.batch_duration.observe(time.monotonic() - now)
+        self._recent += len(logged)
+        if self._recent > self.BUSY and self._gathering == 1:
+            self.gather()
+
+    def _judge(self, packet: bytes, rpf: bool, now: float) -> Optional[Acted]:
+        """What to do about one packet; None if nothing, which is counted by its Reason."""
+        error = parse(packet)
+        if isinstance(error, Reason):
+            self._counters.received[family_of_packet(packet).name, ROUTER] += 1
+            self._counters.dropped[error] += 1
+            return None
+        verdict = decide(error, self._policy, now)
+        self._counters.received[error.family.name, verdict.origin] += 1
+        if verdict.reason:
+            self._counters.dropped[verdict.reason] += 1
+            self._explain_drop(error, verdict.reason, now)
+            return None
+        return Acted(error, verdict.origin, self._action(error, verdict), rpf)
+
+    def _action(self, error: MtuError, verdict: Verdict) -> str:
+        """What the verdict comes to with these peers and options."""
+        if verdict.action is REPLICATE and self._lanes[error.family.name].fanout:
+            return REPLICATE
+        if verdict.origin is PEER or self._config.rescue:
+            return DELIVER
+        return NOTHING
+
+    # -- copy
+
+    def _replicate(self, acted: Sequence[Acted]) -> None:
+        """Send the copies of all errors of a family together."""
+        for lane in self._lanes.values():
+            bodies = []
+            for error, _, action, _ in acted:
+                if action is REPLICATE and error.family is lane.family:
+                    bodies.append(error.icmp)
+            if bodies and lane.fanout:
+                self.refusals.add(lane.fanout.send(bodies))
+
+    # -- deliver
+
+    def _deliver(self, error: MtuError, rpf: bool) -> None:
+        """Give the error to this node's own stack; the guard decides whether it is the owner."""
+        lane = self._lanes[error.family.name]
+        own = error.quoted_src in self._policy.view.own
+        result = "error"  # without a guard the error could leave this node towards the VIP
+        if lane.delivery and (own or self._keeper.guarded[error.family.name]):
+            code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
+            if code and self._keeper.conntrack_appeared():
+                code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
+            if code == 0 and own and is_deaf_tunnel(error):
+                again = as_about_echo_reply(error.icmp)
+                code = lane.delivery.deliver(again, error.quoted_src, own)
+            if code == 0:
+                result = "owner"
+            elif code == errno.EPERM:
+                result = "not_owner"
+            else:
+                self._explain_refusal(error, code)
+        self._counters.delivered[error.family.name, result] += 1
+        if rpf and result == "owner":
+            self._counters.rpf_rescued += 1
+
+    # -- count and tell
+
+    def _account(self, acted: Sequence[Acted], now: float) -> None:
+        """Count and log what was done, after all of it: a log line costs as much as ten copies."""
+        told = LOGGER.isEnabledFor(logging.DEBUG)
+        for error, origin, action, _ in acted:
+            if origin is ROUTER:
+                self._tell_report(error, now)
+            if self._config.dry_run:
+                self._counters.dropped[Reason.DRY_RUN] += 1
+                log("info", f"dry run: would {action}", origin=origin, error=error)
+                continue
+            self._counters.acted[action] += 1
+            self._counters.reported_mtu.observe(error.believed_mtu)
+            if told:
+                log("debug", "error", origin=origin, what=action, error=error)
+
+    def _tell_report(self, error: MtuError, now: float) -> None:
+        """One log line for each (router, destination, MTU)."""
+        if self.news.is_due((error.src, error.quoted_dst, error.mtu), now):
+            log(
+                "info",
+                "a router reports an MTU",
+                router=ipaddress.ip_address(error.src),
+                destination=ipaddress.ip_address(error.quoted_dst),
+                mtu=error.mtu,
+            )
+
+    def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
+        """One line for each dropped error at debug, and one for a peer that is not listed."""
+        if LOGGER.isEnabledFor(logging.DEBUG):
+            log("debug", "dropped", reason=reason.value, error=error)
+        if reason is Reason.MISADDRESSED and self.news.is_due(error.src, now):
+            source = ipaddress.ip_address(error.src)
+            text = (
+                f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
+                "address of a peer, add it to --peers or --ignore-networks"
+            )
+            log("warning", text, error=error)
+
+    def _explain_refusal(self, error: MtuError, code: int) -> None:
+        """A delivery that the stack refuses is the operator's problem: a line an errno and hour."""
+        problem = os.strerror(code)
+        log("debug", "not delivered", error=error, problem=problem)
+        if self.news.is_due(code, time.monotonic(), rationed=False):
+            text = (
+                "this node's stack refuses a delivery: that flow does not learn; "
+                "see `pmtud.py check`"
+            )
+            log("warning", text, problem=problem, error=error)
+
+
+# -----------------------------------------------------------------------------
+# Section: daemon -- its life: start, loop, signals, housekeeping, systemd, HTTP
 
 
 class StatusServer(socketserver.ThreadingTCPServer):
@@ -3637,49 +4575,6 @@ def open_status_server(config: Config, *serve: Callable[[], Any]) -> StatusServe
         return StatusServer(config, "0.0.0.0", *serve)  # IPv6 is switched off here
 
 
-class Outlet:
-    """The two ways out for one family.
-
-    Delivery to this node's own stack, and copies to its peers.
-    """
-
-    def __init__(
-        self, family: Family, config: Config, arrangement: Arrangement, before: Optional[CopyCounts]
-    ) -> None:
-        source = arrangement.sources.get(family.name, b"")
-        with contextlib.ExitStack() as stack:
-            inside = arrangement.inside.get(family.name)
-            self.delivery: DeliverySocket = stack.enter_context(DeliverySocket(family, inside))
-            self.copies: CopySocket = stack.enter_context(CopySocket(family, config.ttl, source))
-            peers = [
-                peer
-                for peer in arrangement.targets[family.name]
-                if self._reachable(peer, not config.dry_run)
-            ]
-            self.counts = CopyCounts([str(peer) for peer in peers], before)
-            self.fanout = Fanout(self.copies, peers, self.counts) if peers else None
-            self._stack = stack.pop_all()
-
-    def _reachable(self, peer: PeerAddress, join: bool) -> bool:
-        """Whether the peer's interface exists; a multicast group is joined there."""
-        try:
-            place(peer)
-            if peer.is_multicast and join:  # which sends reports
-                self.copies.join(peer)
-        except OSError as problem:
-            log(
-                "warning",
-                f"peer {peer} left out until its interface is there",
-                problem=problem.strerror or problem,
-            )
-            return False
-        return True
-
-    def close(self) -> None:
-        """Close both sockets."""
-        self._stack.close()
-
-
 class ServiceManager:
     """What systemd is told, as sd_notify(3) has it.
 
@@ -3712,65 +4607,151 @@ class ServiceManager:
             self.tell("WATCHDOG=1")
 
 
-class Service:
-    """The running daemon: owns every descriptor, turns the loop, acts on each error as decide()
-    says.
-    """
+def describe_rate(rate: float) -> str:
+    """A rate for people."""
+    if not rate:
+        return "no limit"
+    return f"{rate:.10g}/s"
 
-    # Errors in a second, beyond which the kernel gathers them: a flood that took 10 % of a core
-    # takes 3 %
-    BUSY = 100
-    BATCH, BATCH_COPIES = (
-        40,
-        6400,
-    )  # errors and copies per turn then: signals and timers are never starved by a flood
+
+def describe_rules(config: Config, firewall: Optional[Firewall]) -> str:
+    """Whose rules are in force."""
+    text = ""
+    if config.rules == "off":
+        text = "your own NFLOG rule, "
+    if not firewall:
+        return f"{text}no guard"
+    text += f"table inet {firewall.table}"
+    if not firewall.owned:
+        text += " (not owned: old kernel)"
+    return text
+
+
+def describe_limits(config: Config, senders: Senders) -> str:
+    """How much is acted on, and what is believed."""
+    total = describe_rate(config.rate)
+    passed = senders.rate(config.rate)
+    if passed < config.rate:
+        total += f", {passed}/s for so many peers"
+    ipv4, ipv6 = config.min_mtu
+    text = (
+        f"one per flow each {config.flow_interval:g} s, "
+        f"{describe_rate(config.source_rate)} per router, {total} in all; "
+        f"MTU at least {ipv4} (IPv4), {ipv6} (IPv6)"
+    )
+    if config.dry_run:
+        text += "; dry run: nothing is sent"
+    return text
+
+
+class Roster:
+    """Who is who on this node: puts peers and addresses in force whenever they change."""
+
+    CHANGE_GAP = 1.0  # seconds from one change to the next: 16 ms each with 1,000 peers
+
+    def __init__(self, peers: Peers, forwarder: Forwarder, keeper: RuleKeeper) -> None:
+        self.arrangement = Arrangement({}, (), {}, {}, {}, View())
+        self.stale = False  # peers or addresses have changed
+        self.change_at = 0.0  # when the next change may be put in force
+        self._peers = peers
+        self._forwarder = forwarder
+        self._keeper = keeper
+        self._complaints = keeper.complaints
+
+    def unanswered(self) -> list[str]:
+        """What is known of the peer sources of which no answer is in force."""
+        return self._peers.unanswered(self.arrangement.per_source)
+
+    def rearrange(self, config: Config) -> None:
+        """Work out peers and addresses anew and put them in force; raises PmtudError, OSError."""
+        before = self.arrangement
+        listed = self._peers.listed()
+        ifaces = self._keeper.ifaces
+        self.arrangement = arrange(listed, local_addresses(), config.ignore_networks, ifaces)
+        # Pods come and go, and addresses with them: mostly nothing changes for us.
+        if self.arrangement.needs_sockets_after(before):
+            self._forwarder.close_lanes()
+        self._forwarder.follow(self.arrangement)
+        self._keeper.follow_senders(self.arrangement.senders)
+
+    def refresh(self, config: Config) -> None:
+        """Put what has changed in force, or keep the old and say why."""
+        self.stale = False
+        before = self.arrangement
+        try:
+            self.rearrange(config)
+        except (PmtudError, OSError) as problem:
+            text = "cannot put the new peers in force, the old ones stay"
+            self._complaints.say("peers", text, problem=problem)
+            return
+        finally:
+            self.change_at = time.monotonic() + self.CHANGE_GAP
+        self._complaints.withdraw("peers")
+        self._tell_change(before)
+
+    def tick(self) -> None:
+        """Once a second: open what could not be opened, try again what could not be put in force."""
+        try:
+            self._forwarder.open_lanes(self.arrangement)
+        except PmtudError as problem:
+            text = "cannot open raw sockets any more"
+            self._complaints.say("sockets", text, problem=problem)
+        if "peers" in self._complaints:
+            self.stale = True
+
+    def tell(self) -> None:
+        """One line about the peers in force."""
+        peers = self.arrangement.everyone
+        if peers:
+            log("info", f"peers: {len(peers)} ({some(peers)})")
+        elif self.unanswered():
+            log("info", "peers: none yet, asking for them")
+        else:
+            log("info", "peers: none, standalone: local rescue only")
+
+    def _tell_change(self, before: Arrangement) -> None:
+        """One line about who came and went; also where a source's first answer brings nobody."""
+        old = set(before.everyone)
+        new = set(self.arrangement.everyone)
+        told = []
+        for peers, what in ((new - old, "came"), (old - new, "went")):
+            if peers:
+                told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
+        if told:
+            targets = self.arrangement.targets
+            counts = {f"peers_{name}": len(peers) for name, peers in targets.items()}
+            log("info", f"peers changed: {', '.join(told)}", **counts)
+        elif not new and self.arrangement.per_source.keys() != before.per_source.keys():
+            self.tell()
+
+
+class Daemon:
+    """The running program: opens everything, turns the loop, keeps house, closes everything."""
+
     TICK = 1.0  # seconds between housekeeping
-    CHANGE_GAP = 1.0  # seconds between changes of peers and addresses: 16 ms each with 1,000 peers
     SLOW_TICKS = 10  # every tenth: default route, guard
     SUMMARY = 60.0  # seconds between summaries in the log
-    NEWS_PER_MINUTE = 20  # lines about routers and destinations not seen before
+    HUNG = 10.0  # seconds without a turn of the loop
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.counters = Counters()
-        self.policy = Policy(config, View())
-        self.ifaces: tuple[str, ...] = ()
-        self._default_route: tuple[str, ...] = ()
-        self.guarded: dict[str, bool] = {}  # by family name, as last probed
-        self._outlets: dict[str, Outlet] = {}
-        self._arrangement = Arrangement({}, (), {}, {}, {}, View())
-        self._recent, self._gathering = (
-            0,
-            1,
-        )  # errors since the last tick; how many the kernel hands over at a time
+        self.keeper = RuleKeeper(config, Complaints())
+        self.forwarder = Forwarder(config, self.counters, self.keeper)
+        self.peers = Peers(config, self.counters, self.wake)
+        self.roster = Roster(self.peers, self.forwarder, self.keeper)
+        self._server: Optional[StatusServer] = None
+        self._manager = ServiceManager(os.environ)
+        self._stack = contextlib.ExitStack()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self.peers = Peers(config, self.counters, self.wake)
-        self._stack = contextlib.ExitStack()
-        self._poll = select.poll()
-        self._firewall: Optional[Firewall] = None
-        self._server: Optional[StatusServer] = None
-        self._stopping = self._hangup = self._stale = False
-        self._change_at = 0.0  # when the next change may be put in force
-        self._refusals: Counter[tuple[PeerAddress, int]] = Counter()  # copies, by errno, untold
-        self._refusals_at = 0.0  # when the next warning about them may come
-        self._complaints: dict[
-            str, str
-        ] = {}  # what is not in force now and why; tried again each second
+        self._stopping = False
+        self._hangup = False
         self._ticks = 0
         self._turned = time.monotonic()
-        self._known = Recent(3600.0, capacity=1024)
-        self._news_left = self.NEWS_PER_MINUTE
         self._summarized = self.counters.summary()
         self._summary_at = self._turned + self.SUMMARY
-        self._manager = ServiceManager(os.environ)
-
-    def wake(self) -> None:
-        """Make the loop look at the peers again; callable from any thread or signal handler."""
-        self._stale = True
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"!")
 
     # -- start and stop
 
@@ -3779,163 +4760,28 @@ class Service:
 
         Raises PmtudError before anything is left behind.
         """
-        config = self.config
         with contextlib.ExitStack() as stack:
             stack.callback(self.peers.close)
             self.peers.prepare()
-            self._default_route = default_route_interfaces()
-            self.ifaces = self._choose_ifaces()
-            self._nflog = Nflog(config.nflog_group)
-            stack.callback(lambda: self._nflog.close())  # noqa: PLW0108 - it may be another one by then
-            self._monitor = stack.enter_context(
-                Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
-            )
+            self.keeper.choose_ifaces()
+            stack.callback(self.forwarder.close)
+            self.forwarder.open()
+            self._monitor = Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+            stack.enter_context(self._monitor)
             self._monitor.socket.setblocking(False)
-            stack.callback(self._close_outlets)
-            self._rearrange()
-            self._open_firewall(stack)
-            self._probe_guard()
+            self.roster.rearrange(self.config)
+            self.keeper.open(stack, self.roster.arrangement.senders)
             self._open_status(stack)
-            self._load_library()
-            self._drop_privileges()  # of this thread, so before any other starts
-            self._start_threads(stack)
+            if os.geteuid() == 0:
+                self._drop_privileges()  # of this thread, so before any other starts
+            self.peers.follow()
+            if self._server:
+                stack.callback(self._server.shutdown)
+                serve = self._server.serve_forever
+                threading.Thread(target=serve, name="http", daemon=True).start()
             self._stack = stack.pop_all()
         self._announce()
         self._manager.tell("READY=1", self._status())
-
-    def _open_firewall(self, stack: contextlib.ExitStack) -> None:
-        """Install our table; with --rules off it holds the guard only, and it may be missing."""
-        try:
-            self._firewall = Firewall(self.config, self.ifaces, senders=self._arrangement.senders)
-            stack.enter_context(self._firewall)
-        except PmtudError as problem:
-            if self.config.rules == "auto":
-                raise
-            log("warning", "cannot install the guard", problem=str(problem))
-
-    def _choose_ifaces(self) -> tuple[str, ...]:
-        if not self.config.ifaces:
-            if not self._default_route and self.config.rules == "auto":
-                raise PmtudError(
-                    "there is no default route; name the interface errors come in on with --iface"
-                )
-            return self._default_route
-        existing = [name for _, name in socket.if_nameindex()]
-        for name in self.config.ifaces:
-            if name not in existing:
-                raise UsageError(
-                    f"--iface: there is no interface {name}; there are {', '.join(existing)}"
-                )
-            if any(
-                os.path.exists(f"/sys/class/net/{name}/{role}")
-                for role in ("brport", "bonding_slave")
-            ):
-                log(
-                    "warning",
-                    f"{name} belongs to a bridge or bond: errors come in on that one; name it with --iface",
-                )
-        vrf = foreign_vrf(self.config.ifaces)
-        if vrf:
-            raise UsageError(
-                f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
-                f"`ip vrf exec {vrf}`"
-            )
-        return self.config.ifaces
-
-    def _open_status(self, stack: contextlib.ExitStack) -> None:
-        config = self.config
-        if not config.metrics_port:
-            return
-        try:
-            render = partial(render_metrics, self.counters)
-            self._server = open_status_server(config, render, self.unhealthy, self.unready)
-            stack.callback(self._server.server_close)
-        except OSError as problem:
-            place = f"{config.metrics_addr or '*'} port {config.metrics_port}"
-            text = f"metrics cannot be served on {place} ({problem.strerror})"
-            advice = "choose others with --metrics-addr and --metrics-port"
-            if config.metrics_required:
-                raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
-            log("warning", f"{text}; running without, {advice}")
-        address, in_pod = config.metrics_addr, "KUBERNETES_SERVICE_HOST" in os.environ
-        if in_pod and address and ipaddress.ip_address(address).is_loopback:
-            log(
-                "warning",
-                f"a kubelet's probes go to the node's address and fail, HTTP is served on {address} only",
-            )
-
-    def _load_library(self) -> None:
-        """Import prometheus-client, which may lie where only all of root's privileges reach.
-
-        Say so if that fails.
-        """
-        if not self._server:
-            return
-        try:
-            render_metrics(self.counters)
-        except PmtudError as problem:
-            log("warning", f"running without metrics: {problem}")
-
-    def _drop_privileges(self) -> None:
-        if os.geteuid() == 0:
-            try:
-                drop_privileges()
-            except OSError as problem:
-                log(
-                    "warning", "cannot drop privileges, going on with all", problem=problem.strerror
-                )
-
-    def _start_threads(self, stack: contextlib.ExitStack) -> None:
-        self.peers.follow()
-        if self._server:
-            stack.callback(self._server.shutdown)
-            threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
-
-    def _announce(self) -> None:
-        config, arrangement = self.config, self._arrangement
-        table = "" if config.rules == "auto" else "your own NFLOG rule, "
-        table += f"table inet {self._firewall.table}" if self._firewall else "no guard"
-        table += " (not owned: old kernel)" if self._firewall and not self._firewall.owned else ""
-        log(
-            "info",
-            f"pmtud {__version__} on {config.nodename}: errors come in on {', '.join(self.ifaces) or 'any'}, "
-            f"NFLOG group {config.nflog_group}, rules: {table}",
-        )
-        self._tell_peers()
-        if arrangement.removed:
-            log(
-                "info",
-                f"own address removed from peers: {', '.join(map(str, arrangement.removed))}",
-            )
-        passed = arrangement.senders.rate(config.rate)
-        source_rate, rate = (
-            f"{rate:.10g}/s" if rate else "no limit" for rate in (config.source_rate, config.rate)
-        )
-        rate += f", {passed}/s for so many peers" if passed < config.rate else ""
-        log(
-            "info",
-            f"limits: one per flow each {config.flow_interval:g} s, {source_rate} per router, "
-            f"{rate} in all; MTU at least {config.min_mtu[0]} (IPv4), {config.min_mtu[1]} (IPv6)"
-            + ("; dry run: nothing is sent" if config.dry_run else ""),
-        )
-
-    def _tell_peers(self) -> None:
-        """One line about the peers in force."""
-        peers = self._arrangement.everyone
-        if peers:
-            log("info", f"peers: {len(peers)} ({some(peers)})")
-        elif self._all_answered():
-            log("info", "peers: none, standalone: local rescue only")
-        else:
-            log("info", "peers: none yet, asking for them")
-
-    def _all_answered(self) -> bool:
-        """Whether an answer of every peer source is in force, not only on its way."""
-        return not self.peers.unanswered(self._arrangement.per_source)
-
-    def _status(self) -> str:
-        totals, peers = self.counters.summary(), len(self._arrangement.everyone)
-        return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
 
     def close(self) -> None:
         """Undo everything open() did."""
@@ -3945,197 +4791,100 @@ class Service:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    def _close_outlets(self) -> None:
-        for outlet in self._outlets.values():
-            outlet.close()
-        self._outlets = {}
-
-    # -- state that changes while running
-
-    def _rearrange(self) -> None:
-        """Work out peers and addresses anew and put them in force."""
+    def _open_status(self, stack: contextlib.ExitStack) -> None:
+        """Start to listen for HTTP, if anybody wants that."""
         config = self.config
-        arrangement = arrange(
-            self.peers.listed(), local_addresses(), config.ignore_networks, self.ifaces
-        )
-        before, self._arrangement = self._arrangement, arrangement
-        self.policy.look(arrangement.view)
-        self.counters.peers = arrangement.per_source
-        zones = any(peer.zone for peer in arrangement.everyone)  # may have a new index
-        sockets_before = before.targets, before.sources, before.inside
-        if zones or sockets_before != (
-            arrangement.targets,
-            arrangement.sources,
-            arrangement.inside,
-        ):
-            self._close_outlets()
-            # Pods come and go, and addresses with them: mostly nothing changes for us
-            self._open_outlets()
-        if self._firewall and self._firewall.senders != arrangement.senders:
-            self._firewall.senders = arrangement.senders
-            self._replace_rules()
-        if self._gathering > 1:  # with more peers fewer errors a turn
-            self._gather()
-
-    def _open_outlets(self) -> None:
-        """Sockets for the peers of now, for each family that has none.
-
-        Tried again each second where it fails.
-        """
-        for family in FAMILIES:
-            if family.name in self._outlets:
-                continue
-            try:
-                before = self.counters.copies.get(family.name)
-                self._outlets[family.name] = Outlet(family, self.config, self._arrangement, before)
-                self.counters.copies[family.name] = self._outlets[family.name].counts
-                self._complaints.pop(family.name, None)
-            # Switched off in the kernel, or duplicate detection on the source address
-            except OSError as problem:
-                if self._arrangement.targets[family.name]:
-                    self._complain(family.name, f"no {family.name} sockets", problem)
-
-    def _complain(self, about: str, text: str, problem: object) -> None:
-        """A warning, once for as long as the problem is the same."""
-        if self._complaints.get(about) != str(problem):
-            self._complaints[about] = str(problem)
-            log("warning", text, problem=problem)
-
-    def _probe_guard(self) -> None:
-        """Learn whether the guard is in force.
-
-        Without it only errors for local addresses are delivered.
-        """
-        for family in FAMILIES:
-            before, holds = self.guarded.get(family.name), guard_holds(family)
-            if holds is False and self._firewall:
-                self._replace_rules()
-                holds = guard_holds(family)
-                self._tell_of_guard(family, holds)
-            if holds is None:  # the probe has no way out: believe the table, if we have one
-                holds = self._firewall is not None
-            if not holds and before is not False:
-                log(
-                    "warning",
-                    f"no guard on mark {MARK_DELIVER:#x}: pods behind NAT will not be served; "
-                    "install the output rules that `pmtud.py rules` prints",
-                    family=family.name,
-                )
-            self.guarded[family.name] = holds
-
-    def _tell_of_guard(self, family: Family, holds: Optional[bool]) -> None:
-        """Say what had become of the guard, now that our rules have been installed again."""
-        about = f"guard {family.name}"
-        if holds:
-            self._complaints.pop(about, None)
-            log("warning", "our rules were flushed: installed again", family=family.name)
-        else:
-            rules = "nft list ruleset | grep -B 9 'mark set'"
-            self._complain(
-                about,
-                f"our rules are overruled: another one in OUTPUT changes mark {MARK_DELIVER:#x} "
-                f"before our chain `guard` (find it with: {rules})",
-                family.name,
-            )
-
-    def _replace_rules(self) -> None:
-        if not self._firewall:
+        if not config.metrics_port:
             return
         try:
-            self._firewall.replace(self.ifaces)
-        except PmtudError as problem:
-            log("warning", "cannot replace our rules", problem=str(problem))
+            render = partial(render_metrics, self.counters)
+            self._server = open_status_server(config, render, self.unhealthy, self.unready)
+            stack.callback(self._server.server_close)
+        except OSError as problem:
+            where = f"{config.metrics_addr or '*'} port {config.metrics_port}"
+            text = f"metrics cannot be served on {where} ({problem.strerror})"
+            advice = "choose others with --metrics-addr and --metrics-port"
+            if config.metrics_required:
+                raise PmtudError(f"{text}; {advice}, port 0 for none") from problem
+            log("warning", f"{text}; running without, {advice}")
+            return
+        self._check_status()
 
-    def _conntrack_appeared(self) -> bool:
-        """Put the conntrack rule in place if conntrack came into use after our start (kube-proxy
-        starts after us).
+    def _check_status(self) -> None:
+        """Say what keeps HTTP from being of use.
+
+        prometheus-client is imported now: it may lie where only all of root's privileges reach.
         """
-        if not self._firewall or self._firewall.conntrack or not conntrack_in_use():
-            return False
-        log("info", "conntrack came into use: the guard now asks it who owns a flow")
-        self._replace_rules()
-        return True
-
-    def _tick(self, now: float) -> None:
-        """Housekeeping, once a second."""
-        self._ticks += 1
-        self._gather()
-        self._recent = 0
+        address = self.config.metrics_addr
+        in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+        if in_pod and address and ipaddress.ip_address(address).is_loopback:
+            text = "a kubelet's probes go to the node's address and fail"
+            log("warning", f"{text}, HTTP is served on {address} only")
         try:
-            self._open_outlets()
+            render_metrics(self.counters)
         except PmtudError as problem:
-            self._complain("sockets", "cannot open raw sockets any more", problem)
-        self._stale = self._stale or "peers" in self._complaints
-        if self._ticks % self.SLOW_TICKS == 0:
-            self._follow_default_route()
-            self._probe_guard()
-        self._tell_refusals(now)
-        if now >= self._summary_at:
-            self._summarize(now)
+            log("warning", f"running without metrics: {problem}")
 
-    def _follow_default_route(self) -> None:
-        with contextlib.suppress(PmtudError, OSError):
-            found = default_route_interfaces()
-            if not found or found == self._default_route:
-                return
-            if not self.config.ifaces:
-                log(
-                    "info",
-                    "the default route moved",
-                    before=",".join(self.ifaces),
-                    now=",".join(found),
-                )
-                self.ifaces = found
-            self._default_route = found
-            self._replace_rules()
-            self._stale = True
+    @staticmethod
+    def _drop_privileges() -> None:
+        try:
+            drop_privileges()
+        except OSError as problem:
+            text = "cannot drop privileges, going on with all"
+            log("warning", text, problem=problem.strerror)
 
-    def _summarize(self, now: float) -> None:
-        totals = self.counters.summary()
-        changes = {name: count - self._summarized.get(name, 0) for name, count in totals.items()}
-        if any(changes.values()):
-            log("info", "last minute", **{name: count for name, count in changes.items() if count})
-        self._manager.tell(self._status())
-        self._summarized, self._summary_at, self._news_left = (
-            totals,
-            now + self.SUMMARY,
-            self.NEWS_PER_MINUTE,
+    def _announce(self) -> None:
+        """The lines of a start: where, to whom, how much."""
+        config = self.config
+        arrangement = self.roster.arrangement
+        ifaces = ", ".join(self.keeper.ifaces) or "any"
+        rules = describe_rules(config, self.keeper.firewall)
+        log(
+            "info",
+            f"pmtud {__version__} on {config.nodename}: errors come in on {ifaces}, "
+            f"NFLOG group {config.nflog_group}, rules: {rules}",
         )
+        self.roster.tell()
+        removed = ", ".join(map(str, arrangement.removed))
+        if removed:
+            log("info", f"own address removed from peers: {removed}")
+        log("info", f"limits: {describe_limits(config, arrangement.senders)}")
+
+    # -- how it is
+
+    def _status(self) -> str:
+        """What systemctl status shows."""
+        totals = self.counters.summary()
+        peers = len(self.roster.arrangement.everyone)
+        return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
 
     def unhealthy(self) -> list[str]:
         """That the loop has not turned for ten seconds; nothing while it turns."""
         idle = time.monotonic() - self._turned
-        return [f"the packet loop has not turned for {idle:.0f} s"] if idle >= 10.0 else []
+        if idle < self.HUNG:
+            return []
+        return [f"the packet loop has not turned for {idle:.0f} s"]
 
     def unready(self) -> list[str]:
-        """What keeps errors from coming in and going out.
-
-        The loop, rules, peer sources; nothing if all is well.
-        """
+        """What keeps errors from coming in and going out; nothing if all is well."""
         missing = self.unhealthy()
         if self.config.rules == "auto":
-            missing += [
-                f"{name}: our rules are not in force"
-                for name, holds in self.guarded.items()
-                if not holds
-            ]
-        return missing + self.peers.unanswered(self._arrangement.per_source)
+            for name, holds in self.keeper.guarded.items():
+                if not holds:
+                    missing.append(f"{name}: our rules are not in force")
+        return missing + self.roster.unanswered()
 
     # -- the loop
 
     def run(self) -> None:
         """Turn until SIGTERM or SIGINT."""
-        for descriptor in (self._nflog, self._monitor, self._wake_read):
-            self._poll.register(descriptor, select.POLLIN)
         tick_at = time.monotonic() + self.TICK
         while not self._stopping:
-            wake_at = min(tick_at, self._manager.watchdog_at)
-            if self._stale:
-                wake_at = min(wake_at, self._change_at)
-            ready = dict(self._poll.poll(max(0, int((wake_at - time.monotonic()) * 1000) + 1)))
-            self._turned = now = time.monotonic()
-            if self._nflog.fileno() in ready:
-                self._handle_batch(now)
+            ready = self._wait(tick_at)
+            now = time.monotonic()
+            self._turned = now
+            if self.forwarder.fileno() in ready:
+                self.forwarder.handle_batch(now)
             self._manager.turned(now)
             if self._wake_read in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -4144,257 +4893,92 @@ class Service:
                 self._drain_monitor()
             if self._hangup:
                 self._hangup = False
-                self._tell_reload()
-                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-                self.peers.reload()
-                self._manager.tell("READY=1", self._status())
+                self._reload()
             if now >= tick_at:
                 tick_at = now + self.TICK
                 self._tick(now)
-            if self._stale and now >= self._change_at:
-                self._stale = False
-                self._peers_changed()
-                self._change_at = time.monotonic() + self.CHANGE_GAP
+            if self.roster.stale and now >= self.roster.change_at:
+                self.roster.refresh(self.config)
+                self._manager.tell(self._status())
 
-    def _tell_reload(self) -> None:
-        if self.config.peer_sources:
-            log("info", "SIGHUP: reading the peer sources again")
-        else:
-            log(
-                "info",
-                "SIGHUP: nothing to read again, no peer source is in use; "
-                "options are read at the start",
-            )
+    def _wait(self, tick_at: float) -> set[int]:
+        """Sleep until something is due or has come in; the descriptors that can be read."""
+        wake_at = min(tick_at, self._manager.watchdog_at)
+        if self.roster.stale:
+            wake_at = min(wake_at, self.roster.change_at)
+        poll = select.poll()
+        for descriptor in (self.forwarder, self._monitor, self._wake_read):
+            poll.register(descriptor, select.POLLIN)
+        milliseconds = int((wake_at - time.monotonic()) * 1000) + 1
+        return {descriptor for descriptor, _ in poll.poll(max(0, milliseconds))}
 
-    def stop(self, *_: object) -> None:
-        """Signal handler: end the loop."""
-        self._stopping = True
-
-    def hang_up(self, *_: object) -> None:
-        """Signal handler: look at the peer sources again."""
-        self._hangup = True
+    def wake(self) -> None:
+        """Make the loop look at the peers again; callable from any thread or signal handler."""
+        self.roster.stale = True
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"!")
 
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT stop, SIGHUP reloads; each wakes the loop through the pipe."""
-        signal.signal(signal.SIGTERM, self.stop)
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGHUP, self.hang_up)
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGHUP, self._hang_up)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _hang_up(self, *_: object) -> None:
+        self._hangup = True
+
+    def _reload(self) -> None:
+        """SIGHUP: look at the peer sources again."""
+        text = "SIGHUP: reading the peer sources again"
+        if not self.config.peer_sources:
+            text = (
+                "SIGHUP: nothing to read again, no peer source is in use; "
+                "options are read at the start"
+            )
+        log("info", text)
+        self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.peers.reload()
+        self._manager.tell("READY=1", self._status())
+
+    # -- housekeeping
+
+    def _tick(self, now: float) -> None:
+        """Housekeeping, once a second."""
+        self._ticks += 1
+        self.forwarder.tick(now)
+        self.roster.tick()
+        if self._ticks % self.SLOW_TICKS == 0:
+            if self.keeper.follow_default_route():
+                self.roster.stale = True
+            self.keeper.probe_guard()
+        if now >= self._summary_at:
+            self._summarize(now)
+
+    def _summarize(self, now: float) -> None:
+        """Once a minute: what has grown."""
+        totals = self.counters.summary()
+        grown = {}
+        for name, count in totals.items():
+            growth = count - self._summarized.get(name, 0)
+            if growth:
+                grown[name] = growth
+        if grown:
+            log("info", "last minute", **grown)
+        self._manager.tell(self._status())
+        self._summarized = totals
+        self._summary_at = now + self.SUMMARY
+        self.forwarder.news.renew()
 
     def _drain_monitor(self) -> None:
         """An address came or went: rearrange, once for a burst of changes."""
-        with contextlib.suppress(
-            OSError
-        ):  # nothing left, or events were lost: either way look again
+        with contextlib.suppress(OSError):  # nothing left, or events were lost: look again
             while True:
                 self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
-        self._stale = True
-
-    def _peers_changed(self) -> None:
-        before = self._arrangement
-        try:
-            self._rearrange()
-        except (PmtudError, OSError) as problem:
-            self._complain("peers", "cannot put the new peers in force, the old ones stay", problem)
-            return
-        self._complaints.pop("peers", None)
-        self._tell_change(before)
-
-    def _tell_change(self, before: Arrangement) -> None:
-        """One line about who came and went; also where a source's first answer brings nobody."""
-        old, new = set(before.everyone), set(self._arrangement.everyone)
-        told = []
-        for peers, what in ((new - old, "came"), (old - new, "went")):
-            if peers:
-                told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
-        if told:
-            targets = self._arrangement.targets
-            counts = {f"peers_{name}": len(peers) for name, peers in targets.items()}
-            log("info", f"peers changed: {', '.join(told)}", **counts)
-            self._manager.tell(self._status())
-        elif not new and self._arrangement.per_source.keys() != before.per_source.keys():
-            self._tell_peers()
-
-    # -- the packet's way
-
-    def _handle_batch(self, now: float) -> None:
-        """Take what arrived, decide on each error, send the copies together, then deliver here."""
-        counters, policy, logged = self.counters, self.policy, self._read_nflog()
-        copies: dict[str, list[bytes]] = {
-            name: [] for name, outlet in self._outlets.items() if outlet.fanout
-        }
-        acted: list[tuple[MtuError, str, str, bool]] = []
-        for packet, _, rpf in logged:
-            error = parse(packet)
-            if isinstance(error, Reason):
-                counters.received[(IPV6 if packet[:1] >= b"\x60" else IPV4).name, ROUTER] += 1
-                counters.dropped[error] += 1
-                continue
-            origin, what = decide(error, policy, now)
-            name = error.family.name
-            if isinstance(what, Reason):
-                counters.received[name, origin] += 1
-                counters.dropped[what] += 1
-                self._explain_drop(error, what, now)
-                continue
-            if what is REPLICATE and name in copies:
-                copies[name].append(error.icmp)
-            else:
-                what = DELIVER if origin is PEER or self.config.rescue else NOTHING
-            acted.append((error, origin, what, rpf))
-        if not self.config.dry_run:
-            for name, bodies in copies.items():
-                self._replicate(name, bodies)
-            for error, origin, _, rpf in acted:
-                if origin is PEER or self.config.rescue:
-                    self._deliver(error, rpf)
-        self._account(acted, now)
-        if logged:
-            counters.last_error_received = time.time()
-            counters.batch_duration.observe(time.monotonic() - now)
-        self._recent += len(logged)
-        if self._recent > self.BUSY and self._gathering == 1:
-            self._gather()
-
-    def _account(self, acted: Sequence[tuple[MtuError, str, str, bool]], now: float) -> None:
-        """Count and log what was done, after all of it: a log line costs as much as ten copies."""
-        told, dry_run = LOGGER.isEnabledFor(logging.DEBUG), self.config.dry_run
-        for error, origin, what, _ in acted:
-            self._note(error, origin, now)
-            self.counters.received[error.family.name, origin] += 1
-            if dry_run:
-                self.counters.dropped[Reason.DRY_RUN] += 1
-                log("info", f"dry run: would {what}", origin=origin, error=error)
-                continue
-            self.counters.acted[what] += 1
-            self.counters.reported_mtu.observe(error.believed_mtu)
-            if told:
-                log("debug", "error", origin=origin, what=what, error=error)
-
-    def _gather(self) -> None:
-        """While errors are many, have the kernel hand over as many at a time as a turn may take.
-
-        Else each at once.
-        """
-        most = max(map(len, self._arrangement.targets.values()), default=0)
-        errors = (
-            max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
-            if self._recent > self.BUSY
-            else 1
-        )
-        if errors != self._gathering:
-            with contextlib.suppress(OSError):
-                self._nflog.gather(errors)
-                self._gathering = errors
-
-    def _read_nflog(self) -> list[Logged]:
-        """What has arrived; a broken socket is opened again, PmtudError (the end of the daemon) if
-        that fails.
-        """
-        before = self._nflog.lost
-        try:
-            return self._nflog.read()
-        except OSError as problem:
-            self._poll.unregister(self._nflog)
-            self._nflog.close()
-            self._nflog, self._gathering = Nflog(self.config.nflog_group), 1
-            self._poll.register(self._nflog, select.POLLIN)
-            log("error", "the NFLOG socket broke and was opened again", problem=problem.strerror)
-            before = self._nflog.lost
-            return []
-        finally:
-            self.counters.nflog_lost += self._nflog.lost - before
-
-    def _replicate(self, family_name: str, bodies: Sequence[bytes]) -> None:
-        fanout = self._outlets[family_name].fanout
-        if not fanout or not bodies:
-            return
-        refused = fanout.send(bodies)
-        if refused:
-            self._refusals.update(refused)
-        for peer, code in refused:
-            log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
-
-    def _tell_refusals(self, now: float) -> None:
-        """A warning about the copies that the kernel refused, at most once a minute."""
-        if not self._refusals or now < self._refusals_at:
-            return
-        shown = []
-        for (peer, code), count in self._refusals.most_common(8):
-            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
-            shown.append(f"{peer}: {problem}, {count} times")
-        if len(self._refusals) > len(shown):
-            shown.append(f"and {len(self._refusals) - len(shown)} more")
-        log("warning", f"the kernel refused copies to {'; '.join(shown)}")
-        self._refusals.clear()
-        self._refusals_at = now + self.SUMMARY
-
-    def _deliver(self, error: MtuError, rpf: bool) -> None:
-        """Give the error to this node's own stack; the guard decides whether it is the owner."""
-        name, view = error.family.name, self.policy.view
-        outlet = self._outlets.get(name)
-        if outlet is None or not (self.guarded.get(name) or error.quoted_src in view.own):
-            result = "error"  # without a guard the error could leave this node towards the VIP
-        else:
-            own = error.quoted_src in view.own
-            code = outlet.delivery.deliver(error.icmp, error.quoted_src, own)
-            if code and self._conntrack_appeared():
-                code = outlet.delivery.deliver(error.icmp, error.quoted_src, own)
-            result = {0: "owner", errno.EPERM: "not_owner"}.get(code, "error")
-            if result == "error":
-                self._tell_of_refusal(error, code)
-        self.counters.delivered[name, result] += 1
-        self.counters.rpf_rescued += rpf and result == "owner"
-
-    def _tell_of_refusal(self, error: MtuError, code: int) -> None:
-        """A delivery that this node's stack refused is the operator's problem.
-
-        One line for each errno and hour.
-        """
-        problem = os.strerror(code)
-        log("debug", "not delivered", error=error, problem=problem)
-        if self._known.get(code) is None:
-            self._known.put(code, problem, time.monotonic())
-            log(
-                "warning",
-                "this node's stack refuses a delivery: that flow does not learn; see `pmtud.py check`",
-                problem=problem,
-                error=error,
-            )
-
-    def _is_news(self, key: object, now: float) -> bool:
-        """Whether a line about this is due.
-
-        Not within an hour of the last, NEWS_PER_MINUTE in all.
-        """
-        if self._known.get(key) is not None or not self._news_left:
-            return False
-        self._known.put(key, now, now)
-        self._news_left -= 1
-        return True
-
-    def _note(self, error: MtuError, origin: str, now: float) -> None:
-        """One log line for each (router, destination, MTU)."""
-        if origin is ROUTER and self._is_news((error.src, error.quoted_dst, error.mtu), now):
-            log(
-                "info",
-                "a router reports an MTU",
-                router=ipaddress.ip_address(error.src),
-                destination=ipaddress.ip_address(error.quoted_dst),
-                mtu=error.mtu,
-            )
-
-    def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
-        if LOGGER.isEnabledFor(logging.DEBUG):
-            log("debug", "dropped", reason=reason.value, error=error)
-        if reason is Reason.MISADDRESSED and self._is_news(error.src, now):
-            source = ipaddress.ip_address(error.src)
-            log(
-                "warning",
-                f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
-                f"address of a peer, add it to --peers or --ignore-networks",
-                error=error,
-            )
+        self.roster.stale = True
 
 
 # -----------------------------------------------------------------------------
@@ -4497,7 +5081,7 @@ class Link(NamedTuple):
     under: str = ""  # where a tunnel's packets leave, empty where the kernel does not say
 
 
-class Daemon(NamedTuple):
+class RunningDaemon(NamedTuple):
     """The process that is pmtud."""
 
     process: str
@@ -4777,7 +5361,7 @@ class Node(NamedTuple):
     ifaces: tuple[str, ...]
     links: dict[str, Link]
     ruleset: Ruleset
-    daemon: Optional[Daemon]
+    daemon: Optional[RunningDaemon]
     cni_dir: str
 
 
@@ -4823,10 +5407,10 @@ def nftables_refusal(table_flags: int) -> int:
     Asked in a batch without its end message, which the kernel validates and then always aborts:
     nothing is made.
     """
-    every = bytes(nfgenmsg(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES))
+    every = NFGENMSG.pack(socket.AF_UNSPEC, 0, NFNL_SUBSYS_NFTABLES)
     begin = message(NFNL_MSG_BATCH_BEGIN, 0, 1, every)
-    table = bytes(nfgenmsg(NFPROTO_INET, 0, 0))
-    table += string(NFTA_TABLE_NAME, "pmtud_probe") + be32(NFTA_TABLE_FLAGS, table_flags)
+    table = NFGENMSG.pack(NFPROTO_INET, 0, 0)
+    table += string(TableAttr.NAME, "pmtud_probe") + be32(TableAttr.FLAGS, table_flags)
     kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE
     make = message(kind, NLM_F_CREATE | NLM_F_ACK, 2, table)
     try:
@@ -4837,7 +5421,7 @@ def nftables_refusal(table_flags: int) -> int:
     return 0
 
 
-def find_daemon(group: int, ruleset: Ruleset) -> Optional[Daemon]:
+def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     """The process that is pmtud and has the group, None if there is none."""
     port = group_holder(group)
     if port is None:
@@ -4854,7 +5438,7 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[Daemon]:
     idle = re.search(
         rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", options
     )
-    return Daemon(describe_process(pid), options, not idle)
+    return RunningDaemon(describe_process(pid), options, not idle)
 
 
 def option_of(options: bytes, name: str) -> str:
@@ -5366,9 +5950,9 @@ def cilium_subtracts(name: str, mtu: int, under: Underlay) -> bool:
     return mtu > under.best and mtu <= under.nic.mtu
 
 
-def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, shown: str = "") -> Finding:
+def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, subject: str = "") -> Finding:
     """Whether the MTU of a pod or of a CNI's configuration suits what is under it."""
-    found = f"{shown or name} {mtu}"
+    found = f"{subject or name} {mtu}"
     spare = under.nic.mtu - mtu
     if mtu == under.best:
         return ok("mtu", f"{found} = {under}")
@@ -5491,10 +6075,10 @@ def check_pods(node: Node, under: Underlay, is_given: bool) -> Iterator[Finding]
         fix = remake
         if not is_given:
             fix = f"{cni_command(names[0], under)}\n{remake}".strip()
-        shown = names[0]
+        subject = names[0]
         if len(names) > 1:
-            shown = f"{len(names)} pods ({names[0]}, ...)"
-        yield judge_mtu(names[0], mtu, under, fix, shown)
+            subject = f"{len(names)} pods ({names[0]}, ...)"
+        yield judge_mtu(names[0], mtu, under, fix, subject)
 
 
 def pod_underlay(node: Node, nic: Link, tunnels: Iterable[Link]) -> Underlay:
@@ -6103,22 +6687,6 @@ def option_type(parse_value: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
-    """The items of one --peers value: addresses, and the texts of sources."""
-    items: list[Union[PeerAddress, str]] = []
-    for item in split_list(text):
-        name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
-        if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
-            open_source(name)  # raises where there is no such kind
-            items.append(name)
-            continue
-        try:
-            items.append(parse_peer(item))
-        except ValueError as problem:
-            raise ValueError(f"{problem}; a peer is {PEER_KINDS}") from None
-    return items
-
-
 EPILOG = """\
 examples:
   sudo python3 pmtud.py                                   local rescue only (strict rp_filter)
@@ -6137,111 +6705,23 @@ The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or c
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Every option of the daemon; no defaults here, Config has them."""
-    add = parser.add_argument
-    add(
-        "--peers",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_peer_items),
-        help="nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME (all A and AAAA, "
-        "asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; comma-separated, repeatable",
-    )
-    add(
-        "--iface",
-        action="append",
-        metavar="NAME",
-        type=option_type(parse_iface),
-        help="where errors come in; repeatable (default: the interface of the default route)",
-    )
-    add(
-        "--nodename",
-        metavar="NAME",
-        type=option_type(parse_nodename),
-        help="this node's name in the log (default: the host name)",
-    )
-    add(
-        "--nflog-group",
-        metavar="N",
-        type=option_type(number_between(0, 65535)),
-        help="NFLOG group (default: 33)",
-    )
-    add(
-        "--metrics-port",
-        metavar="PORT",
-        type=option_type(number_between(0, 65535)),
-        help="port of /metrics, /healthz and /readyz; 0: none (default: 30040)",
-    )
-    add(
-        "--metrics-addr",
-        metavar="ADDR",
-        type=option_type(lambda text: str(ipaddress.ip_address(text))),
-        help="address to serve them on (default: all)",
-    )
-    add(
-        "--ttl",
-        metavar="N",
-        type=option_type(number_between(1, 255)),
-        help="TTL or hop limit of copies (default: 10)",
-    )
-    add(
-        "--ignore-networks",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_networks),
-        help="networks of the cluster besides the peers: errors from there are not replicated; repeatable",
-    )
-    add(
-        "--rules",
-        choices=("auto", "off"),
-        help="auto: install our own nftables table; off: your NFLOG rule feeds us (default: auto)",
-    )
-    add(
-        "--no-rescue",
-        action="store_true",
-        help="do not deliver a router's error on the node that receives it",
-    )
-    add(
-        "--service-networks",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_networks),
-        help="act only on errors about packets sent from these networks (default: all); repeatable",
-    )
-    add(
-        "--ports",
-        action="append",
-        metavar="LIST",
-        type=option_type(parse_ports),
-        help="act only on errors about packets sent from these ports (default: all); repeatable",
-    )
-    add(
-        "--min-mtu",
-        metavar="V4[,V6]",
-        type=option_type(parse_min_mtu),
-        help="smallest MTU believed, in bytes (default: 552,1280)",
-    )
-    add(
-        "--flow-interval",
-        metavar="SECONDS",
-        type=option_type(number_between(0, 3600, float)),
-        help="act on one error per flow and MTU in this time; 0: on each (default: 0.1)",
-    )
-    add(
-        "--source-rate",
-        metavar="N",
-        type=option_type(number_between(0, 1e9, float)),
-        help="errors acted on per second from one router or peer; 0: unlimited (default: 500)",
-    )
-    add(
-        "--rate",
-        metavar="N",
-        type=option_type(number_between(0, 1e9, float)),
-        help="errors acted on per second, from routers and from peers each; 0: unlimited (default: 1000)",
-    )
-    add("--dry-run", action="store_true", help="send nothing; count and log what would be done")
-    add("--log-level", choices=("debug", "info", "warning", "error"), help="(default: info)")
-    add("--log-format", choices=("text", "json"), help="(default: text)")
+    """Every row of OPTIONS; no defaults here, Config has them."""
+    for option in OPTIONS:
+        if not option.parse and not option.choices:
+            parser.add_argument(option.flag, action="store_true", help=option.help)
+            continue
+        described = [option.help] if option.help else []
+        if option.repeatable:
+            described.append("repeatable")
+        default = option.default or shown(Config._field_defaults[option.field])
+        parser.add_argument(
+            option.flag,
+            action="append" if option.repeatable else "store",
+            choices=option.choices,
+            metavar=option.metavar,
+            type=option_type(option.parse or str),
+            help=f"{'; '.join(described)} (default: {default})".strip(),
+        )
 
 
 COMMANDS = ("run", "check", "rules")
@@ -6330,23 +6810,24 @@ def environment_options(parser: Parser, environ: Mapping[str, str]) -> dict[str,
 
 def config_from(options: Mapping[str, Any]) -> Config:
     """The Config that options amount to; raises UsageError where they contradict each other."""
-    values = {name: value for name, value in options.items() if name != "no_rescue"}
-    for name in ("ignore_networks", "service_networks", "iface"):
-        if name in values:
-            values[name] = tuple(item for group in values[name] for item in group)
-    if "ports" in values:
-        values["ports"] = frozenset().union(*values["ports"])
-    items = [item for group in values.pop("peers", ()) for item in group]
-    values["ifaces"] = tuple(dict.fromkeys(values.pop("iface", ())))
-    values["peers"] = tuple(dict.fromkeys(item for item in items if isinstance(item, PeerAddress)))
-    values["peer_sources"] = tuple(dict.fromkeys(item for item in items if isinstance(item, str)))
-    values.setdefault("nodename", socket.gethostname())
+    values: dict[str, Any] = {"nodename": socket.gethostname()}
+    for option in OPTIONS:
+        if option.dest not in options:
+            continue
+        value = options[option.dest]
+        if option.repeatable:
+            items = dict.fromkeys(item for group in value for item in group)
+            value = type(Config._field_defaults[option.field])(items)
+        values[option.field] = value
+    peers = values.pop("peers", ())
+    values["peers"] = tuple(peer for peer in peers if isinstance(peer, PeerAddress))
+    values["peer_sources"] = tuple(peer for peer in peers if isinstance(peer, str))
+    values["rescue"] = not values.pop("no_rescue", False)
     values["metrics_required"] = bool(options.get("metrics_port", "metrics_addr" in options))
     if len(values["peers"]) > PEERS_MAX:
         raise UsageError(
             f"--peers: more than {PEERS_MAX}; one broadcast address reaches a whole subnet"
         )
-    values["rescue"] = not options.get("no_rescue", False)
     return Config(**values)
 
 
@@ -6419,9 +6900,6 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     return Invocation(command, config, hosts, bool(words["json"]), color, warnings)
 
 
-IPTABLES_ADDRESSES_MAX = 100  # in one command: a line that people can still read
-
-
 def print_rules(config: Config) -> None:
     """The rules the daemon would install, as nft and as iptables commands, on standard output."""
     ifaces = config.ifaces or default_route_interfaces()
@@ -6433,84 +6911,17 @@ def print_rules(config: Config) -> None:
     senders = arrange(
         {"static": config.peers, **listed}, local_addresses(), config.ignore_networks
     ).senders
-    rules = [
-        *nflog_rules(config, ifaces, senders),
-        *guard_rules(uplinks(ifaces), True, vrfs_of(ifaces)),
-    ]
-    table = f"table inet pmtud_{config.nflog_group}"
+    site = Site(ifaces, uplinks(ifaces), vrfs_of(ifaces), senders)
     lines = [
-        "# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, then start pmtud.py with --rules off"
+        "# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, "
+        "then start pmtud.py with --rules off",
+        *nft_text(whole_table(config, site)),
+        "",
+        "# or iptables (nft or legacy); "
+        "`-m conntrack` starts connection tracking where nothing else has",
+        *iptables_text(config, site),
     ]
-    lines += [
-        table,
-        f"delete {table}",
-        f"{table} {{",
-    ]  # in place of what is there, in one transaction
-    if config.rate:
-        lines.append(
-            f"\tset routers {{\n\t\ttype mark; size {BUCKETS_MAX}; flags dynamic,timeout; timeout 1m;\n\t}}"
-        )
-    for family in FAMILIES:
-        elements = ", ".join(str(ipaddress.ip_address(address)) for address in senders.of(family))
-        if elements:
-            kind = f"{family.name}_addr"
-            lines.append(
-                f"\tset peers_{family.name} {{\n\t\ttype {kind}; elements = {{ {elements} }}\n\t}}"
-            )
-    for chain in CHAINS:
-        lines.append(f"\tchain {chain.name} {{" + (f"\n\t\t{chain.text}" if chain.text else ""))
-        lines += [f"\t\t{rule.text}" for rule in rules if rule.chain == chain.name]
-        lines.append("\t}")
-    lines.append(
-        "}\n\n# or iptables (nft or legacy); `-m conntrack` starts connection tracking where nothing else has"
-    )
-    show("\n".join([*lines, *iptables_rules(config, ifaces, senders)]))
-
-
-def iptables_rules(config: Config, ifaces: Sequence[str], senders: Senders) -> list[str]:
-    """The same rules as iptables and ip6tables commands, without the limits.
-
-    RPF verdicts by the rpfilter match.
-    """
-    lines = []
-    for family, command, error in (
-        (IPV4, "iptables", "-p icmp -m icmp --icmp-type 3/4"),
-        (IPV6, "ip6tables", "-p icmpv6 -m icmp6 --icmpv6-type packet-too-big"),
-    ):
-        target = f"-j NFLOG --nflog-group {config.nflog_group}"
-        for iface in ifaces:
-            rule = f"{command} -t raw -A PREROUTING -i {shlex.quote(iface)} {error}"
-            lines.append(f'{rule} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"')
-            lines.append(f"{rule} -m rpfilter {target}")
-        if len(ifaces) == 1:  # `! -i` cannot be given twice
-            rule = f"{command} -t raw -A PREROUTING ! -i {shlex.quote(ifaces[0])} {error}"
-            lines += [f"{rule} {sender} {target}" for sender in iptables_senders(family, senders)]
-        lines.append(
-            f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack"
-        )
-        guard = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
-        lines += [f"{guard} -o {shlex.quote(vrf)} -j ACCEPT" for vrf in vrfs_of(ifaces)]
-        lines.append(
-            f"{guard} -m conntrack --ctstate RELATED -m conntrack --ctstate SNAT,DNAT -j ACCEPT"
-        )
-        lines.append(f"{guard} -o lo -m addrtype --dst-type LOCAL -j ACCEPT")
-        lines += [f"{guard} -o {shlex.quote(iface)} -j DROP" for iface in ("lo", *uplinks(ifaces))]
-        lines.append(f"{guard} -m conntrack ! --ctstate RELATED -j DROP")
-    return lines
-
-
-def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
-    """What matches a copy by its sender; iptables makes a rule of each address in a list."""
-    ends_here = "-m addrtype ! --dst-type UNICAST"
-    addresses = [socket.inet_ntop(family.af, address) for address in senders.of(family)]
-    for start in range(0, len(addresses), IPTABLES_ADDRESSES_MAX):
-        yield f"-s {','.join(addresses[start : start + IPTABLES_ADDRESSES_MAX])} {ends_here}"
-    for network in senders.networks:
-        if network.version == family.version:
-            yield f"-s {network} {ends_here}"
-    for network in senders.neighbours:
-        if network.version == family.version:
-            yield f"-s {network} -m pkttype ! --pkt-type unicast"
+    show("\n".join(lines))
 
 
 def check_metrics_library(config: Config) -> None:
@@ -6532,19 +6943,19 @@ def run(config: Config) -> None:
     """The daemon: open, turn until a signal, close."""
     name_process()
     check_metrics_library(config)
-    service = Service(config)
-    service.handle_signals()
+    daemon = Daemon(config)
+    daemon.handle_signals()
     try:
-        service.open()
-        service.run()
+        daemon.open()
+        daemon.run()
         log(
             "info",
             "stopped",
-            **{name: count for name, count in service.counters.summary().items() if count},
+            **{name: count for name, count in daemon.counters.summary().items() if count},
         )
     finally:
         signal.set_wakeup_fd(-1)
-        service.close()
+        daemon.close()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
