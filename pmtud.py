@@ -1343,10 +1343,11 @@ class Site(NamedTuple):
     bursts: bool = True  # whether the kernel can tell bursts: Linux 5.11 with nft_hash
 
 
-def expression(name: str, *attrs: bytes) -> bytes:
-    """One nftables expression."""
+def expression(name: str, numbers: Mapping[int, int], *attrs: bytes) -> bytes:
+    """One nftables expression: attributes with 32-bit numbers, then those built already."""
+    data = b"".join(be32(kind, number) for kind, number in numbers.items())
     named = string(ExprAttr.NAME, name)
-    return nested(ListAttr.ELEM, named, nested(ExprAttr.DATA, *attrs))
+    return nested(ListAttr.ELEM, named, nested(ExprAttr.DATA, data, *attrs))
 
 
 def host32(number: int) -> bytes:
@@ -1354,84 +1355,55 @@ def host32(number: int) -> bytes:
     return struct.pack("=I", number)
 
 
-def interface_name(name: str) -> bytes:
-    """An interface name as nftables registers hold it."""
-    return name.encode().ljust(IFNAMSIZ, b"\0")
-
-
 def load_meta(key: int) -> bytes:
     """Metadata of the packet into register 1."""
-    return expression("meta", be32(MetaAttr.DREG, NFT_REG_1), be32(MetaAttr.KEY, key))
-
-
-def load_payload(base: int, offset: int, length: int) -> bytes:
-    """Bytes of the packet into register 1."""
-    return expression(
-        "payload",
-        be32(PayloadAttr.DREG, NFT_REG_1),
-        be32(PayloadAttr.BASE, base),
-        be32(PayloadAttr.OFFSET, offset),
-        be32(PayloadAttr.LEN, length),
-    )
-
-
-def load_fib(result: int, flags: int) -> bytes:
-    """What the routing table says about an address into register 1."""
-    return expression(
-        "fib",
-        be32(FibAttr.DREG, NFT_REG_1),
-        be32(FibAttr.RESULT, result),
-        be32(FibAttr.FLAGS, flags),
-    )
+    return expression("meta", {MetaAttr.DREG: NFT_REG_1, MetaAttr.KEY: key})
 
 
 def load_ct(key: int) -> bytes:
     """What conntrack knows of the packet into register 1."""
-    return expression("ct", be32(CtAttr.DREG, NFT_REG_1), be32(CtAttr.KEY, key))
+    return expression("ct", {CtAttr.DREG: NFT_REG_1, CtAttr.KEY: key})
+
+
+def load_fib(result: int, flags: int) -> bytes:
+    """What the routing table says about an address into register 1."""
+    numbers = {FibAttr.DREG: NFT_REG_1, FibAttr.RESULT: result, FibAttr.FLAGS: flags}
+    return expression("fib", numbers)
+
+
+def load_payload(base: int, offset: int, length: int) -> bytes:
+    """Bytes of the packet into register 1."""
+    numbers = {
+        PayloadAttr.DREG: NFT_REG_1,
+        PayloadAttr.BASE: base,
+        PayloadAttr.OFFSET: offset,
+        PayloadAttr.LEN: length,
+    }
+    return expression("payload", numbers)
 
 
 def load_source(family: Family) -> bytes:
     """The source address into register 1, for packets of this family."""
-    is_ours = load_meta(NFT_META_NFPROTO) + equals(bytes([family.nfproto]))
-    return is_ours + load_payload(NFT_PAYLOAD_NETWORK_HEADER, family.src_offset, family.address_len)
+    right_family = load_meta(NFT_META_NFPROTO) + compare(NFT_CMP_EQ, bytes([family.nfproto]))
+    base = NFT_PAYLOAD_NETWORK_HEADER
+    return right_family + load_payload(base, family.src_offset, family.address_len)
 
 
 def keep_bits(mask: bytes) -> bytes:
     """register 1 & mask."""
-    nothing = bytes(len(mask))
+    size = len(mask)
     return expression(
         "bitwise",
-        be32(BitwiseAttr.SREG, NFT_REG_1),
-        be32(BitwiseAttr.DREG, NFT_REG_1),
-        be32(BitwiseAttr.LEN, len(mask)),
+        {BitwiseAttr.SREG: NFT_REG_1, BitwiseAttr.DREG: NFT_REG_1, BitwiseAttr.LEN: size},
         nested(BitwiseAttr.MASK, attribute(DataAttr.VALUE, mask)),
-        nested(BitwiseAttr.XOR, attribute(DataAttr.VALUE, nothing)),
+        nested(BitwiseAttr.XOR, attribute(DataAttr.VALUE, bytes(size))),
     )
 
 
 def compare(operator: int, value: bytes) -> bytes:
     """register 1 OPERATOR value."""
-    return expression(
-        "cmp",
-        be32(CmpAttr.SREG, NFT_REG_1),
-        be32(CmpAttr.OP, operator),
-        nested(CmpAttr.DATA, attribute(DataAttr.VALUE, value)),
-    )
-
-
-def equals(value: bytes) -> bytes:
-    """Goes on where register 1 has this value."""
-    return compare(NFT_CMP_EQ, value)
-
-
-def differs(value: bytes) -> bytes:
-    """Goes on where register 1 has another value."""
-    return compare(NFT_CMP_NEQ, value)
-
-
-def has_bits(bits: int) -> bytes:
-    """Goes on where register 1 has any of these bits."""
-    return keep_bits(host32(bits)) + differs(host32(0))
+    data = nested(CmpAttr.DATA, attribute(DataAttr.VALUE, value))
+    return expression("cmp", {CmpAttr.SREG: NFT_REG_1, CmpAttr.OP: operator}, data)
 
 
 def verdict(code: int, chain: str = "") -> bytes:
@@ -1440,7 +1412,28 @@ def verdict(code: int, chain: str = "") -> bytes:
     if chain:
         found += string(VerdictAttr.CHAIN, chain)
     data = nested(ImmediateAttr.DATA, nested(DataAttr.VERDICT, found))
-    return expression("immediate", be32(ImmediateAttr.DREG, NFT_REG_VERDICT), data)
+    return expression("immediate", {ImmediateAttr.DREG: NFT_REG_VERDICT}, data)
+
+
+def equal(what: Part, value: Part) -> Part:
+    """Goes on where the packet has this value."""
+    return Part(f"{what.text} {value.text}", what.data + compare(NFT_CMP_EQ, value.data))
+
+
+def unequal(what: Part, value: Part) -> Part:
+    """Goes on where the packet has another value."""
+    return Part(f"{what.text} != {value.text}", what.data + compare(NFT_CMP_NEQ, value.data))
+
+
+def has_bits(what: Part, bits: Part) -> Part:
+    """Goes on where any of these bits is set."""
+    data = what.data + keep_bits(bits.data) + compare(NFT_CMP_NEQ, bytes(len(bits.data)))
+    return Part(f"{what.text} {bits.text}", data)
+
+
+def interface(name: str) -> Part:
+    """The name of an interface, to compare with."""
+    return Part(f'"{name}"', name.encode().ljust(IFNAMSIZ, b"\0"))
 
 
 def goto(chain: str) -> Part:
@@ -1451,25 +1444,23 @@ def goto(chain: str) -> Part:
 ACCEPT = Part("accept", verdict(NF_ACCEPT))
 DROP = Part("drop", verdict(NF_DROP))
 RETURN = Part("return", verdict(NFT_RETURN))
-NOTRACK = Part("notrack", expression("notrack"))
-FAILS_RPF = Part(
-    "fib saddr . iif oif 0",
-    load_fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF) + equals(host32(0)),
+NOTRACK = Part("notrack", expression("notrack", {}))
+IIFNAME = Part("iifname", load_meta(NFT_META_IIFNAME))
+OIFNAME = Part("oifname", load_meta(NFT_META_OIFNAME))
+MARK = Part("meta mark", load_meta(NFT_META_MARK))
+PKTTYPE = Part("meta pkttype", load_meta(NFT_META_PKTTYPE))
+CT_STATE = Part("ct state", load_ct(NFT_CT_STATE))
+CT_STATUS = Part("ct status", load_ct(NFT_CT_STATUS))
+DADDR_TYPE = Part("fib daddr type", load_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR))
+WAY_BACK = Part(
+    "fib saddr . iif oif", load_fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF)
 )
-TO_LOCAL = Part(
-    "fib daddr type local",
-    load_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR) + equals(host32(RTN_LOCAL)),
-)
-NOT_FORWARDED = Part(
-    "fib daddr type != unicast",
-    load_fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR) + differs(host32(RTN_UNICAST)),
-)
-TO_GROUP = Part("meta pkttype != host", load_meta(NFT_META_PKTTYPE) + differs(bytes([PACKET_HOST])))
-
-RELATED = Part("ct state related", load_ct(NFT_CT_STATE) + has_bits(NF_CT_STATE_RELATED_BIT))
-TRANSLATED = Part(
-    "ct status snat,dnat", load_ct(NFT_CT_STATUS) + has_bits(IPS_SRC_NAT | IPS_DST_NAT)
-)
+FAILS_RPF = equal(WAY_BACK, Part("0", host32(0)))
+TO_LOCAL = equal(DADDR_TYPE, Part("local", host32(RTN_LOCAL)))
+NOT_FORWARDED = unequal(DADDR_TYPE, Part("unicast", host32(RTN_UNICAST)))
+TO_GROUP = unequal(PKTTYPE, Part("host", bytes([PACKET_HOST])))
+RELATED = has_bits(CT_STATE, Part("related", host32(NF_CT_STATE_RELATED_BIT)))
+TRANSLATED = has_bits(CT_STATUS, Part("snat,dnat", host32(IPS_SRC_NAT | IPS_DST_NAT)))
 ERROR_WORDS = {
     IPV4: "icmp type destination-unreachable icmp code frag-needed",
     IPV6: "icmpv6 type packet-too-big icmpv6 code 0",
@@ -1478,52 +1469,32 @@ ERROR_WORDS = {
 
 def is_error(family: Family) -> Part:
     """The packet is an error of this family."""
-    protocol = load_meta(NFT_META_L4PROTO) + equals(bytes([family.icmp_protocol]))
-    kind = load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2) + equals(bytes(family.error))
-    return Part(ERROR_WORDS[family], protocol + kind)
-
-
-def has_mark(mark: int) -> Part:
-    """The packet is one that we sent with this mark."""
-    return Part(f"meta mark {mark:#x}", load_meta(NFT_META_MARK) + equals(host32(mark)))
-
-
-def comes_in(iface: str) -> Part:
-    """The packet came in on this interface."""
-    return Part(f'iifname "{iface}"', load_meta(NFT_META_IIFNAME) + equals(interface_name(iface)))
-
-
-def goes_out(iface: str) -> Part:
-    """The packet is routed to this interface."""
-    return Part(f'oifname "{iface}"', load_meta(NFT_META_OIFNAME) + equals(interface_name(iface)))
-
-
-def goes_elsewhere(iface: str) -> Part:
-    """The packet is not routed to this interface."""
-    data = load_meta(NFT_META_OIFNAME) + differs(interface_name(iface))
-    return Part(f'oifname != "{iface}"', data)
+    data = load_meta(NFT_META_L4PROTO) + compare(NFT_CMP_EQ, bytes([family.icmp_protocol]))
+    data += load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2)
+    data += compare(NFT_CMP_EQ, bytes(family.error))
+    return Part(ERROR_WORDS[family], data)
 
 
 def is_from_set(family: Family, name: str) -> Part:
     """The packet's source is in this set of addresses."""
-    lookup = expression("lookup", string(LookupAttr.SET, name), be32(LookupAttr.SREG, NFT_REG_1))
+    lookup = expression("lookup", {LookupAttr.SREG: NFT_REG_1}, string(LookupAttr.SET, name))
     return Part(f"{family.nft} saddr @{name}", load_source(family) + lookup)
 
 
 def is_from_network(network: Network) -> Part:
     """The packet's source is in this network."""
-    family = family_of(network.network_address.packed)
-    data = load_source(family) + keep_bits(network.netmask.packed)
-    data += equals(network.network_address.packed)
-    return Part(f"{family.nft} saddr {network}", data)
+    address = network.network_address.packed
+    family = family_of(address)
+    bits = load_source(family) + keep_bits(network.netmask.packed)
+    return equal(Part(f"{family.nft} saddr", bits), Part(str(network), address))
 
 
 def to_group(group: int, prefix: str = "") -> Part:
     """Hands the packet to an NFLOG group, with a prefix if one is given."""
     number = be16(LogAttr.GROUP, group)
     if not prefix:
-        return Part(f"log group {group}", expression("log", number))
-    data = expression("log", number, string(LogAttr.PREFIX, prefix))
+        return Part(f"log group {group}", expression("log", {}, number))
+    data = expression("log", {}, number, string(LogAttr.PREFIX, prefix))
     return Part(f'log prefix "{prefix}" group {group}', data)
 
 
@@ -1532,13 +1503,8 @@ def limit(rate: int, unit: str, burst: int, flags: int = 0) -> Part:
     words = "limit rate"
     if flags & NFT_LIMIT_F_INV:
         words = "limit rate over"
-    data = expression(
-        "limit",
-        be64(LimitAttr.RATE, rate),
-        be64(LimitAttr.UNIT, LIMIT_SECONDS[unit]),
-        be32(LimitAttr.BURST, burst),
-        be32(LimitAttr.FLAGS, flags),
-    )
+    speed = be64(LimitAttr.RATE, rate) + be64(LimitAttr.UNIT, LIMIT_SECONDS[unit])
+    data = expression("limit", {LimitAttr.BURST: burst, LimitAttr.FLAGS: flags}, speed)
     return Part(f"{words} {rate}/{unit} burst {burst} packets", data)
 
 
@@ -1572,21 +1538,23 @@ def in_a_burst(family: Family) -> Part:
     1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a second, and a third
     of the genuine went unheard).
     """
-    bucket = expression(
-        "hash",
-        be32(HashAttr.SREG, NFT_REG_1),
-        be32(HashAttr.DREG, NFT_REG_1),
-        be32(HashAttr.LEN, family.address_len),
-        be32(HashAttr.MODULUS, BUCKETS),
-    )
+    numbers = {
+        HashAttr.SREG: NFT_REG_1,
+        HashAttr.DREG: NFT_REG_1,
+        HashAttr.LEN: family.address_len,
+        HashAttr.MODULUS: BUCKETS,
+    }
+    bucket = expression("hash", numbers)
     late = limit(100, "second", 3, NFT_LIMIT_F_INV)
     few = limit(1, "minute", 10)
     update = expression(
         "dynset",
+        {
+            DynsetAttr.OP: NFT_DYNSET_OP_UPDATE,
+            DynsetAttr.SREG_KEY: NFT_REG_1,
+            DynsetAttr.FLAGS: NFT_DYNSET_F_EXPR,
+        },
         string(DynsetAttr.SET_NAME, ROUTERS.name),
-        be32(DynsetAttr.OP, NFT_DYNSET_OP_UPDATE),
-        be32(DynsetAttr.SREG_KEY, NFT_REG_1),
-        be32(DynsetAttr.FLAGS, NFT_DYNSET_F_EXPR),
         nested(DynsetAttr.EXPRESSIONS, late.data, few.data),
     )
     key = f"jhash {family.nft} saddr mod {BUCKETS}"
@@ -1646,7 +1614,7 @@ def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
     for parts in copy_senders(site.senders):
         rules.append(Rule("senders", (*parts, goto(copies))))
     for iface in site.ifaces:
-        rules.append(Rule("senders", (comes_in(iface), goto(routers))))
+        rules.append(Rule("senders", (equal(IIFNAME, interface(iface)), goto(routers))))
     for family in FAMILIES:
         rules.append(Rule("prerouting", (is_error(family), goto("senders"))))
     return rules
@@ -1706,7 +1674,8 @@ def guard_rules(site: Site) -> list[Rule]:
 
 def marked_rules(hook: str, mark: int, chain: str, action: tuple[Part, ...]) -> list[Rule]:
     """What happens to our errors with this mark; a packet that is not ours costs one test."""
-    rules = [Rule(hook, (has_mark(mark), goto(chain)))]
+    our_mark = equal(MARK, Part(f"{mark:#x}", host32(mark)))
+    rules = [Rule(hook, (our_mark, goto(chain)))]
     for family in FAMILIES:
         rules.append(Rule(chain, (is_error(family), *action)))
     return rules
@@ -1723,17 +1692,17 @@ def owned_flows(site: Site) -> Iterator[tuple[Part, ...]]:
     """
     for vrf in site.vrfs:
         # A packet passes OUTPUT twice: with this device, untracked, and then with its member
-        yield (goes_out(vrf),)
+        yield (equal(OIFNAME, interface(vrf)),)
     if site.conntrack:
         yield RELATED, TRANSLATED
     if site.uplinks:
-        inward = tuple(goes_elsewhere(iface) for iface in ("lo", *site.uplinks))
+        inward = tuple(unequal(OIFNAME, interface(name)) for name in ("lo", *site.uplinks))
         if site.conntrack:
             inward = (RELATED, *inward)
         yield inward
     # To `lo` alone: where an address has just gone, what was meant for it would take the default
     # route.
-    yield goes_out("lo"), TO_LOCAL
+    yield equal(OIFNAME, interface("lo")), TO_LOCAL
 
 
 def whole_table(config: Config, site: Site) -> Table:
