@@ -2,6 +2,7 @@
 """Everything that proves pmtud.py, on real kernel traffic in network namespaces.
 
     sudo python3 test_pmtud.py               all tests (arguments are pytest's: -k udp, -x, -v)
+    sudo python3 test_pmtud.py quick         the units and a cluster, before each commit
     python3 test_pmtud.py unit               those that need no cluster (with another Python: PMTUD_VENV=DIR)
     sudo python3 test_pmtud.py lab           the MTU lab, told step by step (--keep, --only 2.4, --no-color)
     sudo python3 test_pmtud.py bench         how fast, against a C floor in the same run (--only fanout)
@@ -144,6 +145,7 @@ settings.register_profile("pmtud", max_examples=200, deadline=None, database=Non
 settings.load_profile("pmtud")
 
 unit = pytest.mark.unit  # needs neither root nor a namespace
+quick = pytest.mark.quick  # what is most likely to notice a mistake, on one cluster
 # With several workers each test goes to whoever is free, but for these groups.
 in_order = pytest.mark.xdist_group(
     "lab"
@@ -4446,6 +4448,7 @@ def assert_learned(cluster: Cluster, service: str, family: int) -> None:
     assert len(learned) >= needed, f"{len(learned)} of {len(clients)} learned"
 
 
+@quick
 @pytest.mark.parametrize("family,service", CASES)
 def test_without_the_daemon_transfers_hang(cluster: Cluster, family: int, service: str) -> None:
     """The negative control of every test below.
@@ -4456,6 +4459,7 @@ def test_without_the_daemon_transfers_hang(cluster: Cluster, family: int, servic
     assert len(finished) < 20, f"{len(finished)} of 23 finished: there is no black hole here"
 
 
+@quick
 @pytest.mark.parametrize("drop_invalid", [False, True])
 @pytest.mark.parametrize("family,service", CASES)
 def test_with_the_daemon_all_transfers_finish(
@@ -4489,6 +4493,7 @@ def invalid_dropped(cluster: Cluster) -> Iterator[None]:
             node.run("nft", "delete", "table", "inet", "invalid")
 
 
+@quick
 @pytest.mark.parametrize("service", Cluster.SERVICES)
 def test_strict_rpf_and_an_error_from_a_management_address(cluster: Cluster, service: str) -> None:
     """No flow learns without the daemon, all with it, and rp_filter is still strict afterwards."""
@@ -4591,6 +4596,7 @@ def test_exact_copies_and_no_echo(
     assert destinations == dict.fromkeys(listed[1:], ERRORS), processes[0].output()
 
 
+@quick
 @pytest.mark.parametrize(
     "lists",
     [
@@ -4644,6 +4650,7 @@ def test_delivered_counts_tell_the_owner(cluster: Cluster) -> None:
         assert poll(agree, 5), counts()
 
 
+@quick
 @pytest.mark.parametrize("family", [4, 6])
 def test_conntrack_not_in_use_stays_so(family: int) -> None:
     """Host services only, no rule that tracks.
@@ -5327,6 +5334,7 @@ def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
             assert {copy[20:] for copy in copies} == {packet[20:] for packet in packets}
 
 
+@quick
 @pytest.mark.parametrize("family", [4, 6])
 def test_families_do_not_mix(cluster: Cluster, family: int) -> None:
     """Peers of both families.
@@ -6056,6 +6064,7 @@ def paste_rules(node: Host, tool: str) -> None:
         node.run("sh", "-c", re.sub("^(ip6?tables)", rf"\1-{variant}", line))
 
 
+@quick
 def test_installed_rules_are_the_printed_rules(cluster: Cluster) -> None:
     """What the daemon installs over netlink lists exactly as the printed text does once loaded by
     nft.
@@ -6081,6 +6090,7 @@ def test_installed_rules_are_the_printed_rules(cluster: Cluster) -> None:
     assert body == [line for line in loaded.splitlines() if line.strip()]
 
 
+@quick
 def test_flush_ruleset_leaves_our_table(cluster: Cluster) -> None:
     """`nft flush ruleset`, a firewall reload beside us: an owned table stays."""
     with Cluster(conntrack=False) as plain, daemons(plain.nodes, "--peers", PEER_LISTS[4]):
@@ -6148,6 +6158,7 @@ def test_table_without_ownership_is_replaced_and_removed(cluster_of_its_own: Clu
 # -- start, stop, and what it says
 
 
+@quick
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_clean_stop(cluster: Cluster, number: int) -> None:
     """Exit 0 in under a second, table gone, group free for the next one."""
@@ -6242,6 +6253,7 @@ def test_signals_before_the_command_is_known(command: str, code: int, tmp_path: 
         assert process.stop() == code, process.output()
 
 
+@quick
 def test_sigkill_leaves_nothing(cluster: Cluster) -> None:
     """The kernel removes the table and frees the group."""
     node = cluster.nodes[0]
@@ -6265,6 +6277,7 @@ def run_to_end(
     return code, process.output()
 
 
+@quick
 def test_second_daemon_names_the_first(cluster: Cluster) -> None:
     """Exit 1 and one line; no advice to take another group: every error would be copied twice."""
     node, line = cluster.nodes[0], "pmtud: pmtud already runs here (pid {})\n"
@@ -6336,6 +6349,7 @@ START_FAILURES = [
 ]
 
 
+@quick
 @pytest.mark.parametrize("options,code,text", START_FAILURES)
 def test_start_failures_are_one_line(options: list[str], code: int, text: str) -> None:
     """In a namespace with nothing but a loopback interface."""
@@ -6516,6 +6530,7 @@ def test_a_service_manager_that_is_gone_is_nobodys_problem(
 UNIT = HERE / "pmtud.service"
 
 
+@quick
 @pytest.mark.parametrize("verb", [("verify",), ("security", "--offline=true", "--threshold=15")])
 def test_unit_is_clean_and_tight(verb: tuple[str, ...], tmp_path: Path) -> None:
     """systemd's own judgement: nothing to complain about, exposure 1.5 or lower."""
@@ -6773,6 +6788,7 @@ def environment(container: dict[str, Any]) -> dict[str, str]:
     }
 
 
+@quick
 def test_manifests_are_valid() -> None:
     """Against the Kubernetes schemas, strictly.
 
@@ -6851,6 +6867,7 @@ def test_manifest_keeps_its_promises() -> None:
     ]
 
 
+@quick
 def test_manifest_options_are_the_programs() -> None:
     container, service = POD["containers"][0], ACTIVE["Service"]
     config = parse_options([], **environment(container))
@@ -7525,6 +7542,7 @@ def get(host: Host, path: str, port: int = 30040, address: str = "127.0.0.1") ->
     return code, body
 
 
+@quick
 def test_http(cluster: Cluster) -> None:
     """/metrics, /healthz, /readyz; --metrics-port and --metrics-addr; 0 turns it off."""
     node = cluster.nodes[0]
@@ -8278,6 +8296,7 @@ def node() -> Iterator[Host]:
         yield net.node
 
 
+@quick
 def test_a_good_node_is_all_ok(node: Host) -> None:
     """Without the daemon a warning; the fix starts it: exit 0, and nothing to repair."""
     bad = diagnose(node)
@@ -8562,6 +8581,7 @@ def test_rules_of_the_operator(node: Host) -> None:
     assert good.of("nflog_rule")["found"] == "inet pmtud_33 mtu_errors, no counter"
 
 
+@quick
 @pytest.mark.parametrize(
     ("chain", "status"),
     [
@@ -8722,6 +8742,7 @@ def test_a_rule_after_rp_filter_is_too_late(node: Host, rule: tuple[str, ...]) -
     assert ", 0 packets so far" in late["found"]
 
 
+@quick
 @pytest.mark.parametrize("scope", ["all", "eth0"])
 def test_rp_filter(node: Host, scope: str) -> None:
     """Strict: WARN, and the fix is to run pmtud, never to loosen it; the fix turns it OK."""
@@ -11709,6 +11730,7 @@ def table(header: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in cells}
 
 
+@quick
 def test_option_table() -> None:
     """Every option is there and nothing else, with the default that Config or the help text has."""
     rows = table("option")
@@ -11735,6 +11757,7 @@ def test_option_table() -> None:
         assert f"(default: {field})" in (options[option].help or ""), option
 
 
+@quick
 def test_metric_table() -> None:
     """Names, types and labels."""
     suffix = {"counter": "_total"}
@@ -11744,6 +11767,7 @@ def test_metric_table() -> None:
     assert {name: cells[:2] for name, cells in table("metric").items()} == program
 
 
+@quick
 def test_reason_and_exit_code_tables() -> None:
     """One row for each."""
     assert list(table("reason")) == [reason.value for reason in Reason]
@@ -11751,6 +11775,7 @@ def test_reason_and_exit_code_tables() -> None:
     assert set(table("exit code")) == codes
 
 
+@quick
 def test_rules_in_the_readme_are_the_printed_ones(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -11763,6 +11788,7 @@ def test_rules_in_the_readme_are_the_printed_ones(
     assert f"iptables {SEED_RULE}" in README
 
 
+@quick
 def test_go_pmtud_options_exist_with_their_defaults() -> None:
     """The options of the model are ours."""
     config = pmtud.Config()
@@ -11788,6 +11814,7 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+@quick
 def test_every_code_block_ends() -> None:
     """An open one would swallow the rest of the page."""
     fences = re.findall(r"^```(.*)$", README, re.MULTILINE)
@@ -11864,6 +11891,7 @@ def test_what_was_learned_outlives_the_daemon(cluster: Cluster) -> None:
     assert [process.stop() for process in processes] == [0, 0, 0]
 
 
+@quick
 def test_links_and_files() -> None:
     """Everything the README points to is there."""
     for target in re.findall(r"\]\(([^)#h][^)]*)\)", README):
@@ -14416,6 +14444,8 @@ def main(argv: Sequence[str]) -> int:
         return lab(rest) if command == "lab" else bench(rest)
     if command == "unit":
         argv = ["-m", "unit", *rest]
+    if command == "quick":
+        argv = ["-m", "unit or quick", "-n2", *rest]
     return int(pytest.main([str(Path(__file__)), *argv], plugins=[Verdict(), Workers()]))
 
 
