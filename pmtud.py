@@ -1343,7 +1343,7 @@ class Site(NamedTuple):
     bursts: bool = True  # whether the kernel can tell bursts: Linux 5.11 with nft_hash
 
 
-def expression(name: str, numbers: Mapping[int, int], *attrs: bytes) -> bytes:
+def expression(name: str, numbers: Mapping[Any, int], *attrs: bytes) -> bytes:
     """One nftables expression: attributes with 32-bit numbers, then those built already."""
     data = b"".join(be32(kind, number) for kind, number in numbers.items())
     named = string(ExprAttr.NAME, name)
