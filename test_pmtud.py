@@ -3777,6 +3777,7 @@ class Net:
     """
 
     made = 0
+    host_class: ClassVar[type[Host]] = Host
 
     def __init__(self) -> None:
         Net.made += 1
@@ -3826,7 +3827,7 @@ class Net:
         """A new namespace: loopback up, no reverse path filter, no duplicate address detection, no
         redirects.
         """
-        host = Host(self, name)
+        host = self.host_class(self, name)
         self.hosts.append(host)  # before it is made, so that an interrupt cannot lose it
         execute("ip", "netns", "add", host.namespace)
         settings: dict[str, object] = {
