@@ -14,7 +14,9 @@ Nothing outside the namespaces it makes is touched: no sysctl, no rule, no route
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,34 +38,68 @@ REQUIREMENTS = (
 )
 
 
+# The programs that are started here, and Debian's packages with them.
+PACKAGES = {
+    "ip": "iproute2",
+    "nstat": "iproute2",
+    "ss": "iproute2",
+    "nft": "nftables",
+    "iptables-nft": "iptables",
+    "iptables-legacy": "iptables",
+    "tcpdump": "tcpdump",
+    "conntrack": "conntrack",
+    "ping": "iputils-ping",
+    "curl": "curl",
+    "openssl": "openssl",
+    "sysctl": "procps",
+    "setpriv": "util-linux",
+    "taskset": "util-linux",
+    "unshare": "util-linux",
+    "dnsmasq": "dnsmasq-base",
+    "systemd-analyze": "systemd",
+    "promtool": "prometheus",
+}
+# Where not all of them are needed.
+PROGRAMS = {
+    "unit": (),
+    "lab": ("ip", "nstat", "nft", "tcpdump", "curl", "ping", "openssl", "sysctl"),
+    "bench": ("ip", "nft", "taskset"),
+}
+
+
+def look_for_programs(command: str) -> None:
+    """End with the one line that installs all that is missing."""
+    programs = PROGRAMS.get(command, tuple(PACKAGES))
+    missing = {PACKAGES[program] for program in programs if not shutil.which(program)}
+    if Path(sys.prefix) != VENV and not importlib.util.find_spec("ensurepip"):
+        missing.add("python3-venv")
+    if missing:
+        sys.exit(
+            f"test_pmtud.py: programs are missing: apt-get install {' '.join(sorted(missing))}"
+        )
+
+
 def prepare() -> None:
-    """Make the virtual environment if need be, and go on in it; explains what is missing."""
+    """Make the virtual environment if need be, and go on in it."""
     python, stamp = VENV / "bin" / "python", VENV / "requirements.txt"
     wanted = "\n".join((sys.version, *REQUIREMENTS))
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"preparing {VENV} ...", flush=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         for command in (
             [sys.executable, "-m", "venv", "--clear", str(VENV)],
-            [
-                str(python),
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                *REQUIREMENTS,
-            ],
+            [*pip, *REQUIREMENTS],
         ):
             if subprocess.run(command, check=False).returncode:
-                sys.exit(
-                    f"test_pmtud.py: {' '.join(command)} failed; on Debian: apt-get install python3-venv"
-                )
+                sys.exit(f"test_pmtud.py: {' '.join(command)} failed")
         stamp.write_text(wanted)
     os.execv(python, [str(python), *sys.argv])
 
 
-if __name__ == "__main__" and Path(sys.prefix) != VENV:
-    prepare()
+if __name__ == "__main__":
+    look_for_programs("".join(sys.argv[1:2]))
+    if Path(sys.prefix) != VENV:
+        prepare()
 
 import argparse
 import ast
@@ -72,14 +108,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import importlib.util
 import json
 import math
 import pty
 import re
 import resource
 import shlex
-import shutil
 import signal
 import socket
 import ssl
@@ -11892,6 +11926,37 @@ def test_what_was_learned_outlives_the_daemon(cluster: Cluster) -> None:
     assert [process.stop() for process in processes] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("command", ["", "quick", "unit", "lab", "bench"])
+def test_all_that_is_missing_is_named_at_once(command: str, tmp_path: Path) -> None:
+    """In the one line that installs it: a machine with curl, and with a Python without venv."""
+    (tmp_path / "curl").touch(0o755)
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['ensurepip'] = None")
+    environ = {**ENVIRONMENT, "PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    python = os.path.realpath(sys.executable)  # not the virtual environment's
+    done = subprocess.run(
+        [python, __file__, *command.split()],
+        env=environ,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    needed = {PACKAGES[program] for program in PROGRAMS.get(command, tuple(PACKAGES))}
+    packages = " ".join(sorted(needed - {"curl"} | {"python3-venv"}))
+    message = f"test_pmtud.py: programs are missing: apt-get install {packages}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
+def test_the_readmes_test_command_installs_what_is_needed() -> None:
+    """And so does the gate."""
+    needed = {"python3-venv", *PACKAGES.values()}
+    [told] = re.findall(
+        r"^sudo sh -c 'apt-get install -y (.+) && python3 test_pmtud.py'$", README, re.M
+    )
+    assert set(told.split()) == needed
+    [installed] = re.findall(r"apt-get install .*\\\n((?: .*\n)+)", (HERE / ".ci/run").read_text())
+    assert set(installed.replace("\\", "").split()) == needed | {"python3"}
+
+
 @quick
 def test_links_and_files() -> None:
     """Everything the README points to is there."""
@@ -12969,16 +13034,6 @@ PARTS = {
     "2": ("Part 2: the MTU of a VLAN interface", ""),
     "3": ("Part 3: many nodes behind one address", ECMP_DRAWING),
 }
-TOOLS = {
-    "ip": "iproute2",
-    "nstat": "iproute2",
-    "nft": "nftables",
-    "tcpdump": "tcpdump",
-    "curl": "curl",
-    "ping": "iputils-ping",
-    "openssl": "openssl",
-    "sysctl": "procps",
-}
 
 
 def tell(lab: Lab, step: Exercise) -> Result:
@@ -13154,15 +13209,12 @@ def lab_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options.steps = [
         step for step in EXERCISES if not chosen or any(step in steps for steps in chosen.values())
     ]
-    missing = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
     if unknown := [one for one, steps in chosen.items() if not steps]:
         parser.error(
             f"no exercise {', '.join(unknown)}; there are {', '.join(one.number for one in EXERCISES)}"
         )
     if os.geteuid():
         parser.error("network namespaces need root: sudo python3 test_pmtud.py lab")
-    if missing:
-        parser.error(f"programs are missing: apt-get install {' '.join(missing)}")
     if not importlib.util.find_spec("prometheus_client") and any(
         step.number == "3.3" for step in options.steps
     ):
