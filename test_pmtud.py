@@ -11192,24 +11192,33 @@ def test_amplification_is_bounded(cluster: Cluster, bound: str) -> None:
     assert {struct.unpack_from("!H", copy, 26)[0] for copy in copies} == {1400}
 
 
-FLOWLESS = {
-    "echo reply": (58, b"\x81" + bytes(7)),
-    "unconnected UDP": (17, struct.pack("!HHHH", 5353, 9, 100, 0)),
+UNCONNECTED = struct.pack("!HHHH", 5353, 9, 100, 0)
+FLOWLESS: dict[
+    str, tuple[Plan, int, bytes, int]
+] = {  # what is quoted, and how many nodes believe it without us
+    "IPv4 echo reply": (V4, 1, echo(7, kind=0), 1),
+    "IPv4 unconnected UDP": (V4, 17, UNCONNECTED, 1),
+    "IPv4 GRE": (V4, 47, gre(0, 7), 0),
+    "6in4": (V4, 41, b"\x60" + bytes(7), 0),
+    "IPv6 echo reply": (V6, 58, echo(7, kind=129), 1),
+    "IPv6 echo request": (V6, 58, echo(7, kind=128), 1),
+    "IPv6 unconnected UDP": (V6, 17, UNCONNECTED, 1),
 }
 
 
 @pytest.mark.parametrize("quoted", FLOWLESS)
 def test_what_the_kernel_believes_without_a_flow(cluster: Cluster, quoted: str) -> None:
     """As the README says: one node without us, every node with us, no node of ours with --ports."""
-    protocol, transport = FLOWLESS[quoted]
-    vip = Cluster.vip("host", 6)
+    net, protocol, transport, alone = FLOWLESS[quoted]
+    family = net.family.version
+    vip, forger = Cluster.vip("host", family), {4: "203.0.113.66", 6: "2001:db8::66"}[family]
     forged = [
         mtu_error(
-            V6,
-            src="2001:db8::66",
+            net,
+            src=forger,
             dst=vip,
             quoted_src=vip,
-            quoted_dst=Cluster.client_address(3, 6),
+            quoted_dst=Cluster.client_address(3, family),
             protocol=protocol,
             transport=transport,
         )
@@ -11220,18 +11229,20 @@ def test_what_the_kernel_believes_without_a_flow(cluster: Cluster, quoted: str) 
                 node.inside(lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
             )
             unconnected.bind(("::", 5353))
-        inject(cluster.router, 6, forged)
-        assert poll(lambda: len(caches(cluster)) == 1, 2), (
-            "the kernel of the node that the fabric chose"
-        )
-        for options, believing in (([], 3), (["--ports", "80"], 1)):
+
+        def believing() -> int:
+            inject(cluster.router, family, forged)
+            return len(caches(cluster))
+
+        assert poll(lambda: believing() == alone, 2), "the kernel of the node that the fabric chose"
+        for options, number in (([], 3), (["--ports", "80"], alone)):
             cluster.flush()
             with daemons(cluster.nodes, "--peers", ALL_PEERS, *options):
-                inject(cluster.router, 6, forged)
+                inject(cluster.router, family, forged)
                 assert poll(
                     lambda: any(total(metrics(n), "pmtud_received_total") for n in cluster.nodes), 2
                 )
-                assert poll(lambda wanted=believing: len(caches(cluster)) == wanted, 1)  # type: ignore[misc]
+                assert poll(lambda wanted=number: len(caches(cluster)) == wanted, 1)  # type: ignore[misc]
 
 
 # -- hostile input: malformed, truncated, spoofed and absurd, through a real NFLOG group
