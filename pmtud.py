@@ -8,23 +8,24 @@ of them; when the router answers from its management address, strict rp_filter d
 right one. Either way the connection hangs and nobody logs why. This program runs on each node:
 
     router R --error (src R, dst VIP)--> node A
-                                          | raw PREROUTING, before rp_filter
+                                          | PREROUTING, before rp_filter
                                           v
-                                        NFLOG group 33 --> pmtud: parse, classify, validate, limit
-                                                             |                      |
-             copy (src A, dst B, same ICMP bytes) <----------+                      v
-                        |                                 deliver (src A, dst VIP), marked
-                        v                                                           |
-    node B: raw PREROUTING --> NFLOG --> pmtud: "a copy"                  OUTPUT: conntrack, guard
-                                           |                                        |
-                                           v                                        v
-                               deliver (src B, dst VIP), marked          the socket or the pod that
-                                           |                             owns the flow learns its MTU;
-                                           +--> OUTPUT, as on A          not the owner: dropped (EPERM)
+                                   NFLOG group 33 --> pmtud: parse, classify, validate, limit
+                                                        |                      |
+        copy (src A, dst B, same ICMP bytes) <----------+                      v
+                   |                                 deliver (src A, dst VIP), marked
+                   v                                                           |
+    node B: PREROUTING --> NFLOG --> pmtud: "a copy"                 OUTPUT: conntrack, guard
+                                      |                                        |
+                                      v                                        v
+                          deliver (src B, dst VIP), marked          the socket or pod that owns
+                                      |                             the flow learns its MTU; not
+                                      +--> OUTPUT, as on A          the owner: dropped (EPERM)
 
 Delivery sends the error again from this node, with outer destination = quoted source (the VIP).
 That passes through OUTPUT: conntrack sees it as RELATED and NAT takes it to the pod behind the
-VIP, and locally generated packets are exempt from rp_filter. The guard, a few nftables rules on
+VIP, and locally generated packets are exempt from rp_filter. Where no route leads to the VIP, the
+packet is routed to this node itself, which NAT does not mind. The guard, a few nftables rules on
 our mark, drops what this node does not own before it can leave.
 
 What it promises: an error is replicated once, by the node a router sent it to, never by a node
@@ -35,7 +36,8 @@ the kernel removes it when the process ends, SIGKILL included; no packet ends th
 What it does not do: invent MTU values, clamp MSS, read or change payload, help where routers
 send no errors at all (see tcp_mtu_probing for those).
 
-Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets); root drops all others itself.
+Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets); root drops all
+others itself.
 Needs Linux 4.17 or later and Python 3.9 or later; prometheus-client only for /metrics.
 """
 
