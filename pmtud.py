@@ -591,7 +591,8 @@ def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
                 raise ValueError(f"line {number}: {problem}") from None
     if not 0 < len(found) <= PEERS_MAX:
         raise ValueError(
-            f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet"
+            f"{len(found)} peers; there must be 1 to {PEERS_MAX}, "
+            "one broadcast address reaches a subnet"
         )
     return tuple(dict.fromkeys(found))
 
@@ -2109,7 +2110,7 @@ def decide(error: MtuError, policy: Policy, now: float) -> Verdict:
 
 
 # -----------------------------------------------------------------------------
-# Section: counters -- plain integers on the packet's way, a collector that reads them at scrape time
+# Section: counters -- plain integers on the packet's way, read at scrape time
 
 MTU_BUCKETS = (
     576,
@@ -2418,7 +2419,8 @@ def log(level: str, text: str, **fields: object) -> None:
     LOGGER.log(number, text, extra={"fields": plain})
 
 
-class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]  # subscriptable from Python 3.11 on
+# Subscriptable from Python 3.11 on.
+class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes a line only where that cannot block.
 
     A log that nobody reads must not stop the errors' way.
@@ -4021,7 +4023,7 @@ class Lane:
 
 
 def reachable(peer: PeerAddress, copies: CopySocket, join: bool) -> bool:
-    """Whether the peer's interface exists; a multicast group is joined there, which sends reports."""
+    """Whether the peer's interface exists; a multicast group is joined there: that sends reports."""
     try:
         sockaddr(peer)
         if peer.is_multicast and join:
@@ -4099,7 +4101,7 @@ class RuleKeeper:
         return False
 
     def conntrack_appeared(self) -> bool:
-        """Whether conntrack came into use after our start, as with kube-proxy; the guard asks it then."""
+        """Whether conntrack came into use after our start; the guard asks it from then on."""
         if not self.firewall or self.firewall.conntrack or not conntrack_in_use():
             return False
         log("info", "conntrack came into use: the guard now asks it who owns a flow")
@@ -4438,7 +4440,7 @@ class StatusServer(socketserver.ThreadingTCPServer):
         super().server_bind()
 
     def get_request(self) -> Any:
-        """Accept; without a free file descriptor wait a little, where serve_forever() would spin."""
+        """Accept; without a free file descriptor wait a little: serve_forever() would spin."""
         try:
             return super().get_request()
         except OSError:
@@ -4688,7 +4690,7 @@ class Roster:
         self._tell_change(before)
 
     def tick(self) -> None:
-        """Once a second: open what could not be opened, try again what could not be put in force."""
+        """Once a second: open what could not be opened, try again what is not in force."""
         try:
             self._forwarder.open_lanes(self.arrangement)
         except PmtudError as problem:
@@ -6687,15 +6689,15 @@ def option_type(parse_value: Callable[[str], Any]) -> Callable[[str], Any]:
 
 EPILOG = """\
 examples:
-  sudo python3 pmtud.py                                   local rescue only (strict rp_filter)
-  sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12       copies to these nodes; this node's own address may be listed
-  sudo python3 pmtud.py --peers 10.0.0.255                one broadcast copy reaches the whole subnet
-  sudo python3 pmtud.py --peers file:/etc/pmtud/peers     one address per line, read again when it changes
-  sudo python3 pmtud.py --peers dns:pmtud.example         all addresses of a name, asked for again every ten seconds
-  sudo python3 pmtud.py --dry-run --log-level debug       look, send nothing
-  sudo python3 pmtud.py check                             the doctor: what is wrong here, and what repairs it
-  python3 pmtud.py check 10.9.0.2 [fd09::2]:443           measure paths, too
-  python3 pmtud.py rules --iface eth0                     the rules it installs, for pasting
+  sudo python3 pmtud.py                                local rescue only (strict rp_filter)
+  sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12    copies to these nodes, its own left out
+  sudo python3 pmtud.py --peers 10.0.0.255             one broadcast copy reaches the subnet
+  sudo python3 pmtud.py --peers file:/etc/pmtud/peers  one a line, read again when it changes
+  sudo python3 pmtud.py --peers dns:pmtud.example      all addresses of a name, asked every 10 s
+  sudo python3 pmtud.py --dry-run --log-level debug    look, send nothing
+  sudo python3 pmtud.py check                          the doctor: what is wrong, what repairs it
+  python3 pmtud.py check 10.9.0.2 [fd09::2]:443        measure paths, too
+  python3 pmtud.py rules --iface eth0                  the rules it installs, for pasting
 
 Every option can come from the environment: --flow-interval from PMTUD_FLOW_INTERVAL, and so on.
 The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or configuration.
@@ -6932,7 +6934,8 @@ def check_metrics_library(config: Config) -> None:
         and not importlib.util.find_spec("prometheus_client")
     ):
         raise UsageError(
-            "--metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, or "
+            "--metrics-port and --metrics-addr need prometheus-client: "
+            "pip install prometheus-client, or "
             "--metrics-port 0"
         )
 
