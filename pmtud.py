@@ -62,6 +62,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import fnmatch
 import ipaddress
 import json
 import logging
@@ -1347,7 +1348,7 @@ class Site(NamedTuple):
     bursts: bool = True  # whether the kernel can tell bursts: Linux 5.11 with nft_hash
 
 
-def expression(name: str, numbers: Mapping[int, int], *attrs: bytes) -> bytes:
+def expression(name: str, numbers: Mapping[Any, int], *attrs: bytes) -> bytes:
     """One nftables expression: attributes with 32-bit numbers, then those built already."""
     data = b"".join(be32(kind, number) for kind, number in numbers.items())
     named = string(ExprAttr.NAME, name)
@@ -5060,9 +5061,7 @@ TUNNELS = {
     "wireguard": Tunnel(r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", 60, 80),
     "geneve": Tunnel(r"cilium_geneve", 50, 70, 0, (IFLA_GENEVE_REMOTE, IFLA_GENEVE_REMOTE6)),
 }
-OVERHEADS = {tunnel.overhead_ipv4 for tunnel in TUNNELS.values()} | {
-    tunnel.overhead_ipv6 for tunnel in TUNNELS.values()
-}
+OVERHEADS = {size for tunnel in TUNNELS.values() for size in tunnel[1:3]}
 POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
 NIC_KINDS = ("", "bond", "team", "vlan")
 VETH_NIC_NAMES = r"eth\d|en[opsx]|mgmt"  # in kind and containerlab NICs are veths
@@ -5125,17 +5124,16 @@ def read_link(attrs: dict[int, bytes], flags: int) -> Link:
     kind = os.fsdecode(info.get(IFLA_INFO_KIND, b"").rstrip(b"\0"))
     mtu = int.from_bytes(attrs[IFLA_MTU], sys.byteorder)
     tunnel = TUNNELS.get(kind) or tunnel_named(name)
-    if tunnel is None:
-        elsewhere = IFLA_LINK_NETNSID in attrs  # the other end is in another namespace
-        return Link(name, mtu, role_of(name, kind, flags, elsewhere))
-    data: dict[int, bytes] = {}
-    if kind in TUNNELS:
-        data = attributes(info.get(IFLA_INFO_DATA, b""))
-    addresses = tunnel_addresses(tunnel, data)
+    if not tunnel:
+        is_elsewhere = IFLA_LINK_NETNSID in attrs  # its other end
+        return Link(name, mtu, role_of(name, kind, flags, is_elsewhere))
+    data = attributes(info.get(IFLA_INFO_DATA, b""))
+    addresses = [data[key] for key in tunnel.addresses if any(data.get(key, b""))]
     overhead = tunnel.overhead_ipv4
-    if "-v6" in name or any(family_of(packed) is IPV6 for packed in addresses):
+    if "-v6" in name or IPV6 in map(family_of, addresses):
         overhead = tunnel.overhead_ipv6
-    return Link(name, mtu, "tunnel", overhead, interface_under(tunnel, data))
+    index = int.from_bytes(data.get(tunnel.link, b""), sys.byteorder)
+    return Link(name, mtu, "tunnel", overhead, interface_under(index, addresses))
 
 
 def tunnel_named(name: str) -> Optional[Tunnel]:
@@ -5146,32 +5144,25 @@ def tunnel_named(name: str) -> Optional[Tunnel]:
     return None
 
 
-def role_of(name: str, kind: str, flags: int, elsewhere: bool) -> str:
+def role_of(name: str, kind: str, flags: int, is_elsewhere: bool) -> str:
     """Whether an interface that is no tunnel is a NIC or a pod's, empty if neither."""
     if kind == "veth" and re.match(VETH_NIC_NAMES, name):
         return "nic"
     if kind in NIC_KINDS and not flags & IFF_LOOPBACK:
         return "nic"
-    if re.fullmatch(POD_NAMES, name):
-        return "pod"
-    if kind == "veth" and elsewhere:
+    if re.fullmatch(POD_NAMES, name) or (kind == "veth" and is_elsewhere):
         return "pod"
     return ""
 
 
-def tunnel_addresses(tunnel: Tunnel, data: dict[int, bytes]) -> list[bytes]:
-    """The addresses that a tunnel was given, packed, local before remote."""
-    return [data[kind] for kind in tunnel.addresses if any(data.get(kind, b""))]
-
-
-def interface_under(tunnel: Tunnel, data: dict[int, bytes]) -> str:
+def interface_under(index: int, addresses: Iterable[bytes]) -> str:
     """The interface that a tunnel's packets leave by, empty where the kernel does not say.
 
-    It is named, or has the tunnel's address, or is on the way to its peer.
+    It has this index, or the tunnel's own address, or is on the way to its peer.
     """
-    hops = [Hop(int.from_bytes(data.get(tunnel.link, b""), sys.byteorder), b"")]
+    hops = [Hop(index, b"")]
     own = {address.packed: address.ifindex for address in local_addresses()}
-    for packed in tunnel_addresses(tunnel, data):
+    for packed in addresses:
         if packed in own:
             hops.append(Hop(own[packed], b""))
             continue
@@ -5185,9 +5176,10 @@ def interface_under(tunnel: Tunnel, data: dict[int, bytes]) -> str:
 
 # -- rules of other programs
 
-# What a rule names that is not for ICMP, or, by IP version, is for the other one
+# What a rule may name that is not for ICMP; that is not for this IP version.
 OTHER_PROTOCOLS = {"tcp", "udp", "sctp", "dccp", "esp", "gre"}
 OTHER_FAMILY = {4: {"ip6", "ipv6"}, 6: {"ip", "ipv4"}}
+IFACE_KEYS = ({"meta": {"key": "iif"}}, {"meta": {"key": "iifname"}})
 
 
 class FirewallRule(NamedTuple):
@@ -5195,24 +5187,18 @@ class FirewallRule(NamedTuple):
 
     chain: str  # its family, table and name
     words: set[str]  # its family, and what it names: protocols, interfaces
-    ifaces: set[str]  # where its packets come in, `eth*` is a beginning; empty: anywhere
-    jumps: list[str]  # chains that it leads to
+    ifaces: list[str]  # where its packets come in, `eth*` is a beginning; none: anywhere
     group: Optional[int]  # where it logs to
     packets: Optional[int]  # what it counted
     drops_by_path: bool  # it drops what comes in elsewhere than an answer would leave
 
     def hears(self, iface: str) -> bool:
         """Whether packets that come in on an interface can match."""
-        if not self.ifaces or iface in self.ifaces:
-            return True
-        beginnings = [name[:-1] for name in self.ifaces if name.endswith("*")]
-        return iface.startswith(tuple(beginnings))
+        return not self.ifaces or any(fnmatch.fnmatchcase(iface, name) for name in self.ifaces)
 
     def is_for_icmp(self) -> bool:
         """Whether ICMP can match."""
-        if any("icmp" in word for word in self.words):
-            return True
-        return not self.words & OTHER_PROTOCOLS
+        return any("icmp" in word for word in self.words) or not self.words & OTHER_PROTOCOLS
 
 
 class Ruleset:
@@ -5221,61 +5207,53 @@ class Ruleset:
     def __init__(self) -> None:
         self.rules: list[FirewallRule] = []
         self.hooks: dict[str, str] = {}  # where each chain begins, empty: where others jump to it
+        self.jumps: dict[str, list[str]] = {}  # from each chain
         self.unseen = ""  # why the rules of nftables are not here
 
     def read_nft(self, listing: list[dict[str, Any]]) -> None:
-        """Take in what `nft -j list ruleset` lists."""
-        elements: dict[str, Any] = {}
+        """Take in what `nft -j list ruleset` lists, see libnftables-json(5)."""
         for entry in listing:
-            for kind in ("set", "map"):
-                if kind in entry:
-                    name = nft_name(entry[kind], f"@{entry[kind]['name']}")
-                    elements[name] = entry[kind].get("elem", [])
-        for entry in listing:
-            if "chain" in entry:
-                chain = entry["chain"]
-                self.hooks[nft_name(chain, chain["name"])] = chain.get("hook", "")
-            if "rule" in entry:
-                self.rules.append(nft_rule(entry["rule"], elements))
+            for kind, item in entry.items():
+                table = f"{item.get('family')} {item.get('table')}"
+                # A map of verdicts counts as a chain called @NAME: rules name it under "data".
+                name = f"{table} {item.get('chain', '@' + item.get('name', ''))}"
+                if kind == "chain":
+                    self.hooks[f"{table} {item['name']}"] = item.get("hook", "")
+                if kind == "rule":
+                    self.rules.append(nft_rule(name, item))
+                for key, value in leaves(item):
+                    if key in ("target", "data"):
+                        self.jumps.setdefault(name, []).append(f"{table} {value}")
 
     def read_iptables(self, family: str, listing: str) -> None:
         """Take in what `iptables-save -c` prints."""
         table = ""
         for line in listing.splitlines():
+            # Comments and prefixes may say anything.
+            words = re.sub(r'"(\\.|[^"\\])*"|! -[ip] \S+', "", line).split()
             if line.startswith("*"):
                 table = f"{family} {line[1:]}"
-            if line.startswith(":"):
-                name, policy = line[1:].split()[:2]
-                is_hook = policy != "-"
-                self.hooks[f"{table} {name}"] = name.lower() if is_hook else ""
+            if line.startswith(":") and words[1] != "-":
+                name = words[0][1:]
+                self.hooks[f"{table} {name}"] = name.lower()
             if line.startswith("["):
-                self.rules.append(iptables_rule(table, line))
+                packets = int(words[0][1:].partition(":")[0])
+                options = dict(zip(words, words[1:]))
+                chain = f"{table} {options['-A']}"
+                target = options.get("-j", options.get("-g"))
+                self.jumps.setdefault(chain, []).append(f"{table} {target}")
+                self.rules.append(iptables_rule(chain, options, packets))
 
     def reached_from(self, *hooks: str) -> set[str]:
         """The chains that packets reach from these hooks, directly or by jumps."""
-        jumps: dict[str, list[str]] = {}
-        for rule in self.rules:
-            jumps.setdefault(rule.chain, []).extend(rule.jumps)
         waiting = [chain for chain, hook in self.hooks.items() if hook in hooks]
         reached: set[str] = set()
         while waiting:
             chain = waiting.pop()
             if chain not in reached:
                 reached.add(chain)
-                waiting += jumps.get(chain, [])
+                waiting += self.jumps.get(chain, [])
         return reached
-
-    def path_filter(self, version: int) -> str:
-        """The chain that drops what comes in elsewhere than an answer would leave."""
-        for rule in self.rules:
-            if rule.drops_by_path and not rule.words & OTHER_FAMILY[version]:
-                return rule.chain
-        return ""
-
-
-def nft_name(item: Mapping[str, Any], name: str) -> str:
-    """Family, table and name of a chain, or of a set, which begins with @."""
-    return f"{item['family']} {item['table']} {name}"
 
 
 def leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -5290,80 +5268,43 @@ def leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, data
 
 
-def nft_rule(rule: dict[str, Any], elements: Mapping[str, Any]) -> FirewallRule:
-    """A rule of `nft -j`, see libnftables-json(5); `elements`: those of named sets and maps."""
+def nft_rule(chain: str, rule: Mapping[str, Any]) -> FirewallRule:
+    """A rule in JSON."""
     statements = rule.get("expr", [])
     matches = [statement["match"] for statement in statements if "match" in statement]
-    conditions = [one for one in matches if one["op"] != "!="]
-    drops = any("drop" in statement or "reject" in statement for statement in statements)
+    conditions = [condition for condition in matches if condition["op"] != "!="]
+    ifaces = [one["right"] for one in conditions if one["left"] in IFACE_KEYS]
     values = dict(leaves(statements))
+    is_drop = any("drop" in statement or "reject" in statement for statement in statements)
     return FirewallRule(
-        chain=nft_name(rule, rule["chain"]),
-        words={rule["family"], *(str(value) for _, value in leaves(conditions))},
-        ifaces=set(nft_ifaces(rule, conditions, elements)),
-        jumps=list(nft_jumps(rule, statements, elements)),
-        group=values.get("group"),
-        packets=values.get("packets"),
-        drops_by_path=drops and any(map(is_path_check, conditions)),
+        chain,
+        {rule["family"], *(str(value) for _, value in leaves(conditions))},
+        [str(name) for _, name in leaves(ifaces) if not str(name).startswith("@")],
+        values.get("group"),
+        values.get("packets"),
+        is_drop and any(map(is_path_check, conditions)),
     )
-
-
-def nft_ifaces(
-    rule: Mapping[str, Any], conditions: Iterable[dict[str, Any]], elements: Mapping[str, Any]
-) -> Iterator[str]:
-    """The interfaces that a rule takes packets from, in its own words or by a named set."""
-    for condition in conditions:
-        if condition["left"] in ({"meta": {"key": "iifname"}}, {"meta": {"key": "iif"}}):
-            names = condition["right"]
-            names = elements.get(nft_name(rule, str(names)), names)
-            yield from (str(value) for _, value in leaves(names))
-
-
-def nft_jumps(
-    rule: Mapping[str, Any], statements: Iterable[dict[str, Any]], elements: Mapping[str, Any]
-) -> Iterator[str]:
-    """The chains that a rule leads to, by its verdict or by a map of verdicts."""
-    for statement in statements:
-        verdicts = statement
-        if "vmap" in statement:
-            verdicts = statement["vmap"]["data"]
-            verdicts = elements.get(nft_name(rule, str(verdicts)), verdicts)
-        for key, value in leaves(verdicts):
-            if key == "target":
-                yield nft_name(rule, value)
 
 
 def is_path_check(condition: Mapping[str, Any]) -> bool:
     """Whether this is `fib saddr . iif oif missing`: an answer would not leave where this came."""
-    if "fib" not in condition["left"]:
-        return False
-    flags = condition["left"]["fib"]["flags"]
-    return "saddr" in flags and "iif" in flags and condition["right"] in (False, 0, "0")
+    flags = condition["left"].get("fib", {}).get("flags", ())
+    return {"saddr", "iif"}.issubset(flags) and condition["right"] in (False, "0")
 
 
-def iptables_rule(table: str, line: str) -> FirewallRule:
-    """A rule of `iptables-save -c`; `table` begins with the family."""
-    line = re.sub(r'"(\\.|[^"\\])*"', '""', line)  # comments and prefixes may say anything
-    words = line.split()
-    options: dict[str, str] = {}
-    for before, word, value in zip(["", *words], words, [*words[1:], ""]):
-        if before != "!":
-            options[word] = value
-    target = options.get("-j", "")
-    ifaces = set()
-    if "-i" in options:
-        ifaces.add(re.sub(r"\+$", "*", options["-i"]))
+def iptables_rule(chain: str, options: Mapping[str, str], packets: int) -> FirewallRule:
+    """A rule of iptables."""
+    target = options.get("-j")
     group = None
     if target == "NFLOG":
-        group = int(options.get("--nflog-group", "0"))
+        group = int(options.get("--nflog-group", 0))
     return FirewallRule(
-        chain=f"{table} {options['-A']}",
-        words={table.partition(" ")[0], options.get("-p", "")},
-        ifaces=ifaces,
-        jumps=[f"{table} {options[key]}" for key in ("-j", "-g") if key in options],
-        group=group,
-        packets=int(words[0][1:].partition(":")[0]),
-        drops_by_path="--invert" in options and target in ("DROP", "REJECT"),
+        chain,
+        {chain.partition(" ")[0], options.get("-p", "")},
+        [options[key].replace("+", "*") for key in options if key == "-i"],
+        group,
+        packets,
+        "--invert" in options and target in ("DROP", "REJECT"),
     )
 
 
@@ -5386,17 +5327,17 @@ def output_of(command: str) -> str:
     return done.stdout
 
 
-def read_firewall() -> Ruleset:
+def read_ruleset() -> Ruleset:
     """All rules of this network namespace."""
     import shutil
 
-    firewall = Ruleset()
+    ruleset = Ruleset()
     try:
-        firewall.read_nft(json.loads(output_of("nft -j list ruleset"))["nftables"])
+        ruleset.read_nft(json.loads(output_of("nft -j list ruleset"))["nftables"])
     except ValueError:
-        firewall.unseen = "`nft -j list ruleset` gives no JSON"
+        ruleset.unseen = "`nft -j list ruleset` gives no JSON"
     if not shutil.which("nft"):
-        firewall.unseen = "nft is not installed"
+        ruleset.unseen = "nft is not installed"
     for family in ("ip", "ip6"):
         # nft tells the matches of iptables-nft only by their names.
         kinds = ["-nft"]
@@ -5405,8 +5346,8 @@ def read_firewall() -> Ruleset:
         if os.path.exists(f"/proc/net/{family}_tables_names"):
             kinds += ["-legacy", ""]
         for kind in kinds:
-            firewall.read_iptables(family, output_of(f"{family}tables{kind}-save -c"))
-    return firewall
+            ruleset.read_iptables(family, output_of(f"{family}tables{kind}-save -c"))
+    return ruleset
 
 
 class Node(NamedTuple):
@@ -5415,7 +5356,7 @@ class Node(NamedTuple):
     config: Config
     ifaces: tuple[str, ...]
     links: dict[str, Link]
-    firewall: Ruleset
+    ruleset: Ruleset
     daemon: Optional[RunningDaemon]
     cni_dir: str
 
@@ -5476,14 +5417,14 @@ def nftables_refusal(table_flags: int) -> int:
     return 0
 
 
-def find_daemon(group: int, firewall: Ruleset) -> Optional[RunningDaemon]:
+def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     """The process that is pmtud and has the group, None if there is none."""
     port = group_holder(group)
     if port is None:
         return None
     pid = netlink_holder(port)
     tables = (f"inet pmtud_{group} ", f"inet pmtud_{group}_guard ")
-    has_table = any(chain.startswith(tables) for chain in firewall.hooks)
+    has_table = any(chain.startswith(tables) for chain in ruleset.hooks)
     if not has_table and not is_pmtud(pid):
         return None
     options = b"\0"
@@ -5570,72 +5511,66 @@ def check_daemon(node: Node, can_start: bool) -> Finding:
     return warn("daemon", "not running")
 
 
-def feeding_rules(node: Node) -> dict[str, str]:
-    """The chains with a rule that logs errors from our interfaces to the group, and its count.
-
-    Without the rules that the daemon itself installs.
-    """
-    group = node.config.nflog_group
-    feeding: dict[str, str] = {}
-    for rule in node.firewall.rules:
-        if rule.group != group or not rule.is_for_icmp():
+def feeding_rules(node: Node) -> Iterator[FirewallRule]:
+    """The rules that log errors from our interfaces to the group, but for those of the daemon."""
+    config = node.config
+    for rule in node.ruleset.rules:
+        if rule.group != config.nflog_group or not rule.is_for_icmp():
             continue
         if rule.ifaces and not any(map(rule.hears, node.ifaces)):
             continue
-        if node.config.rules == "auto" and rule.chain.startswith(f"inet pmtud_{group} "):
-            continue
-        counted = "no counter"
-        if rule.packets is not None:
-            counted = f"{rule.packets} packets so far"
-        feeding[rule.chain] = f"{rule.chain}, {counted}"
-    return feeding
+        is_own = rule.chain.startswith(f"inet pmtud_{config.nflog_group} ")
+        if config.rules == "off" or not is_own:
+            yield rule
 
 
 def check_nflog_rule(node: Node) -> Finding:
     """Whether a rule feeds the group with ICMP errors from our interfaces, early enough."""
     config = node.config
-    early = node.firewall.reached_from("prerouting", "ingress")
-    late = node.firewall.reached_from("input") - early
-    feeding = feeding_rules(node)
-    found = "; ".join(text for chain, text in feeding.items() if chain in early | late)
-    if config.rules == "auto" and found:
-        return warn(
-            "nflog_rule",
-            f"pmtud installs its own, and this one feeds every error in again: {found}",
-            run_command(config._replace(rules="off")),
-        )
+    early = node.ruleset.reached_from("prerouting", "ingress")
+    late = node.ruleset.reached_from("input")
+    feeding = {rule.chain: rule for rule in feeding_rules(node) if rule.chain in early | late}
+    found = "; ".join(map(describe_rule, feeding.values()))
+    if config.rules == "auto" and feeding:
+        twice = f"pmtud installs its own, and this one feeds every error in again: {found}"
+        return warn("nflog_rule", twice, run_command(config._replace(rules="off")))
     if config.rules == "auto" and node.daemon:
         return ok("nflog_rule", f"table inet pmtud_{config.nflog_group} of the daemon")
     if config.rules == "auto":
         return ok("nflog_rule", "pmtud installs its own")
-    if late & feeding.keys():
-        late_text = f"too late, rp_filter comes first: {found}"
-        return warn("nflog_rule", late_text, paste_command(config))
-    if found:
+    if feeding.keys() - early:
+        too_late = f"too late, rp_filter comes first: {found}"
+        return warn("nflog_rule", too_late, paste_command(config))
+    if feeding:
         return ok("nflog_rule", found)
+    if node.ruleset.unseen:
+        unseen = f"what feeds the group cannot be seen: {node.ruleset.unseen}"
+        return warn("nflog_rule", f"--rules off, and {unseen}")
     nothing = f"--rules off, and nothing feeds group {config.nflog_group}"
-    if node.firewall.unseen:
-        unseen = f"--rules off, and what feeds the group cannot be seen: {node.firewall.unseen}"
-        return warn("nflog_rule", unseen)
     return fail("nflog_rule", nothing, paste_command(config))
+
+
+def describe_rule(rule: FirewallRule) -> str:
+    """Where a rule is, and what it counted."""
+    if rule.packets is None:
+        return f"{rule.chain}, no counter"
+    return f"{rule.chain}, {rule.packets} packets so far"
 
 
 def check_guard(node: Node) -> Finding:
     """Whether something keeps errors about other nodes' flows inside."""
-    by_daemon = node.config.rules == "auto"
-    if by_daemon and not node.daemon:
+    is_ours = node.config.rules == "auto"
+    if is_ours and not node.daemon:
         return ok("guard", "pmtud installs it")
-    holds = {family.name: guard_holds(family) for family in FAMILIES}
-    missing = ", ".join(name for name, held in holds.items() if held is False)
-    good = ", ".join(name for name, held in holds.items() if held)
-    if not missing and not good:
-        return warn("guard", "cannot be probed")
-    if not missing:
+    missing = ", ".join(family.name for family in FAMILIES if guard_holds(family) is False)
+    if missing:
+        found = f"none for {missing}: errors about other nodes' flows would leave this node"
+        fix = "" if is_ours else paste_command(node.config)
+        return fail("guard", found, fix)
+    good = ", ".join(family.name for family in FAMILIES if guard_holds(family))
+    if good:
         return ok("guard", f"holds for {good}")
-    found = f"none for {missing}: errors about other nodes' flows would leave this node"
-    if by_daemon:
-        return fail("guard", found)
-    return fail("guard", found, paste_command(node.config))
+    return warn("guard", "cannot be probed")
 
 
 def check_delivery() -> Finding:
@@ -5646,17 +5581,17 @@ def check_delivery() -> Finding:
     taken = []
     for family in FAMILIES:
         own = inside_address(family, local_addresses(), ())
-        if own is None:
+        if not own:
             continue
         code = probe_delivery(family, own.packed)
         if code == errno.EPERM:
-            dropped = f"a rule in OUTPUT drops {family.name} errors that pmtud delivers here"
+            found = f"a rule in OUTPUT drops {family.name} errors that pmtud delivers here: "
             fix = "nft list ruleset | grep -A 9 'hook output'"
-            return fail("delivery", f"{dropped}: no flow learns from them", fix)
+            return fail("delivery", found + "no flow learns from them", fix)
         if code:
-            refused = f"this node's stack refuses {family.name} errors: {os.strerror(code)}"
+            found = f"this node's stack refuses {family.name} errors: {os.strerror(code)}; "
             fix = "ip link set dev lo up"
-            return fail("delivery", f"{refused}; no flow learns from them", fix)
+            return fail("delivery", found + "no flow learns from them", fix)
         taken.append(family.name)
     families = " and ".join(taken) or "no address"
     return ok("delivery", f"this node's stack takes errors for {families}")
@@ -5757,14 +5692,12 @@ def check_interfaces(node: Node) -> Iterator[Finding]:
 
 def path_filter(node: Node, iface: str, version: int) -> str:
     """What drops errors on this interface by reverse path, empty if nothing does."""
-    if version == 4:
-        every = setting("ipv4/conf/all/rp_filter")
-        own = setting(f"ipv4/conf/{iface}/rp_filter")
-        if max(every, own) == 1:
-            return "rp_filter"
-    chain = node.firewall.path_filter(version)
-    if chain:
-        return f"a rule in {chain}"
+    names = ("all", iface)
+    if version == 4 and max(setting(f"ipv4/conf/{name}/rp_filter") for name in names) == 1:
+        return "rp_filter"
+    for rule in node.ruleset.rules:
+        if rule.drops_by_path and not rule.words & OTHER_FAMILY[version]:
+            return f"a rule in {rule.chain}"
     return ""
 
 
@@ -5773,7 +5706,7 @@ def delivers_from(node: Node, iface: str) -> bool:
     if not node.daemon or not node.daemon.delivers:
         return False
     chain = f"inet pmtud_{node.config.nflog_group} senders"
-    listening = [rule for rule in node.firewall.rules if rule.chain == chain and rule.ifaces]
+    listening = [rule for rule in node.ruleset.rules if rule.chain == chain and rule.ifaces]
     return not listening or any(rule.hears(iface) for rule in listening)
 
 
@@ -6013,9 +5946,9 @@ def cilium_subtracts(name: str, mtu: int, under: Underlay) -> bool:
     return mtu > under.best and mtu <= under.nic.mtu
 
 
-def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, shown: str = "") -> Finding:
+def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, subject: str = "") -> Finding:
     """Whether the MTU of a pod or of a CNI's configuration suits what is under it."""
-    found = f"{shown or name} {mtu}"
+    found = f"{subject or name} {mtu}"
     spare = under.nic.mtu - mtu
     if mtu == under.best:
         return ok("mtu", f"{found} = {under}")
@@ -6052,20 +5985,12 @@ def check_mtu(node: Node) -> Iterator[Finding]:
     """The MTU of every tunnel, CNI configuration and pod against what they travel over."""
     nics = [node.links[name] for name in node.ifaces if name in node.links]
     nics.sort(key=lambda link: link.mtu)
-    widest = max(
-        (link for link in node.links.values() if link.role == "nic"),
-        key=lambda link: link.mtu,
-        default=None,
-    )
-    by_widest = ""
-    if widest:
-        by_widest = check_command(node.config._replace(ifaces=(widest.name,)))
     if not nics:
-        yield warn("mtu", "there is no default route; name the NIC with --iface", by_widest)
+        found = "there is no default route; name the NIC with --iface"
+        yield warn("mtu", found, check_by_widest(node))
         return
     low = nics[0]
-    high = nics[-1]
-    if low.mtu < high.mtu:
+    if low.mtu < nics[-1].mtu:
         yield unequal_nics(nics)
     tunnels = [link for link in node.links.values() if link.role == "tunnel"]
     for link in tunnels:
@@ -6074,24 +5999,44 @@ def check_mtu(node: Node) -> Iterator[Finding]:
     yield from pods
     if not pods and not tunnels:
         yield ok("mtu", f"{low.name} {low.mtu}, without tunnels and pods")
-        return
-    guessed = not node.config.ifaces and not all(link.under for link in tunnels)
-    if guessed and widest and widest.mtu > high.mtu:
+    if not node.config.ifaces and not all(link.under for link in tunnels):
+        yield from check_guess(node, nics)
+
+
+def check_guess(node: Node, nics: Sequence[Link]) -> Iterator[Finding]:
+    """Whether the nodes may rather talk over a wider NIC than those of the default route."""
+    low = nics[0]
+    widest = widest_nic(node)
+    if widest and widest.mtu > nics[-1].mtu:
         found = (
             f"{widest.name} has {widest.mtu}, judged is by {low.name} {low.mtu} of the default "
             f"route; if the nodes talk over {widest.name}, name it with --iface"
         )
-        yield warn("mtu", found, by_widest)
+        yield warn("mtu", found, check_by_widest(node))
+
+
+def widest_nic(node: Node) -> Optional[Link]:
+    """The NIC with the largest MTU."""
+    nics = [link for link in node.links.values() if link.role == "nic"]
+    return max(nics, key=lambda link: link.mtu, default=None)
+
+
+def check_by_widest(node: Node) -> str:
+    """The command that judges by the widest NIC, empty where there is none."""
+    widest = widest_nic(node)
+    if not widest:
+        return ""
+    return check_command(node.config._replace(ifaces=(widest.name,)))
 
 
 def unequal_nics(nics: Sequence[Link]) -> Finding:
     """The verdict on NICs with different MTUs, the widest last."""
     best = nics[-1].mtu
-    found = ", ".join(f"{link.name} {link.mtu}" for link in nics)
-    fixes = [
-        f"ip link set dev {shlex.quote(link.name)} mtu {best}" for link in nics if link.mtu < best
+    found = ", ".join(f"{nic.name} {nic.mtu}" for nic in nics)
+    resize = [
+        f"ip link set dev {shlex.quote(nic.name)} mtu {best}" for nic in nics if nic.mtu < best
     ]
-    return warn("mtu", f"the NICs differ: {found}", "\n".join(fixes))
+    return warn("mtu", f"the NICs differ: {found}", "\n".join(resize))
 
 
 def check_cni(node: Node, nic: Link, tunnels: Iterable[Link]) -> Iterator[Finding]:
@@ -6099,15 +6044,18 @@ def check_cni(node: Node, nic: Link, tunnels: Iterable[Link]) -> Iterator[Findin
     own = [link for link in tunnels if tunnel_named(link.name)]
     under = pod_underlay(node, nic, own)
     is_given = bool(own)
-    if os.path.exists(node.cni_dir) and not can_list(node.cni_dir):
-        yield unreadable(node.cni_dir, os.strerror(errno.EACCES))
-    for path in cni_files(node.cni_dir):
+    try:
+        paths = cni_files(node.cni_dir)
+    except OSError as problem:
+        paths = []
+        yield unreadable(node.cni_dir, problem)
+    for path in paths:
         try:
             for mtu in cni_mtus(path):
                 is_given = True
                 yield judge_mtu(path, mtu, under, cni_command(path, under))
         except OSError as problem:
-            yield unreadable(path, problem.strerror or "cannot be read")
+            yield unreadable(path, problem)
     yield from check_pods(node, under, is_given)
 
 
@@ -6123,10 +6071,10 @@ def check_pods(node: Node, under: Underlay, is_given: bool) -> Iterator[Finding]
         fix = remake
         if not is_given:
             fix = f"{cni_command(names[0], under)}\n{remake}".strip()
-        shown = names[0]
+        subject = names[0]
         if len(names) > 1:
-            shown = f"{len(names)} pods ({names[0]}, ...)"
-        yield judge_mtu(names[0], mtu, under, fix, shown)
+            subject = f"{len(names)} pods ({names[0]}, ...)"
+        yield judge_mtu(names[0], mtu, under, fix, subject)
 
 
 def pod_underlay(node: Node, nic: Link, tunnels: Iterable[Link]) -> Underlay:
@@ -6135,19 +6083,14 @@ def pod_underlay(node: Node, nic: Link, tunnels: Iterable[Link]) -> Underlay:
     return min(found, key=lambda under: under.best, default=Underlay(nic, 0))
 
 
-def can_list(folder: str) -> bool:
-    """Whether this process may list a folder and open what is in it."""
-    return os.access(folder, os.R_OK | os.X_OK)
-
-
-def unreadable(path: str, reason: str) -> Finding:
-    """A warning about a file that is left out."""
-    return warn("mtu", f"{path}: {reason}", f"ls -ld {shlex.quote(path)}")
+def unreadable(path: str, problem: OSError) -> Finding:
+    """The warning about a file or folder that is left out."""
+    return warn("mtu", f"{path}: {problem.strerror}", f"ls -ld {shlex.quote(path)}")
 
 
 def cni_files(folder: str) -> list[str]:
-    """The CNI configuration files in a folder, none where it cannot be listed."""
-    if not can_list(folder):
+    """The CNI configuration files in a folder, if there is one; raises OSError."""
+    if not os.path.exists(folder):
         return []
     names = [name for name in os.listdir(folder) if name.endswith((".conf", ".conflist"))]
     return [os.path.join(folder, name) for name in sorted(names)]
@@ -6155,8 +6098,8 @@ def cni_files(folder: str) -> list[str]:
 
 def cni_mtus(path: str) -> list[int]:
     """Each MTU in a CNI configuration file but 0, which is automatic; raises OSError."""
-    if not os.path.isfile(path):  # opening a FIFO would wait
-        raise OSError(errno.EINVAL, "not a file")
+    if not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a file")  # opening a FIFO would wait
     with open(path, errors="replace") as stream:
         found = re.findall(r'"mtu"\s*:\s*([1-9]\d{1,8})\b', stream.read())
     return [int(digits) for digits in found]
@@ -6214,7 +6157,7 @@ class ProbeOptions(NamedTuple):
 
 
 PROBES = {
-    4: ProbeOptions(
+    IPV4: ProbeOptions(
         socket.IPPROTO_IP,
         IP_MTU_DISCOVER,
         IP_RECVERR,
@@ -6224,7 +6167,7 @@ PROBES = {
         ETH_P_IP,
         slice(20, 24),
     ),
-    6: ProbeOptions(
+    IPV6: ProbeOptions(
         socket.IPPROTO_IPV6,
         IPV6_MTU_DISCOVER,
         IPV6_RECVERR,
@@ -6304,25 +6247,23 @@ class Bracket:
         self.is_silent = True
 
 
-def open_icmp_tap(protocol: int, options: ProbeOptions) -> socket.socket:
+def open_icmp_tap(family: Family) -> socket.socket:
     """A socket that sees ICMP come in before rp_filter does; without privileges it sees nothing."""
+    options = PROBES[family]
     try:
         tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(options.ethertype))
     except PermissionError:
-        tap = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        tap.setblocking(False)
-        return tap
+        return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     # Load the protocol's byte; if it is ICMP take the packet, else drop it.
-    instructions = (
+    program = [
         SOCK_FILTER.pack(BPF_LOAD_BYTE, 0, 0, options.protocol_offset),
-        SOCK_FILTER.pack(BPF_JUMP_EQUAL, 0, 1, protocol),
+        SOCK_FILTER.pack(BPF_JUMP_EQUAL, 0, 1, family.icmp_protocol),
         SOCK_FILTER.pack(BPF_RETURN, 0, 0, 0xFFFF),
         SOCK_FILTER.pack(BPF_RETURN, 0, 0, 0),
-    )
-    code = ctypes.create_string_buffer(b"".join(instructions))
-    program = SOCK_FPROG.pack(len(instructions), ctypes.addressof(code))
-    tap.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-    tap.setblocking(False)
+    ]
+    code = ctypes.create_string_buffer(b"".join(program))
+    attached = SOCK_FPROG.pack(len(program), ctypes.addressof(code))
+    tap.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, attached)
     return tap
 
 
@@ -6333,16 +6274,13 @@ class Prober(Descriptor):
     """
 
     def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
-        host, _, *rest = address  # port; of IPv6 flow label and zone
-        self.address = (host, PROBE_PORT, *rest)
-        plain = ipaddress.ip_address(host.partition("%")[0])
-        self.packed = plain.packed
-        self.host = str(plain)
-        zone = rest[1] if rest else 0
-        if zone:
-            self.host += f"%{socket.if_indextoname(zone)}"
+        self.host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+        self.host_alone = self.host.partition("%")[0]  # without the zone
+        self.packed = ipaddress.ip_address(self.host_alone).packed
+        self.address = (self.host_alone, PROBE_PORT, *address[2:])
         self.family = family_of(self.packed)
-        self.options = PROBES[self.family.version]
+        self.options = PROBES[self.family]
+        zone = address[3] if self.family is IPV6 else 0
         self.hop = find_route(self.packed, zone)[1][0]
         self.iface = socket.if_indextoname(self.hop.ifindex)
         self.top = 1500
@@ -6351,7 +6289,7 @@ class Prober(Descriptor):
         self.own = {own.packed for own in local_addresses()}
         self.replies = 0
         self.timeout = 1.0
-        self.socket = open_icmp_tap(self.family.icmp_protocol, self.options)
+        self.socket = open_icmp_tap(self.family)
         self.started = time.monotonic()
 
     def probe(self, size: int) -> Answer:
@@ -6369,32 +6307,28 @@ class Prober(Descriptor):
 
     def _ask(self, size: int) -> Answer:
         """Send, wait, and read the socket's error queue; a datagram is a reply as well."""
-        level = self.options.level
+        options = self.options
         with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
             try:
-                udp.setsockopt(level, self.options.mtu_discover, PMTUDISC_PROBE)
-                udp.setsockopt(level, self.options.receive_errors, 1)
+                udp.setsockopt(options.level, options.mtu_discover, PMTUDISC_PROBE)
+                udp.setsockopt(options.level, options.receive_errors, 1)
                 udp.connect(self.address)
-                udp.send(bytes(size - self.options.headers))
+                udp.send(bytes(size - options.headers))
                 if not select.select([udp], [], [], self.timeout)[0]:
                     return Answer("silence")
-                _, ancillary, _, _ = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)
+                data = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1][0][2]
             except BlockingIOError:
                 return Answer("reply")
             except OSError as problem:
                 return Answer("error", f"this node: {problem.strerror}")
-        return self._read_error(ancillary[0][2])
-
-    def _read_error(self, data: bytes) -> Answer:
-        """What an entry of the error queue says."""
         number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
-        sender = data[self.options.sender]
-        name = str(ipaddress.ip_address(sender))
+        packed = data[options.sender]
+        sender = str(ipaddress.ip_address(packed))
         if number == errno.EMSGSIZE:
-            return Answer("report", name, mtu or self.family.unstated_mtu)
-        if sender == self.packed:
+            return Answer("report", sender, mtu or self.family.unstated_mtu)
+        if packed == self.packed:
             return Answer("reply")
-        return Answer("error", f"{name}: {os.strerror(number)}")
+        return Answer("error", f"{sender}: {os.strerror(number)}")
 
     def _explain(self, answer: Answer) -> Answer:
         """The answer in the light of what came in.
@@ -6417,7 +6351,7 @@ class Prober(Descriptor):
         """
         while True:
             try:
-                packet, (iface, *_) = self.socket.recvfrom(4096)
+                packet, (iface, *_) = self.socket.recvfrom(4096, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             error = parse(packet)
@@ -6483,22 +6417,26 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
     And the command that gets the next one through, or finds it.
     """
     packed = ipaddress.ip_address(report.router).packed
-    way_back = ""
-    with contextlib.suppress(NetlinkError, OSError):
-        zone = 0
-        if is_link_local(packed):
-            zone = socket.if_nametoindex(report.iface)
-        way_back = socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
     version = family_of(packed).version
     culprit = path_filter(node, report.iface, version)
-    if culprit and way_back != report.iface:
-        ifaces = node.config.ifaces
+    if culprit and interface_towards(packed, report.iface) != report.iface:
+        config = node.config
         if report.iface not in node.ifaces:
-            ifaces = (report.iface,)
-        return culprit, run_command(node.config._replace(ifaces=ifaces))
+            config = config._replace(ifaces=(report.iface,))
+        return culprit, run_command(config)
     if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
         return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
     return "a firewall rule", "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
+
+
+def interface_towards(packed: bytes, iface: str) -> str:
+    """The interface to an address, which came in on `iface`; empty if there is no way."""
+    zone = 0
+    with contextlib.suppress(NetlinkError, OSError):
+        if is_link_local(packed):
+            zone = socket.if_nametoindex(iface)
+        return socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
+    return ""
 
 
 def judge_path(node: Node, prober: Prober, port: int) -> Finding:
@@ -6514,7 +6452,7 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
             is_refused = True
     host = prober.host
     if measured.error:
-        fix = f"ip route get {shlex.quote(host.partition('%')[0])}"
+        fix = f"ip route get {prober.host_alone}"
         return fail("path", f"{host}: unreachable, {measured.error}{handshake}", fix)
     if measured.largest or measured.reports:
         return judge_measurement(node, prober, measured, handshake)
@@ -6523,10 +6461,9 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
         return fail("path", found)
     if port:
         return warn("path", found)
-    named = f"{host}:443"
     if ":" in host:
-        named = f"[{host}]:443"
-    return warn("path", found, check_command(node.config, named))
+        host = f"[{host}]"
+    return warn("path", found, check_command(node.config, f"{host}:443"))
 
 
 def judge_measurement(node: Node, prober: Prober, measured: Measurement, handshake: str) -> Finding:
@@ -6573,20 +6510,18 @@ def judge_black_hole(
 
 def route_command(prober: Prober, mtu: int) -> str:
     """The command that makes this node keep to an MTU on the way to an address."""
-    words = ["ip", "route", "replace", prober.host.partition("%")[0]]
     gateway = prober.hop.gateway
-    if gateway:
-        words.append("via")
-        if len(gateway) > len(prober.packed):
-            words.append("inet6")
-        words.append(str(ipaddress.ip_address(gateway)))
-    words += ["dev", prober.iface]
+    command = f"ip route replace {prober.host_alone}"
+    if len(gateway) > len(prober.packed):
+        command += f" via inet6 {ipaddress.ip_address(gateway)}"
+    elif gateway:
+        command += f" via {ipaddress.ip_address(gateway)}"
+    command += f" dev {shlex.quote(prober.iface)}"
     flags, hops = find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
     is_onlink = flags & RTNH_F_ONLINK or any(hop.onlink for hop in hops)
     if gateway and (is_onlink or len(hops) > 1):
-        words.append("onlink")
-    words += ["mtu", str(mtu)]
-    return shlex.join(words)
+        command += " onlink"
+    return f"{command} mtu {mtu}"
 
 
 def split_port(text: str) -> tuple[str, int]:
@@ -6678,13 +6613,13 @@ def wrap_command(command: str) -> Iterator[str]:
 
 def examine_node(config: Config, hosts: Sequence[str], cni_dir: str) -> Iterator[Finding]:
     """Every finding, as soon as it is known."""
-    firewall = read_firewall()
+    ruleset = read_ruleset()
     node = Node(
         config=config,
         ifaces=config.ifaces or default_route_interfaces(),
         links={link.name: link for link in list_links()},
-        firewall=firewall,
-        daemon=find_daemon(config.nflog_group, firewall),
+        ruleset=ruleset,
+        daemon=find_daemon(config.nflog_group, ruleset),
         cni_dir=cni_dir,
     )
     for check in CHECKS:
@@ -6708,9 +6643,8 @@ def examine(
         findings.append(finding)
         if not as_json:
             show(finding_text(finding, color and sys.stdout.isatty()))
-    summary = dict.fromkeys((OK, WARN, FAIL), 0)
-    for finding in findings:
-        summary[finding.status] += 1
+    statuses = [finding.status for finding in findings]
+    summary = {status: statuses.count(status) for status in (OK, WARN, FAIL)}
     if as_json:
         checks = [finding._asdict() for finding in findings]
         report = {"schema": 1, "node": config.nodename, "summary": summary, "checks": checks}
