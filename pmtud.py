@@ -6139,7 +6139,8 @@ TCP_INFO_SND_MSS = 16
 TCP_INFO_PMTU = 60
 TCPI_OPT_TIMESTAMPS = 1
 TCP_TIMESTAMPS_LEN = 12  # RFC 7323, with padding
-UDP_TO_TCP_HEADER = 12  # bytes that a TCP header is longer
+TCP_HEADER_LEN = 20
+UDP_HEADER_LEN = 8
 
 PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
 IP_TOTAL_LEN_MAX = 65535
@@ -6162,24 +6163,24 @@ class ProbeOptions(NamedTuple):
 
 PROBES = {
     IPV4: ProbeOptions(
-        socket.IPPROTO_IP,
-        IP_MTU_DISCOVER,
-        IP_RECVERR,
-        IP_MTU,
-        28,
-        9,
-        ETH_P_IP,
-        slice(20, 24),
+        level=socket.IPPROTO_IP,
+        mtu_discover=IP_MTU_DISCOVER,
+        receive_errors=IP_RECVERR,
+        mtu=IP_MTU,
+        headers=IPV4_HEADER_LEN + UDP_HEADER_LEN,
+        protocol_offset=IPV4_PROTOCOL_AT,
+        ethertype=ETH_P_IP,
+        sender=slice(20, 24),
     ),
     IPV6: ProbeOptions(
-        socket.IPPROTO_IPV6,
-        IPV6_MTU_DISCOVER,
-        IPV6_RECVERR,
-        IPV6_MTU,
-        48,
-        6,
-        ETH_P_IPV6,
-        slice(24, 40),
+        level=socket.IPPROTO_IPV6,
+        mtu_discover=IPV6_MTU_DISCOVER,
+        receive_errors=IPV6_RECVERR,
+        mtu=IPV6_MTU,
+        headers=IPV6_HEADER_LEN + UDP_HEADER_LEN,
+        protocol_offset=6,
+        ethertype=ETH_P_IPV6,
+        sender=slice(24, 40),
     ),
 }
 
@@ -6401,7 +6402,7 @@ class Prober(Descriptor):
         (used,) = struct.unpack_from("=I", info, TCP_INFO_PMTU)
         if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS:
             mss += TCP_TIMESTAMPS_LEN
-        mtu = mss + self.options.headers + UDP_TO_TCP_HEADER
+        mtu = mss + self.options.headers - UDP_HEADER_LEN + TCP_HEADER_LEN
         return f"TCP port {port} answers: MSS {mss}, as for MTU {mtu}; the kernel uses {used}"
 
     def known_mtu(self) -> int:

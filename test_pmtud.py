@@ -9370,7 +9370,7 @@ def test_report_fits_80_columns_and_has_no_colours_in_a_pipe(node: Host) -> None
         in text
     )
     assert "WARN rp_filter: eth0: strict (all 1, eth0 0); an error from" in text
-    assert text.splitlines()[-1] == "n1: 10 OK, 4 WARN, 0 FAIL"
+    assert text.splitlines()[-1] == "n1: 11 OK, 4 WARN, 0 FAIL"
 
 
 def test_report_of_names_that_are_too_long_or_evil(node: Host, tmp_path: Path) -> None:
@@ -9429,7 +9429,7 @@ def test_json_schema(node: Host) -> None:
     assert (
         answer["schema"] == 1
         and answer["node"] == "n1"
-        and answer["summary"] == {"OK": 13, "WARN": 1, "FAIL": 0}
+        and answer["summary"] == {"OK": 14, "WARN": 1, "FAIL": 0}
     )
     assert all(set(entry) == {"check", "status", "found", "fix"} for entry in answer["checks"])
 
@@ -9904,10 +9904,10 @@ def test_check_command_line() -> None:
             "10.0.0.2",
             check=False,
         )
-        assert text.endswith("\nn1: 14 OK, 1 WARN, 0 FAIL\n") and "\033" not in text
+        assert text.endswith("\nn1: 15 OK, 1 WARN, 0 FAIL\n") and "\033" not in text
         assert "OK   path: 10.0.0.2: path MTU 1500, all of eth0\n" in text
         answer = json.loads(host.run(sys.executable, str(PROGRAM), "check", "--json", check=False))
-        assert answer["summary"] == {"OK": 13, "WARN": 1, "FAIL": 0}
+        assert answer["summary"] == {"OK": 14, "WARN": 1, "FAIL": 0}
         assert run_to_end(host, "check")[0] == 1
         host.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
         assert run_to_end(host, "check")[0] == 2
