@@ -4345,11 +4345,38 @@ def daemon(host: Host, *options: str) -> Process:
     return process
 
 
+def patched_daemon(
+    host: Host,
+    patch: str,
+    *options: str,
+    env: Optional[dict[str, str]] = None,
+    start: Sequence[str] = (),
+) -> Process:
+    """pmtud with these lines of Python before main(), not waited for.
+
+    `start` stands before the command, like ulimit in a shell.
+    """
+    script = f"import pmtud, sys\n{patch}\nsys.exit(pmtud.main(sys.argv[1:]))"
+    argv = [*start, sys.executable, "-Werror", "-c", script, *options]
+    return host.start(*argv, env={"PYTHONPATH": str(HERE), **(env or {})})
+
+
 @contextlib.contextmanager
-def daemons(hosts: Sequence[Host], *options: str) -> Iterator[list[Process]]:
-    """A daemon in each host; on the way out each must stop cleanly and leave no table behind."""
-    processes = [daemon(host, *options) for host in hosts]
+def daemons(
+    hosts: Sequence[Host], *options: str, patch: str = "", start: Sequence[str] = ()
+) -> Iterator[list[Process]]:
+    """A daemon in each host, patched or started in another way if so said.
+
+    On the way out each must stop cleanly and leave no table behind.
+    """
+    if patch or start:
+        processes = [patched_daemon(host, patch, *options, start=start) for host in hosts]
+    else:
+        processes = [daemon(host, *options) for host in hosts]
     try:
+        if patch or start:  # its log may go anywhere
+            for host in hosts:
+                assert poll(partial(is_ready, host), 10), "not ready"
         yield processes
     except BaseException:
         for process in processes:
@@ -4361,6 +4388,22 @@ def daemons(hosts: Sequence[Host], *options: str) -> Iterator[list[Process]]:
     for host, process in zip(hosts, processes):
         assert "Traceback" not in process.output()
         assert "pmtud" not in host.run("nft", "list", "tables")
+
+
+QUICK = "pmtud.Daemon.TICK, pmtud.Daemon.SLOW_TICKS = 0.2, 2"  # housekeeping every 0.2 s
+SHORT_MINUTE = "pmtud.Daemon.SUMMARY = 1.0"
+# What kernels before 5.12 do
+UNOWNED = """
+opened = pmtud.Firewall.__init__
+def open_unowned(self, config, ifaces, **more):
+    opened(self, config, ifaces, owned=False, **more)
+pmtud.Firewall.__init__ = open_unowned
+"""
+
+
+def is_ready(host: Host) -> bool:
+    """Whether the host's daemon says so."""
+    return get(host, "/readyz")[0] == "200"
 
 
 def metrics(host: Host, port: int = 30040) -> dict[str, float]:
@@ -5862,7 +5905,7 @@ def test_a_mark_overwritten_before_the_guard_is_noticed() -> None:
         for node in cluster.nodes:
             drop_invalid_forwards(node)
         with (
-            quick_daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes,
+            daemons(cluster.nodes, "--peers", PEER_LISTS[4], patch=QUICK) as processes,
             Capture(cluster.fabric) as wire,
         ):
             for node in cluster.nodes:
@@ -6495,26 +6538,28 @@ def test_what_the_service_manager_is_told(cluster: Cluster, tmp_path: Path) -> N
             assert manager.count("WATCHDOG=1") == 0
 
 
+HANGING = """
+import os, time
+turn = pmtud.Daemon._tick
+def tick(self, now):
+    turn(self, now)
+    if os.path.exists(os.environ["HANG"]):
+        print("hanging", flush=True)
+        time.sleep(600)
+pmtud.Daemon._tick = tick
+"""
+
+
 def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> None:
     """WATCHDOG=1 at half the time systemd waits, from the loop itself.
 
     None while it hangs, though threads live.
     """
     node, address = cluster.nodes[0], str(tmp_path / "notify")
-    hang = (
-        "import pmtud, sys, time, os; turn = pmtud.Daemon._tick\n"
-        "def tick(self, now):\n    turn(self, now)\n    if os.path.exists(sys.argv[1]):\n"
-        "        print('hanging', flush=True)\n        time.sleep(600)\n"
-        "pmtud.Daemon._tick = tick; sys.exit(pmtud.main([]))"
-    )
-    command = (
-        sys.executable,
-        "-c",
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n{hang}",
-        str(tmp_path / "hang"),
-    )
+    hang = tmp_path / "hang"
+    env = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"}
     with contextlib.closing(NotifySocket(address)) as manager:
-        process = node.start(*command, env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"})
+        process = patched_daemon(node, HANGING, env={**env, "HANG": str(hang)})
         process.wait_for("limits:")
         assert poll(lambda: manager.count("WATCHDOG=1") >= 3, 5)
         begun, count = time.monotonic(), manager.count("WATCHDOG=1")
@@ -6531,7 +6576,7 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
         assert manager.count("WATCHDOG=1") == count
         os.kill(process.pid, signal.SIGCONT)
         assert poll(lambda: manager.count("WATCHDOG=1") > count, 2)
-        (tmp_path / "hang").touch()
+        hang.touch()
         process.wait_for("hanging")
         count = manager.count("WATCHDOG=1")
         time.sleep(0.6)
@@ -6540,11 +6585,7 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
             get(node, "/metrics")[0] == "200"
         )  # a thread that answered for the loop would be wrong
         process.close()
-        other = node.start(
-            *command[:-1],
-            "none",
-            env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000", "WATCHDOG_PID": "1"},
-        )
+        other = node.start(sys.executable, str(PROGRAM), env={**env, "WATCHDOG_PID": "1"})
         other.wait_for("limits:")
         time.sleep(0.5)
         assert (manager.count("WATCHDOG=1"), other.stop()) == (count, 0)
@@ -7411,7 +7452,7 @@ def test_default_route_by_a_nexthop_that_drops() -> None:
 
 
 BROKEN_SOCKET = """
-import errno, pmtud, sys
+import errno
 class Breaking(pmtud.Nflog):
     left = 1
     def read(self):
@@ -7420,25 +7461,24 @@ class Breaking(pmtud.Nflog):
             raise OSError(errno.EIO, "broken by the test")
         return super().read()
 pmtud.Nflog = Breaking
-sys.exit(pmtud.main())
 """
 
 
-TAKEN_SOCKET = BROKEN_SOCKET.replace(
-    "        return super().read()",
-    """        return super().read()
-    def close(self):
-        super().close()
-        self.other = Breaking.__mro__[1](33)""",
-)
+TAKEN_SOCKET = f"""
+{BROKEN_SOCKET}
+def close_and_take(self):
+    super(Breaking, self).close()
+    self.other = Breaking.__mro__[1](33)
+Breaking.close = close_and_take
+import warnings
+warnings.simplefilter("ignore", ResourceWarning)  # what it takes stays open
+"""
 
 
 def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Cluster) -> None:
     """Exit 1 and one line; a service manager starts it again."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = node.start(
-        sys.executable, "-c", TAKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)}
-    )
+    process = patched_daemon(node, TAKEN_SOCKET, "--peers", PEER_LISTS[4])
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4, count=1))
     assert poll(lambda: process.returncode() is not None, 5), process.output()
@@ -7452,9 +7492,7 @@ def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Clu
 def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
     """The daemon goes on with a new socket; what had arrived by then is gone."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = node.start(
-        sys.executable, "-c", BROKEN_SOCKET, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)}
-    )
+    process = patched_daemon(node, BROKEN_SOCKET, "--peers", PEER_LISTS[4])
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4, count=1))
     process.wait_for("the NFLOG socket broke and was opened again")
@@ -7463,19 +7501,10 @@ def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
     assert process.stop() == 0
 
 
-SHORT_MINUTE = """
-import pmtud, sys
-pmtud.Daemon.SUMMARY = 1.0
-sys.exit(pmtud.main())
-"""
-
-
 def test_summary_of_the_last_minute(cluster: Cluster) -> None:
     """One line with what changed, none while nothing does; here a minute is a second long."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = node.start(
-        sys.executable, "-c", SHORT_MINUTE, "--peers", PEER_LISTS[4], env={"PYTHONPATH": str(HERE)}
-    )
+    process = patched_daemon(node, SHORT_MINUTE, "--peers", PEER_LISTS[4])
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4))
     received(node, ERRORS)
@@ -7499,16 +7528,8 @@ def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> No
     """
     node, path = cluster.nodes[ingress(cluster, 4)], tmp_path / "peers"
     path.write_text("10.0.0.77\n10.0.0.78\n10.0.0.79\n")
-    command = (
-        sys.executable,
-        "-c",
-        SHORT_MINUTE,
-        "--peers",
-        f"file:{path}",
-        "--flow-interval",
-        "0",
-    )
-    process = node.start(*command, env={"PYTHONPATH": str(HERE)})
+    options = ("--peers", f"file:{path}", "--flow-interval", "0")
+    process = patched_daemon(node, SHORT_MINUTE, *options)
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4))
     received(node, ERRORS)
@@ -7745,15 +7766,13 @@ def test_json_log(cluster: Cluster) -> None:
 
 
 def test_news_that_found_no_room_is_told_later(cluster: Cluster) -> None:
-    """At most NEWS_PER_MINUTE lines.
+    """At most News.PER_MINUTE lines.
 
     What is reported again a minute later is news still. A minute is a second here.
     """
     node = cluster.nodes[ingress(cluster, 4)]
-    script = QUICK.replace(
-        "0.2, 2", "0.2, 2\npmtud.Daemon.SUMMARY, pmtud.News.PER_MINUTE = 1.0, 15"
-    )
-    with quick_daemons([node], script=script) as [process]:
+    patch = f"{QUICK}\n{SHORT_MINUTE}\npmtud.News.PER_MINUTE = 15"
+    with daemons([node], patch=patch) as [process]:
 
         def told() -> list[str]:
             return re.findall(
@@ -7804,11 +7823,9 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
         assert count() == 2
 
 
-KUBE_DAEMON = """
-import sys, pmtud
-pmtud.KubeSource.ACCOUNT = sys.argv.pop(1)
-sys.exit(pmtud.main())
-"""
+def account_in(folder: Path) -> str:
+    """The patch for a service account that is not where every pod has it."""
+    return f"pmtud.KubeSource.ACCOUNT = {str(folder)!r}"
 
 
 def test_sighup_without_peer_sources_says_that_it_reads_nothing(cluster: Cluster) -> None:
@@ -7824,14 +7841,14 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
     """With peer and errno, those that were refused most first; here a minute is 1.5 seconds."""
     node = cluster.nodes[ingress(cluster, 4)]
     kinds = {f"203.0.113.{n}": "unreachable" for n in range(100, 109)} | {"203.0.113.7": "prohibit"}
-    script = QUICK.replace("0.2, 2", "0.2, 2\npmtud.Refusals.SECONDS = 1.5")
+    patch = f"{QUICK}\npmtud.Refusals.SECONDS = 1.5"
     options = ("--peers", ",".join((*kinds, "10.0.0.77")), "--flow-interval", "0")
     one = r"203\.0\.113\.\d+: [^;]+ \(E[A-Z]+\), \d+ times; "
     with contextlib.ExitStack() as stack:
         for address, kind in kinds.items():
             node.ip(f"route add {kind} {address}")
             stack.callback(node.ip, f"route del {kind} {address}")
-        with quick_daemons([node], *options, script=script) as [process]:
+        with daemons([node], *options, patch=patch) as [process]:
             begun = time.monotonic()
             inject(cluster.router, 4, flow_errors(4))
             first = process.wait_for("the kernel refused copies to ")
@@ -7851,22 +7868,23 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
     assert "77" not in "".join(told)
 
 
+WAITS_FOR_PEERS = """
+import time
+follow = pmtud.Peers.follow
+def follow_and_wait(self):
+    follow(self)
+    while len(self.listed()) < 2:
+        time.sleep(0.01)
+pmtud.Peers.follow = follow_and_wait
+"""
+
+
 def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
     """No daemon is called standalone before the answer is in force.
 
     One without peers is afterwards.
     """
     node = cluster.nodes[0]
-    script = """if True:
-        import pmtud, sys, time
-        follow = pmtud.Peers.follow
-        def wait(self):
-            follow(self)
-            while len(self.listed()) < 2:
-                time.sleep(0.01)
-        pmtud.Peers.follow = wait
-        sys.exit(pmtud.main())
-    """
     cases = {
         ("10.0.0.11", "10.0.0.12", "10.0.0.13"): "peers changed: 2 came (10.0.0.12, 10.0.0.13)",
         ("10.0.0.11",): "peers: none, standalone: local rescue only",
@@ -7874,8 +7892,7 @@ def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
     with NameServer(cluster, "10.0.0.1") as names:
         for addresses, line in cases.items():
             names.serve(*addresses)
-            command = (sys.executable, "-c", script, "--peers", "pmtud")
-            process = node.start(*command, env={"PYTHONPATH": str(HERE)})
+            process = patched_daemon(node, WAITS_FOR_PEERS, "--peers", "pmtud")
             process.wait_for(line)
             told = re.findall(r"INFO (peers.*?)(?: peers_ipv4.*)?\n", process.output())
             assert told == ["peers: none yet, asking for them", line]
@@ -7885,7 +7902,7 @@ def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
 
 def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
     """One alone is in force at once; 90 that follow it are one. Here that second lasts ten."""
-    script = KUBE_DAEMON.replace("sys.exit", "pmtud.Roster.CHANGE_GAP = 10.0\nsys.exit")
+    patch = f"{account_in(tmp_path)}\npmtud.Roster.CHANGE_GAP = 10.0"
     with Net() as net, ExitStack() as stack:
         node = net.host("node")
         api = stack.enter_context(node.inside(lambda: FakeApi(tmp_path)))
@@ -7893,9 +7910,8 @@ def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
         stack.callback(api.disconnect)
         for number in (12, 13, 14):
             api.change("ADDED", f"node-{number}", f"10.0.0.{number}")
-        command = (sys.executable, "-c", script, str(tmp_path), "--iface", "lo")
-        env = {**api.environ, "PYTHONPATH": str(HERE)}
-        process = node.start(*command, "--peers", "kube:nodes", env=env)
+        options = ("--iface", "lo", "--peers", "kube:nodes")
+        process = patched_daemon(node, patch, *options, env=api.environ)
         three = "(10.0.0.12, 10.0.0.13, 10.0.0.14)"
         process.wait_for(f"peers changed: 3 came {three} peers_ipv4=3 peers_ipv6=0\n")
         assert poll(lambda: api.watches == 1, 5)
@@ -8156,10 +8172,12 @@ def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_p
         api.change(
             "ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge"
         )
-    command = (sys.executable, "-c", KUBE_DAEMON, str(tmp_path), "--peers", "kube:nodes?role=edge")
+    options = ("--peers", "kube:nodes?role=edge")
     with api:
-        env = {**api.environ, "PYTHONPATH": str(HERE)}
-        processes = [node.start(*command, env=env) for node in cluster.nodes]
+        processes = [
+            patched_daemon(node, account_in(tmp_path), *options, env=api.environ)
+            for node in cluster.nodes
+        ]
         label, gone = (
             'pmtud_peers{source="kube:nodes?role=edge"}',
             'pmtud_copies_sent_total{peer="10.0.0.13"}',
@@ -9916,41 +9934,7 @@ def test_check_command_line() -> None:
 # -----------------------------------------------------------------------------
 # Section: trust -- hostile input, faults, long runs
 
-QUICK = """
-import pmtud, sys
-pmtud.Daemon.TICK, pmtud.Daemon.SLOW_TICKS = 0.2, 2
-sys.exit(pmtud.main(sys.argv[1:]))
-"""
 UNLIMITED = ("--flow-interval", "0", "--source-rate", "0", "--rate", "0")
-
-
-def is_ready(host: Host) -> bool:
-    """Whether the host's daemon says so."""
-    return get(host, "/readyz")[0] == "200"
-
-
-@contextlib.contextmanager
-def quick_daemons(
-    hosts: Sequence[Host], *options: str, script: str = QUICK, start: Sequence[str] = ()
-) -> Iterator[list[Process]]:
-    """Daemons whose housekeeping comes every 0.2 s.
-
-    `start` stands before the command, like ulimit in a shell.
-    """
-    argv = [*start, sys.executable, "-W", "error", "-c", script, *options]
-    processes = [host.start(*argv, env={"PYTHONPATH": str(HERE)}) for host in hosts]
-    try:
-        for host in hosts:
-            assert poll(partial(is_ready, host), 10), "not ready"
-        yield processes
-    except BaseException:
-        for process in processes:
-            print(process.output()[-4000:])
-        raise
-    finally:
-        codes = [process.stop() for process in processes]
-    assert codes == [0] * len(processes), processes[0].output()
-    assert not [process for process in processes if "Traceback" in process.output()]
 
 
 def assert_served(
@@ -10041,7 +10025,7 @@ def test_address_changed(tmp_path: Path) -> None:
 
 def test_default_route_gone_and_moved(cluster: Cluster) -> None:
     """Gone: errors still come in where they did. Moved: the rules follow. Back: as before."""
-    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS) as processes:
+    with daemons(cluster.nodes, "--peers", ALL_PEERS, patch=QUICK) as processes:
         for node in cluster.nodes:
             node.ip("route del default", "route del ::/0")
         time.sleep(0.6)  # for the housekeeping to see it
@@ -10321,22 +10305,13 @@ def test_another_process_wants_the_group(cluster: Cluster) -> None:
         assert_served(cluster)
 
 
-UNOWNED = QUICK.replace(
-    "\nsys.exit",
-    """
-opened = pmtud.Firewall.__init__
-pmtud.Firewall.__init__ = lambda self, config, ifaces, **more: opened(self, config, ifaces, owned=False, **more)
-sys.exit""",
-)
-
-
 def test_flush_ruleset_where_tables_cannot_be_owned() -> None:
     """Kernels before 5.12: what `nft flush ruleset` removed is noticed at the next look and
     installed again.
     """
     with (
         Cluster(conntrack=False) as plain,
-        quick_daemons(plain.nodes, "--peers", ALL_PEERS, script=UNOWNED) as processes,
+        daemons(plain.nodes, "--peers", ALL_PEERS, patch=QUICK + UNOWNED) as processes,
     ):
         for node in plain.nodes:
             node.run("nft", "flush", "ruleset")
@@ -10485,7 +10460,7 @@ HTTP_ATTACKS: dict[str, tuple[int, bytes]] = {
 }
 
 
-HURRIED = QUICK.replace("\nsys.exit", "\npmtud.StatusHandler.timeout = 2.0\nsys.exit")
+HURRIED = f"{QUICK}\npmtud.StatusHandler.timeout = 2.0"
 
 
 @pytest.mark.parametrize("attack", HTTP_ATTACKS)
@@ -10494,7 +10469,7 @@ def test_http_clients_that_mean_no_good(cluster: Cluster, attack: str) -> None:
     within seconds.
     """
     count, data = HTTP_ATTACKS[attack]
-    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, script=HURRIED) as processes:
+    with daemons(cluster.nodes, "--peers", ALL_PEERS, patch=HURRIED) as processes:
         clients = [client for node in cluster.nodes for client in connect(node, count, data)]
         assert_served(cluster, [(4, "pod")])
         assert all(usage(process)["Threads"] <= 16 + 4 for process in processes)
@@ -10591,9 +10566,9 @@ def test_a_connection_without_a_thread_gives_its_place_back(
             assert client.makefile("rb").read().endswith(b"ok\n")
 
 
-STALLING = QUICK.replace(
-    "sys.exit",
-    """
+STALLING = f"""
+{QUICK}
+{UNOWNED}
 import os, time
 turn = pmtud.Daemon._tick
 def tick(self, now):
@@ -10601,10 +10576,7 @@ def tick(self, now):
     while os.path.exists(os.environ["STALL"]):
         time.sleep(0.1)
 pmtud.Daemon._tick = tick
-create = pmtud.Firewall
-pmtud.Firewall = lambda *given, **named: create(*given, owned=False, **named)
-sys.exit""",
-)
+"""
 
 
 def test_what_is_not_ready_is_said(node: Host, tmp_path: Path) -> None:
@@ -10612,10 +10584,9 @@ def test_what_is_not_ready_is_said(node: Host, tmp_path: Path) -> None:
 
     Each by name.
     """
-    stall, env = tmp_path / "stall", {"PYTHONPATH": str(HERE), "STALL": str(tmp_path / "stall")}
-    process = node.start(
-        sys.executable, "-c", STALLING, "--peers", "nobody.invalid,10.0.0.9", env=env
-    )
+    stall = tmp_path / "stall"
+    peers = ("--peers", "nobody.invalid,10.0.0.9")
+    process = patched_daemon(node, STALLING, *peers, env={"STALL": str(stall)})
     process.wait_for("limits:")
     unnamed = "dns:nobody.invalid: Temporary failure in name resolution\n"
     assert poll(lambda: get(node, "/readyz") == ("503", unnamed), 5), get(node, "/readyz")
@@ -10652,8 +10623,12 @@ def usage(process: Process) -> dict[str, int]:
 
 def test_standard_streams_closed(cluster: Cluster) -> None:
     """No standard input, output or error: nothing to log to, everything else works."""
-    with quick_daemons(
-        cluster.nodes, "--peers", ALL_PEERS, start=("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-')
+    with daemons(
+        cluster.nodes,
+        "--peers",
+        ALL_PEERS,
+        start=("sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-'),
+        patch=QUICK,
     ):
         assert_served(cluster)
 
@@ -10671,7 +10646,7 @@ def test_standard_error_is_a_full_pipe(cluster: Cluster, tmp_path: Path) -> None
         while True:
             os.write(writer, bytes(4096))
     start = ("sh", "-c", f'exec "$0" "$@" 2>{shlex.quote(str(fifo))}')
-    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start) as processes:
+    with daemons(cluster.nodes, "--peers", ALL_PEERS, start=start, patch=QUICK) as processes:
         assert_served(cluster)
         while b"SIGHUP" not in os.read(reader, 1 << 20):
             os.kill(processes[0].pid, signal.SIGHUP)
@@ -10688,7 +10663,7 @@ def test_standard_error_without_a_reader(cluster: Cluster, tmp_path: Path) -> No
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         start = ("sh", "-c", f'exec "$0" "$@" 2>{shlex.quote(str(fifo))}')
         processes = stack.enter_context(
-            quick_daemons(cluster.nodes, "--peers", ALL_PEERS, start=start)
+            daemons(cluster.nodes, "--peers", ALL_PEERS, start=start, patch=QUICK)
         )
         os.close(reader)
         for process in processes:
@@ -10709,7 +10684,7 @@ def test_file_descriptors_exhausted(cluster: Cluster, tmp_path: Path) -> None:
     """
     path = tmp_path / "peers"
     path.write_text("10.0.0.77\n")
-    with quick_daemons(cluster.nodes, "--peers", f"file:{path},{ALL_PEERS}") as processes:
+    with daemons(cluster.nodes, "--peers", f"file:{path},{ALL_PEERS}", patch=QUICK) as processes:
         assert_served(cluster)
         for process in processes:
             limit_descriptors(process, usage(process)["fds"])
@@ -10779,7 +10754,9 @@ def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
     node = cluster.nodes[ingress(cluster, 4)]
     start = ("sh", "-c", 'ulimit -v 524288; exec "$0" "$@"')
     remember = ("--flow-interval", "60", "--source-rate", "1000000", "--rate", "1000000000")
-    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, *remember, start=start) as processes:
+    with daemons(
+        cluster.nodes, "--peers", ALL_PEERS, *remember, start=start, patch=QUICK
+    ) as processes:
         process = processes[cluster.nodes.index(node)]
         flood = [
             mtu_error(
@@ -10868,16 +10845,15 @@ def test_as_many_peers_as_there_may_be(tmp_path: Path) -> None:
 
 
 STEPPED_CLOCK = """
-import itertools, pmtud, sys, time
+import itertools, time
 steps, real = itertools.cycle((0, 1e8, -1e8, -2e9)), time.time
 time.time = lambda: real() + next(steps)
-sys.exit(pmtud.main(sys.argv[1:]))
 """
 
 
 def test_wall_clock_stepped(cluster: Cluster) -> None:
     """Years forth and back at every look: limits, health and timers go by the monotonic clock."""
-    with quick_daemons(cluster.nodes, "--peers", ALL_PEERS, script=STEPPED_CLOCK):
+    with daemons(cluster.nodes, "--peers", ALL_PEERS, patch=STEPPED_CLOCK):
         assert_served(cluster)
         assert all(get(node, "/healthz")[0] == "200" for node in cluster.nodes)
 
@@ -14171,9 +14147,10 @@ def kube_daemon(
     with one.node.inside(lambda: FakeApi(folder)) as api:
         for address in (net.address(one), *peers):
             api.change("ADDED", address, address)
-        command = (sys.executable, "-c", KUBE_DAEMON, str(folder), "--iface", "eth0", *NO_LIMITS)
-        env = {**api.environ, "PYTHONPATH": str(HERE)}
-        process = one.node.start(*last, *command, "--peers", "kube:nodes", env=env)
+        options = ("--iface", "eth0", *NO_LIMITS, "--peers", "kube:nodes")
+        process = patched_daemon(
+            one.node, account_in(folder), *options, env=api.environ, start=last
+        )
         try:
             process.wait_for("peers changed")
             assert poll(lambda: api.watches == 1, 5)
