@@ -5054,7 +5054,7 @@ def test_routers_that_report_no_mtu(cluster: Cluster, service: str) -> None:
         "icmp type destination-unreachable icmp mtu set 0\n}\n}\n",
     )
     try:
-        assert cluster.download(service) == []
+        assert cluster.download(service, deadline=2.5) == []
         cluster.flush()
         with (
             daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes,
