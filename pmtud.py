@@ -999,7 +999,6 @@ def as_about_echo_reply(icmp: bytes) -> bytes:
 
     A wrong checksum stays wrong.
     """
-    kind, code, checksum, mtu = ICMPV4_FRAG_NEEDED.unpack_from(icmp)
     quoted = bytearray(icmp[ICMP_HEADER_LEN:])
     start = (quoted[0] & 0x0F) * 4  # of the transport header
     # RFC 1624: what the words lose, the checksum gains. An echo reply starts with type 0 and code
@@ -1009,9 +1008,10 @@ def as_about_echo_reply(icmp: bytes) -> bytes:
         - socket.IPPROTO_ICMP
         + int.from_bytes(quoted[start : start + 2], "big")
     )
+    checksum = (int.from_bytes(icmp[2:4], "big") + lost) % 0xFFFF
     quoted[IPV4_PROTOCOL_AT] = socket.IPPROTO_ICMP
     quoted[start : start + 2] = bytes(2)
-    return ICMPV4_FRAG_NEEDED.pack(kind, code, (checksum + lost) % 0xFFFF, mtu) + quoted
+    return icmp[:2] + checksum.to_bytes(2, "big") + icmp[4:ICMP_HEADER_LEN] + quoted
 
 
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:

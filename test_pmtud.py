@@ -966,13 +966,17 @@ def test_padding_after_the_packet_is_cut_off(net: Plan) -> None:
 
 @unit
 @pytest.mark.parametrize("checksum", [None, 1, 0xFFFE])
+@pytest.mark.parametrize("length", [0, 32])  # of RFC 4884
 @pytest.mark.parametrize("options", [b"", ROUTER_ALERT * 3])
 @pytest.mark.parametrize("start", [bytes(8), struct.pack("!HHI", 0x2000, 0x6558, 7), b"\xff" * 21])
 def test_an_error_made_to_be_about_an_echo_reply(
-    start: bytes, options: bytes, checksum: Optional[int]
+    start: bytes, options: bytes, length: int, checksum: Optional[int]
 ) -> None:
     """Three bytes change besides the checksum, which is as right or as wrong as it was."""
-    packet = error4(protocol=47, transport=start, inner={"options": options}, checksum=checksum)
+    packet = error4(protocol=47, transport=start, inner={"options": options}, checksum=0)
+    packet = packet[:25] + bytes([length]) + packet[26:]
+    summed = internet_checksum(packet[20:]) if checksum is None else checksum
+    packet = packet[:22] + struct.pack("!H", summed) + packet[24:]
     before, after = packet[20:], pmtud.as_about_echo_reply(packet[20:])
     assert len(after) == len(before)
     at = 8 + 20 + len(options)
