@@ -1379,7 +1379,7 @@ def load_fib(result: int, flags: int) -> bytes:
 
 def load_payload(base: int, offset: int, length: int) -> bytes:
     """Bytes of the packet into register 1."""
-    numbers: dict[int, int] = {
+    numbers = {
         PayloadAttr.DREG: NFT_REG_1,
         PayloadAttr.BASE: base,
         PayloadAttr.OFFSET: offset,
@@ -1544,7 +1544,7 @@ def in_a_burst(family: Family) -> Part:
     1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a second, and a third
     of the genuine went unheard).
     """
-    numbers: dict[int, int] = {
+    numbers = {
         HashAttr.SREG: NFT_REG_1,
         HashAttr.DREG: NFT_REG_1,
         HashAttr.LEN: family.address_len,

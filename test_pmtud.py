@@ -5734,7 +5734,7 @@ def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
                 f"{MANAGEMENT_PEERS[family].split(',')[cluster.nodes.index(node)]}"
             )
             inject(cluster.mgmt, family, flow_errors(family, "host", src=stranger))
-        time.sleep(2 * pmtud.Nflog.GATHER_SECONDS)
+        time.sleep(2 * pmtud.Nflog.GATHER_HUNDREDTHS / 100)
         assert sum(sum(row.values()) for row in map(received_by_origin, cluster.nodes)) == before
         cluster.mgmt.ip(f"route del {cluster.vip('host', family)}", "addr flush dev mgmt")
 
