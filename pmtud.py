@@ -1014,7 +1014,7 @@ def as_about_echo_reply(icmp: bytes) -> bytes:
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
     """What walk_error() finds in an error without IP options, None for any other packet.
 
-    1.6 -> 0.9 us.
+    It saves 0.7 of the 6 us that an error costs with one peer.
     """
     if len(packet) < PLAIN_IPV4_ERROR.size:
         return None
@@ -3273,8 +3273,8 @@ class Fanout:
     peers.
     """
 
-    # So few copies leave by sendto(): on an idle node the caches hold no ctypes. In twenty runs with
-    # two peers, in turns, the first copy was out 60 us sooner, 12 % of the median latency.
+    # So few copies leave by sendto(): on an idle node the caches hold no ctypes. In twenty runs
+    # with two peers, in turns, the first copy was out 60 us sooner, 12 % of the median latency.
     FEW = 16
     COPIES_IN_A_CALL = 512  # at least one error to all peers; more headers leave the cache
 
