@@ -8,23 +8,24 @@ of them; when the router answers from its management address, strict rp_filter d
 right one. Either way the connection hangs and nobody logs why. This program runs on each node:
 
     router R --error (src R, dst VIP)--> node A
-                                          | raw PREROUTING, before rp_filter
+                                          | PREROUTING, before rp_filter
                                           v
-                                        NFLOG group 33 --> pmtud: parse, classify, validate, limit
-                                                             |                      |
-             copy (src A, dst B, same ICMP bytes) <----------+                      v
-                        |                                 deliver (src A, dst VIP), marked
-                        v                                                           |
-    node B: raw PREROUTING --> NFLOG --> pmtud: "a copy"                  OUTPUT: conntrack, guard
-                                           |                                        |
-                                           v                                        v
-                               deliver (src B, dst VIP), marked          the socket or the pod that
-                                           |                             owns the flow learns its MTU;
-                                           +--> OUTPUT, as on A          not the owner: dropped (EPERM)
+                                   NFLOG group 33 --> pmtud: parse, classify, validate, limit
+                                                        |                      |
+        copy (src A, dst B, same ICMP bytes) <----------+                      v
+                   |                                 deliver (src A, dst VIP), marked
+                   v                                                           |
+    node B: PREROUTING --> NFLOG --> pmtud: "a copy"                 OUTPUT: conntrack, guard
+                                      |                                        |
+                                      v                                        v
+                          deliver (src B, dst VIP), marked          the socket or pod that owns
+                                      |                             the flow learns its MTU; not
+                                      +--> OUTPUT, as on A          the owner: dropped (EPERM)
 
 Delivery sends the error again from this node, with outer destination = quoted source (the VIP).
 That passes through OUTPUT: conntrack sees it as RELATED and NAT takes it to the pod behind the
-VIP, and locally generated packets are exempt from rp_filter. The guard, a few nftables rules on
+VIP, and locally generated packets are exempt from rp_filter. Where no route leads to the VIP, the
+packet is routed to this node itself, which NAT does not mind. The guard, a few nftables rules on
 our mark, drops what this node does not own before it can leave.
 
 What it promises: an error is replicated once, by the node a router sent it to, never by a node
@@ -35,7 +36,8 @@ the kernel removes it when the process ends, SIGKILL included; no packet ends th
 What it does not do: invent MTU values, clamp MSS, read or change payload, help where routers
 send no errors at all (see tcp_mtu_probing for those).
 
-Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets); root drops all others itself.
+Privileges: CAP_NET_ADMIN (netlink, nftables, marks) and CAP_NET_RAW (raw sockets); root drops all
+others itself.
 Needs Linux 4.17 or later and Python 3.9 or later; prometheus-client only for /metrics.
 """
 
@@ -589,7 +591,8 @@ def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
                 raise ValueError(f"line {number}: {problem}") from None
     if not 0 < len(found) <= PEERS_MAX:
         raise ValueError(
-            f"{len(found)} peers; there must be 1 to {PEERS_MAX}, one broadcast address reaches a subnet"
+            f"{len(found)} peers; there must be 1 to {PEERS_MAX}, "
+            "one broadcast address reaches a subnet"
         )
     return tuple(dict.fromkeys(found))
 
@@ -2107,7 +2110,7 @@ def decide(error: MtuError, policy: Policy, now: float) -> Verdict:
 
 
 # -----------------------------------------------------------------------------
-# Section: counters -- plain integers on the packet's way, a collector that reads them at scrape time
+# Section: counters -- plain integers on the packet's way, read at scrape time
 
 MTU_BUCKETS = (
     576,
@@ -2416,7 +2419,8 @@ def log(level: str, text: str, **fields: object) -> None:
     LOGGER.log(number, text, extra={"fields": plain})
 
 
-class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]  # subscriptable from Python 3.11 on
+# Subscriptable from Python 3.11 on.
+class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes a line only where that cannot block.
 
     A log that nobody reads must not stop the errors' way.
@@ -4019,7 +4023,7 @@ class Lane:
 
 
 def reachable(peer: PeerAddress, copies: CopySocket, join: bool) -> bool:
-    """Whether the peer's interface exists; a multicast group is joined there, which sends reports."""
+    """Whether the peer's interface exists; a multicast group is joined there: that sends reports."""
     try:
         sockaddr(peer)
         if peer.is_multicast and join:
@@ -4097,7 +4101,7 @@ class RuleKeeper:
         return False
 
     def conntrack_appeared(self) -> bool:
-        """Whether conntrack came into use after our start, as with kube-proxy; the guard asks it then."""
+        """Whether conntrack came into use after our start; the guard asks it from then on."""
         if not self.firewall or self.firewall.conntrack or not conntrack_in_use():
             return False
         log("info", "conntrack came into use: the guard now asks it who owns a flow")
@@ -4436,7 +4440,7 @@ class StatusServer(socketserver.ThreadingTCPServer):
         super().server_bind()
 
     def get_request(self) -> Any:
-        """Accept; without a free file descriptor wait a little, where serve_forever() would spin."""
+        """Accept; without a free file descriptor wait a little: serve_forever() would spin."""
         try:
             return super().get_request()
         except OSError:
@@ -4686,7 +4690,7 @@ class Roster:
         self._tell_change(before)
 
     def tick(self) -> None:
-        """Once a second: open what could not be opened, try again what could not be put in force."""
+        """Once a second: open what could not be opened, try again what is not in force."""
         try:
             self._forwarder.open_lanes(self.arrangement)
         except PmtudError as problem:
@@ -6135,7 +6139,8 @@ TCP_INFO_SND_MSS = 16
 TCP_INFO_PMTU = 60
 TCPI_OPT_TIMESTAMPS = 1
 TCP_TIMESTAMPS_LEN = 12  # RFC 7323, with padding
-UDP_TO_TCP_HEADER = 12  # bytes that a TCP header is longer
+TCP_HEADER_LEN = 20
+UDP_HEADER_LEN = 8
 
 PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
 IP_TOTAL_LEN_MAX = 65535
@@ -6158,24 +6163,24 @@ class ProbeOptions(NamedTuple):
 
 PROBES = {
     IPV4: ProbeOptions(
-        socket.IPPROTO_IP,
-        IP_MTU_DISCOVER,
-        IP_RECVERR,
-        IP_MTU,
-        28,
-        9,
-        ETH_P_IP,
-        slice(20, 24),
+        level=socket.IPPROTO_IP,
+        mtu_discover=IP_MTU_DISCOVER,
+        receive_errors=IP_RECVERR,
+        mtu=IP_MTU,
+        headers=IPV4_HEADER_LEN + UDP_HEADER_LEN,
+        protocol_offset=IPV4_PROTOCOL_AT,
+        ethertype=ETH_P_IP,
+        sender=slice(20, 24),
     ),
     IPV6: ProbeOptions(
-        socket.IPPROTO_IPV6,
-        IPV6_MTU_DISCOVER,
-        IPV6_RECVERR,
-        IPV6_MTU,
-        48,
-        6,
-        ETH_P_IPV6,
-        slice(24, 40),
+        level=socket.IPPROTO_IPV6,
+        mtu_discover=IPV6_MTU_DISCOVER,
+        receive_errors=IPV6_RECVERR,
+        mtu=IPV6_MTU,
+        headers=IPV6_HEADER_LEN + UDP_HEADER_LEN,
+        protocol_offset=6,
+        ethertype=ETH_P_IPV6,
+        sender=slice(24, 40),
     ),
 }
 
@@ -6397,7 +6402,7 @@ class Prober(Descriptor):
         (used,) = struct.unpack_from("=I", info, TCP_INFO_PMTU)
         if info[TCP_INFO_OPTIONS] & TCPI_OPT_TIMESTAMPS:
             mss += TCP_TIMESTAMPS_LEN
-        mtu = mss + self.options.headers + UDP_TO_TCP_HEADER
+        mtu = mss + self.options.headers - UDP_HEADER_LEN + TCP_HEADER_LEN
         return f"TCP port {port} answers: MSS {mss}, as for MTU {mtu}; the kernel uses {used}"
 
     def known_mtu(self) -> int:
@@ -6685,15 +6690,15 @@ def option_type(parse_value: Callable[[str], Any]) -> Callable[[str], Any]:
 
 EPILOG = """\
 examples:
-  sudo python3 pmtud.py                                   local rescue only (strict rp_filter)
-  sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12       copies to these nodes; this node's own address may be listed
-  sudo python3 pmtud.py --peers 10.0.0.255                one broadcast copy reaches the whole subnet
-  sudo python3 pmtud.py --peers file:/etc/pmtud/peers     one address per line, read again when it changes
-  sudo python3 pmtud.py --peers dns:pmtud.example         all addresses of a name, asked for again every ten seconds
-  sudo python3 pmtud.py --dry-run --log-level debug       look, send nothing
-  sudo python3 pmtud.py check                             the doctor: what is wrong here, and what repairs it
-  python3 pmtud.py check 10.9.0.2 [fd09::2]:443           measure paths, too
-  python3 pmtud.py rules --iface eth0                     the rules it installs, for pasting
+  sudo python3 pmtud.py                                local rescue only (strict rp_filter)
+  sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12    copies to these nodes, its own left out
+  sudo python3 pmtud.py --peers 10.0.0.255             one broadcast copy reaches the subnet
+  sudo python3 pmtud.py --peers file:/etc/pmtud/peers  one a line, read again when it changes
+  sudo python3 pmtud.py --peers dns:pmtud.example      all addresses of a name, asked every 10 s
+  sudo python3 pmtud.py --dry-run --log-level debug    look, send nothing
+  sudo python3 pmtud.py check                          the doctor: what is wrong, what repairs it
+  python3 pmtud.py check 10.9.0.2 [fd09::2]:443        measure paths, too
+  python3 pmtud.py rules --iface eth0                  the rules it installs, for pasting
 
 Every option can come from the environment: --flow-interval from PMTUD_FLOW_INTERVAL, and so on.
 The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or configuration.
@@ -6930,7 +6935,8 @@ def check_metrics_library(config: Config) -> None:
         and not importlib.util.find_spec("prometheus_client")
     ):
         raise UsageError(
-            "--metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, or "
+            "--metrics-port and --metrics-addr need prometheus-client: "
+            "pip install prometheus-client, or "
             "--metrics-port 0"
         )
 
