@@ -1017,7 +1017,7 @@ def as_about_echo_reply(icmp: bytes) -> bytes:
 def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
     """What walk_error() finds in an error without IP options, None for any other packet.
 
-    1.6 -> 0.9 us.
+    It saves 0.7 of the 6 us that an error costs with one peer.
     """
     if len(packet) < PLAIN_IPV4_ERROR.size:
         return None
@@ -1382,7 +1382,7 @@ def load_fib(result: int, flags: int) -> bytes:
 
 def load_payload(base: int, offset: int, length: int) -> bytes:
     """Bytes of the packet into register 1."""
-    numbers: dict[int, int] = {
+    numbers = {
         PayloadAttr.DREG: NFT_REG_1,
         PayloadAttr.BASE: base,
         PayloadAttr.OFFSET: offset,
@@ -1547,7 +1547,7 @@ def in_a_burst(family: Family) -> Part:
     1,000, soon use up their own buckets (ten a minute left 1,000 of them 167 a second, and a third
     of the genuine went unheard).
     """
-    numbers: dict[int, int] = {
+    numbers = {
         HashAttr.SREG: NFT_REG_1,
         HashAttr.DREG: NFT_REG_1,
         HashAttr.LEN: family.address_len,
@@ -3277,8 +3277,8 @@ class Fanout:
     peers.
     """
 
-    # So few copies leave by sendto(): on an idle node the caches hold no ctypes. In twenty runs with
-    # two peers, in turns, the first copy was out 60 us sooner, 12 % of the median latency.
+    # So few copies leave by sendto(): on an idle node the caches hold no ctypes. In twenty runs
+    # with two peers, in turns, the first copy was out 60 us sooner, 12 % of the median latency.
     FEW = 16
     COPIES_IN_A_CALL = 512  # at least one error to all peers; more headers leave the cache
 
