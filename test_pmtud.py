@@ -176,7 +176,8 @@ def hide_settings() -> None:
 if __name__ != "__main__":  # there pytest.main() has yet to import this file once more
     hide_settings()
 SCRIPT = ENVIRONMENT.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
-settings.register_profile("pmtud", max_examples=200, deadline=None, database=None)
+EXAMPLES = int(ENVIRONMENT.get("PMTUD_TEST_EXAMPLES", "200"))  # of each property
+settings.register_profile("pmtud", max_examples=EXAMPLES, deadline=None, database=None)
 settings.load_profile("pmtud")
 
 unit = pytest.mark.unit  # needs neither root nor a namespace
@@ -185,6 +186,7 @@ quick = pytest.mark.quick  # what is most likely to notice a mistake, on one clu
 in_order = pytest.mark.xdist_group(
     "lab"
 )  # on one worker: each exercise goes on where the last ended
+with_wheel = pytest.mark.xdist_group("wheel")  # on one worker: it is fetched once
 alone = pytest.mark.xdist_group("alone")  # at the end, while no other test runs: they measure time
 
 
@@ -7079,6 +7081,7 @@ class FakePod:
         ]
 
 
+@with_wheel
 @pytest.mark.parametrize("spec", [POD, PIP_POD], ids=["wheel", "pip"])
 def test_containers_of_the_daemonset(
     cluster: Cluster, tmp_path: Path, wheel: Path, spec: dict[str, Any]
@@ -7123,6 +7126,7 @@ def test_containers_of_the_daemonset(
     assert "WARNING" not in process.output()
 
 
+@with_wheel
 def test_a_container_that_starts_again_finds_its_bytecode(
     cluster: Cluster, tmp_path: Path, wheel: Path
 ) -> None:
@@ -7146,6 +7150,7 @@ def test_a_container_that_starts_again_finds_its_bytecode(
     assert size < 8 << 20 and volume["emptyDir"] == {"sizeLimit": "16Mi"}
 
 
+@with_wheel
 def test_the_daemonset_where_its_port_is_taken(
     cluster: Cluster, tmp_path: Path, wheel: Path
 ) -> None:
@@ -7166,6 +7171,7 @@ def test_the_daemonset_where_its_port_is_taken(
     )
 
 
+@with_wheel
 def test_the_daemonset_without_the_library(cluster: Cluster, tmp_path: Path, wheel: Path) -> None:
     """It says what is missing; without HTTP, as the manifest says, all else works."""
     pod = FakePod(cluster.nodes[0], POD, tmp_path, wheel)
@@ -7470,7 +7476,8 @@ def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> No
 @pytest.mark.parametrize("python", interpreters())
 def test_every_python_passes_the_unit_tests(python: str) -> None:
     """Each in a virtual environment of its own, which stays for the next time."""
-    environ = {**ENVIRONMENT, "PMTUD_VENV": str(VENV / f"units-{Path(python).name}")}
+    venv = VENV / f"units-{Path(python).name}"
+    environ = {**ENVIRONMENT, "PMTUD_VENV": str(venv), "PMTUD_TEST_EXAMPLES": "50"}
     done = subprocess.run(
         [python, __file__, "unit", "-x"], env=environ, capture_output=True, text=True, check=False
     )
