@@ -176,8 +176,8 @@ def hide_settings() -> None:
 if __name__ != "__main__":  # there pytest.main() has yet to import this file once more
     hide_settings()
 SCRIPT = ENVIRONMENT.get("PMTUD_SCRIPT", str(PROGRAM))  # the daemon that the lab runs
-EXAMPLES = int(ENVIRONMENT.get("PMTUD_TEST_EXAMPLES", "200"))  # of each property
-settings.register_profile("pmtud", max_examples=EXAMPLES, deadline=None, database=None)
+OF_EACH_PROPERTY = int(ENVIRONMENT.get("PMTUD_TEST_EXAMPLES", "200"))
+settings.register_profile("pmtud", max_examples=OF_EACH_PROPERTY, deadline=None, database=None)
 settings.load_profile("pmtud")
 
 unit = pytest.mark.unit  # needs neither root nor a namespace
@@ -12005,7 +12005,8 @@ def test_the_readmes_test_command_installs_what_is_needed() -> None:
         r"^sudo sh -c 'apt-get install -y (.+) && python3 test_pmtud.py'$", README, re.M
     )
     assert set(told.split()) == needed
-    [installed] = re.findall(r"apt-get install .*\\\n((?: .*\n)+)", (HERE / ".ci/run").read_text())
+    gate = (HERE / ".ci/run").read_text()
+    installed, *_ = re.findall(r"apt-get install .*\\\n((?: .*\n)+)", gate)
     assert set(installed.replace("\\", "").split()) == needed | {"python3"}
 
 
