@@ -282,23 +282,35 @@ NHMSG = struct.Struct("=BBBBI")  # struct nhmsg: family, scope, protocol, reserv
 NEXTHOP_GRP = struct.Struct("=I4x")  # struct nexthop_grp: id, then its weight
 
 # asm-generic/socket.h, linux/in.h, linux/icmp.h, linux/in6.h, linux/icmpv6.h
-SO_MARK, SO_SNDBUFFORCE, SO_RCVBUFFORCE = 36, 32, 33
-IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DONT, IP_TRANSPARENT, IP_NODEFRAG = 10, 23, 0, 19, 22
-IP_PKTINFO, IPV6_HDRINCL = 8, 36
+SO_MARK = 36
+SO_SNDBUFFORCE = 32
+SO_RCVBUFFORCE = 33
+IP_MTU_DISCOVER = 10
+IPV6_MTU_DISCOVER = 23
+PMTUDISC_DONT = 0
+IP_TRANSPARENT = 19
+IP_NODEFRAG = 22
+IP_PKTINFO = 8
+IPV6_HDRINCL = 36
 IN_PKTINFO = struct.Struct("=I4s4s")  # struct in_pktinfo: interface index, source, destination
 SOCKADDR_IN = struct.Struct("=H2x4s8x")  # struct sockaddr_in: family, port 0, address
 SOCKADDR_IN6 = struct.Struct("=H2x4x16sI")  # struct sockaddr_in6: the same, then the scope id
-SOL_RAW, ICMP_FILTER = 255, 1
+SOL_RAW = 255
+ICMP_FILTER = 1
 ICMP6_FILTER = 1
 
 # RFC 791, 792, 1191, 4443, 8200
-ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED = 3, 4
+ICMP_DEST_UNREACH = 3
+ICMP_FRAG_NEEDED = 4
 ICMPV6_PKT_TOOBIG = 2
 IPV4_HEADER = struct.Struct(
     "!BxHxxHxBxx4s4s"
 )  # version+IHL, total length, flags+fragment offset, protocol, src, dst
-IPV4_HEADER_LEN, IPV4_HEADER_MAX, IPV4_PROTOCOL_AT = 20, 60, 9
-IPV4_OFFSET_MASK, IPV4_MORE_FRAGMENTS = 0x1FFF, 0x2000
+IPV4_HEADER_LEN = 20
+IPV4_HEADER_MAX = 60
+IPV4_PROTOCOL_AT = 9
+IPV4_OFFSET_MASK = 0x1FFF
+IPV4_MORE_FRAGMENTS = 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
 IPV4_HEAD = struct.Struct(
@@ -309,7 +321,11 @@ IPV6_HEAD = struct.Struct(
 )  # version+class+label, payload length, next header, hop limit, addresses
 HOP_LIMIT = 64  # of deliveries, which go no further than a pod
 IPV6_EXTENSIONS_MAX = 8  # RFC 8200 section 4.1 recommends an order of at most 7 headers
-HOPOPTS, ROUTING, FRAGMENT, AUTH, DSTOPTS = 0, 43, 44, 51, 60
+HOPOPTS = 0
+ROUTING = 43
+FRAGMENT = 44
+AUTH = 51
+DSTOPTS = 60
 IPV6_FRAGMENT = struct.Struct("!BxH4x")  # next header, offset (13 bits) + reserved + more flag
 ICMPV4_FRAG_NEEDED = struct.Struct(
     "!BBHxxH"
@@ -322,15 +338,20 @@ PLAIN_IPV4_ERROR = struct.Struct("!BxHxxHxBxx4s4s H4xH BxHxxHxBxx4s4s HH")
 QUOTED_TRANSPORT_MIN = 8  # RFC 792: the quoted header plus 64 bits
 PORTS = struct.Struct("!HH")  # source and destination port: TCP, UDP, DCCP, SCTP
 PROTOCOLS_WITH_PORTS = frozenset((6, 17, 33, 132))
-IPIP, SIT, GRE, ESP = 4, 41, 47, 50  # SIT: IPv6 in IPv4, 6in4
+IPIP = 4
+SIT = 41  # IPv6 in IPv4, 6in4
+GRE = 47
+ESP = 50
 PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {IPIP, SIT, GRE, ESP}  # and the family's own ICMP
 ICMP_ECHO = struct.Struct("!BxxxH")  # type, id (RFC 792, RFC 4443 section 4)
 GRE_HEADER = struct.Struct(
     "!HxxI"
 )  # flags and version; with GRE_KEY and without GRE_CSUM the key (RFC 2890)
-GRE_CSUM, GRE_KEY = 0x8000, 0x2000
+GRE_CSUM = 0x8000
+GRE_KEY = 0x2000
 ESP_HEADER = struct.Struct("!I")  # security parameters index (RFC 4303)
-IPV4_MIN_MTU, IPV6_MIN_MTU = 68, 1280  # RFC 791, RFC 8200
+IPV4_MIN_MTU = 68  # RFC 791
+IPV6_MIN_MTU = 1280  # RFC 8200
 IPV4_MIN_PMTU = 552  # net.ipv4.route.min_pmtu: the kernel clamps what is below it
 
 # linux/capability.h, linux/prctl.h
@@ -769,7 +790,8 @@ def ipv4_header(packet: bytes, at: int, end: int) -> Optional[IPHeader]:
     header_len = (version_ihl & 0x0F) * 4
     if version_ihl >> 4 != 4 or header_len < IPV4_HEADER_LEN or end - at < header_len:
         return None
-    offset, more = fragment & IPV4_OFFSET_MASK, bool(fragment & IPV4_MORE_FRAGMENTS)
+    offset = fragment & IPV4_OFFSET_MASK
+    more = bool(fragment & IPV4_MORE_FRAGMENTS)
     return protocol, src, dst, length, at + header_len, offset, more
 
 
@@ -780,7 +802,9 @@ def ipv6_header(packet: bytes, at: int, end: int) -> Optional[IPHeader]:
     if end - at < IPV6_HEADER_LEN or packet[at] >> 4 != 6:
         return None
     _, payload, protocol, src, dst = IPV6_HEADER.unpack_from(packet, at)
-    length, offset, more = IPV6_HEADER_LEN + payload, 0, False
+    length = IPV6_HEADER_LEN + payload
+    offset = 0
+    more = False
     at += IPV6_HEADER_LEN
     for _ in range(IPV6_EXTENSIONS_MAX):
         if protocol not in (HOPOPTS, ROUTING, FRAGMENT, AUTH, DSTOPTS) or offset:
@@ -789,11 +813,15 @@ def ipv6_header(packet: bytes, at: int, end: int) -> Optional[IPHeader]:
             return None
         if protocol == FRAGMENT:
             protocol, fragment = IPV6_FRAGMENT.unpack_from(packet, at)
-            offset, more, at = fragment >> 3, bool(fragment & 1), at + 8
+            offset = fragment >> 3
+            more = bool(fragment & 1)
+            at += 8
         elif protocol == AUTH:
-            protocol, at = packet[at], at + (packet[at + 1] + 2) * 4
+            protocol = packet[at]
+            at += (packet[at + 1] + 2) * 4
         else:
-            protocol, at = packet[at], at + (packet[at + 1] + 1) * 8
+            protocol = packet[at]
+            at += (packet[at + 1] + 1) * 8
     return None
 
 
@@ -833,46 +861,46 @@ class Family(NamedTuple):
 
 
 IPV4 = Family(
-    "ipv4",
-    4,
-    socket.AF_INET,
-    ipv4_header,
-    socket.IPPROTO_ICMP,
-    ICMPV4_FRAG_NEEDED,
-    (ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED),
-    PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP},
-    False,
-    NFPROTO_IPV4,
-    ipv4_head,
-    "127.0.0.1",
-    "192.0.2.1",
-    4,
-    12,
-    0,
-    IPV4_MIN_PMTU,
-    "ip",
-    7,
+    name="ipv4",
+    version=4,
+    af=socket.AF_INET,
+    header=ipv4_header,
+    icmp_protocol=socket.IPPROTO_ICMP,
+    icmp=ICMPV4_FRAG_NEEDED,
+    error=(ICMP_DEST_UNREACH, ICMP_FRAG_NEEDED),
+    protocols=PROTOCOLS_QUOTED | {socket.IPPROTO_ICMP},
+    pseudo_header=False,
+    nfproto=NFPROTO_IPV4,
+    head=ipv4_head,
+    loopback="127.0.0.1",
+    probe_address="192.0.2.1",
+    address_len=4,
+    src_offset=12,
+    uncounted=0,
+    unstated_mtu=IPV4_MIN_PMTU,
+    nft="ip",
+    nft_type=7,
 )
 IPV6 = Family(
-    "ipv6",
-    6,
-    socket.AF_INET6,
-    ipv6_header,
-    socket.IPPROTO_ICMPV6,
-    ICMPV6_TOO_BIG,
-    (ICMPV6_PKT_TOOBIG, 0),
-    PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6},
-    True,
-    NFPROTO_IPV6,
-    ipv6_head,
-    "::1",
-    "2001:db8::1",
-    16,
-    8,
-    IPV6_HEADER_LEN,
-    0,
-    "ip6",
-    8,
+    name="ipv6",
+    version=6,
+    af=socket.AF_INET6,
+    header=ipv6_header,
+    icmp_protocol=socket.IPPROTO_ICMPV6,
+    icmp=ICMPV6_TOO_BIG,
+    error=(ICMPV6_PKT_TOOBIG, 0),
+    protocols=PROTOCOLS_QUOTED | {socket.IPPROTO_ICMPV6},
+    pseudo_header=True,
+    nfproto=NFPROTO_IPV6,
+    head=ipv6_head,
+    loopback="::1",
+    probe_address="2001:db8::1",
+    address_len=16,
+    src_offset=8,
+    uncounted=IPV6_HEADER_LEN,
+    unstated_mtu=0,
+    nft="ip6",
+    nft_type=8,
 )
 FAMILIES = (IPV4, IPV6)
 
@@ -886,7 +914,9 @@ def family_of_packet(packet: bytes) -> Family:
 
 def family_of(packed: bytes) -> Family:
     """The family of a packed address."""
-    return IPV4 if len(packed) == 4 else IPV6
+    if len(packed) == 4:
+        return IPV4
+    return IPV6
 
 
 class MtuError(NamedTuple):
@@ -1131,9 +1161,9 @@ def attribute(kind: int, data: bytes) -> bytes:
     return head + data + bytes(-len(data) % NLMSG_ALIGNTO)
 
 
-def nested(kind: int, *attributes: bytes) -> bytes:
+def nested(kind: int, *contents: bytes) -> bytes:
     """An attribute that contains attributes."""
-    return attribute(kind | NLA_F_NESTED, b"".join(attributes))
+    return attribute(kind | NLA_F_NESTED, b"".join(contents))
 
 
 def be16(kind: int, value: int) -> bytes:
@@ -1245,9 +1275,9 @@ def find_packet(data: bytes, start: int, end: int) -> Logged:
     return data[packet_at:packet_end], number, rpf
 
 
-def walk_to_packet(message: bytes) -> Logged:
-    """What find_packet() gives, for attributes in any order."""
-    found = attributes(message, NLMSG_HDRLEN + NFGENMSG.size)
+def walk_to_packet(data: bytes) -> Logged:
+    """What find_packet() gives, for a message with attributes in any order."""
+    found = attributes(data, NLMSG_HDRLEN + NFGENMSG.size)
     rpf = found.get(NFULA_PREFIX, b"").startswith(RPF_PREFIX.encode())
     return found.get(NFULA_PAYLOAD, b""), found.get(NFULA_SEQ, b""), rpf
 
@@ -1415,7 +1445,7 @@ def compare(operator: int, value: bytes) -> bytes:
     return expression("cmp", {CmpAttr.SREG: NFT_REG_1, CmpAttr.OP: operator}, data)
 
 
-def verdict(code: int, chain: str = "") -> bytes:
+def immediate(code: int, chain: str = "") -> bytes:
     """The end of a rule."""
     found = be32(VerdictAttr.CODE, code)
     if chain:
@@ -1447,12 +1477,12 @@ def interface(name: str) -> Part:
 
 def goto(chain: str) -> Part:
     """The end of a rule that goes on in another chain."""
-    return Part(f"goto {chain}", verdict(NFT_GOTO, chain))
+    return Part(f"goto {chain}", immediate(NFT_GOTO, chain))
 
 
-ACCEPT = Part("accept", verdict(NF_ACCEPT))
-DROP = Part("drop", verdict(NF_DROP))
-RETURN = Part("return", verdict(NFT_RETURN))
+ACCEPT = Part("accept", immediate(NF_ACCEPT))
+DROP = Part("drop", immediate(NF_DROP))
+RETURN = Part("return", immediate(NFT_RETURN))
 NOTRACK = Part("notrack", expression("notrack", {}))
 IIFNAME = Part("iifname", load_meta(NFT_META_IIFNAME))
 OIFNAME = Part("oifname", load_meta(NFT_META_OIFNAME))
@@ -2747,7 +2777,9 @@ def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
         return [Hop(int.from_bytes(attrs[RTA_OIF], sys.byteorder), gateway)]
     if RTA_NH_ID in attrs and RTA_MULTIPATH not in attrs:
         return nexthop_hops(int.from_bytes(attrs[RTA_NH_ID], sys.byteorder))
-    data, at, found = attrs.get(RTA_MULTIPATH, b""), 0, []
+    data = attrs.get(RTA_MULTIPATH, b"")
+    at = 0
+    found = []
     while len(data) - at >= RTNEXTHOP.size:
         length, _, _, ifindex = RTNEXTHOP.unpack_from(data, at)
         if length < RTNEXTHOP.size:
