@@ -11247,7 +11247,6 @@ FLOWLESS: dict[
 ] = {  # what is quoted, and how many nodes believe it without us
     "IPv4 echo reply": (V4, 1, echo(7, kind=0), 1),
     "IPv4 unconnected UDP": (V4, 17, UNCONNECTED, 1),
-    "IPv4 GRE": (V4, 47, gre(0, 7), 0),
     "6in4": (V4, 41, b"\x60" + bytes(7), 0),
     "IPv6 echo reply": (V6, 58, echo(7, kind=129), 1),
     "IPv6 echo request": (V6, 58, echo(7, kind=128), 1),
