@@ -2745,12 +2745,12 @@ class Hop(NamedTuple):
     onlink: bool = False  # of a nexthop object; other routes say so in their flags
 
 
-def nexthop_hops(number: int) -> list[Hop]:
-    """The hops of a nexthop object, those of all members for a group.
+def nexthop_hops(number: bytes) -> list[Hop]:
+    """The hops of a nexthop object (four bytes, host order), those of all members for a group.
 
-    None if it is gone or a blackhole.
+    None if it is gone or a blackhole, or if the kernel takes the number for none.
     """
-    query = NHMSG.pack(*bytes(5)) + attribute(NHA_ID, struct.pack("=I", number))
+    query = NHMSG.pack(*bytes(5)) + attribute(NHA_ID, number)
     answer = bytes(NHMSG.size)
     with contextlib.suppress(NetlinkError), Netlink(NETLINK_ROUTE) as netlink:
         answer = netlink.request("find a nexthop", RTM_GETNEXTHOP, 0, query)[0][1]
@@ -2759,7 +2759,7 @@ def nexthop_hops(number: int) -> list[Hop]:
         return [
             hop
             for (member,) in NEXTHOP_GRP.iter_unpack(attrs[NHA_GROUP])
-            for hop in nexthop_hops(member)
+            for hop in nexthop_hops(member.to_bytes(4, sys.byteorder))
         ]
     if NHA_OIF not in attrs:
         return []
@@ -2776,7 +2776,7 @@ def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
     if RTA_OIF in attrs:
         return [Hop(int.from_bytes(attrs[RTA_OIF], sys.byteorder), gateway)]
     if RTA_NH_ID in attrs and RTA_MULTIPATH not in attrs:
-        return nexthop_hops(int.from_bytes(attrs[RTA_NH_ID], sys.byteorder))
+        return nexthop_hops(attrs[RTA_NH_ID])
     data = attrs.get(RTA_MULTIPATH, b"")
     at = 0
     found = []
