@@ -5839,7 +5839,7 @@ def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
         for service in Cluster.SERVICES:
             cluster.flush()
             assert len(cluster.download(service, family)) == 23
-        before = sum(sum(row.values()) for row in map(received_by_origin, cluster.nodes))
+        before = received_in_the_end(cluster.nodes)
         assert sum(received_by_origin(node)["peer"] for node in cluster.nodes) > 2 * 20
         stranger = {4: "172.20.20.99", 6: "fd20::99"}[family]
         for node in cluster.nodes:
@@ -5849,9 +5849,21 @@ def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
                 f"{MANAGEMENT_PEERS[family].split(',')[cluster.nodes.index(node)]}"
             )
             inject(cluster.mgmt, family, flow_errors(family, "host", src=stranger))
-        time.sleep(2 * pmtud.Nflog.GATHER_HUNDREDTHS / 100)
-        assert sum(sum(row.values()) for row in map(received_by_origin, cluster.nodes)) == before
+        assert received_in_the_end(cluster.nodes) == before
         cluster.mgmt.ip(f"route del {cluster.vip('host', family)}", "addr flush dev mgmt")
+
+
+def received_in_the_end(hosts: Sequence[Host]) -> int:
+    """All errors that the hosts' daemons took, once the last ones on their way are counted."""
+    totals = [-1]
+
+    def steady() -> bool:
+        time.sleep(0.3)
+        totals.append(sum(sum(received_by_origin(host).values()) for host in hosts))
+        return totals[-1] == totals[-2]
+
+    assert poll(steady, 8)
+    return totals[-1]
 
 
 def received_by_origin(host: Host) -> dict[str, int]:
