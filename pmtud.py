@@ -2228,7 +2228,7 @@ class Counters:
         self.acted = dict.fromkeys(ACTIONS, 0)
         self.delivered = {(f.name, result): 0 for f in FAMILIES for result in DELIVERY_RESULTS}
         self.copies: dict[str, CopyCounts] = {}  # by family
-        self.peers: dict[str, int] = {}  # by source
+        self.peers: Mapping[str, int] = {}  # by source
         self.refresh_failures: dict[str, int] = {}
         self.rpf_rescued = 0
         self.nflog_lost = 0
@@ -3395,35 +3395,19 @@ class Fanout:
 
 
 def jitter(low: float, high: float) -> float:
-    """A number between the two, different in every process.
-
-    `random` would load OpenSSL's 4 MB for it.
-    """
+    """A number between the two; `random` would load OpenSSL's 4 MB for it."""
     return low + (high - low) * int.from_bytes(os.urandom(2), "big") / 0xFFFF
 
 
-def end_connection(connection: socket.socket) -> None:
-    """End it under whoever reads or writes it.
-
-    From any thread, so not SSLSocket's own shutdown().
-    """
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
 class PeerSource:
-    """Something that names peers and may change its mind.
-
-    Looked at by one thread, off the packet's way.
-    """
+    """Something that names peers and may change its mind; one thread asks it."""
 
     THREADS = 1  # for all sources of a kind
-    interval = 1.0  # seconds until the next look
+    interval = 1.0  # seconds until it is asked again
 
     def __init__(self, name: str) -> None:
-        self.name = name.encode(
-            errors="backslashreplace"
-        ).decode()  # the `source` label; paths may be no UTF-8
+        # The label in the metrics; paths may be no UTF-8
+        self.name = name.encode(errors="backslashreplace").decode()
         self.answer: Optional[tuple[PeerAddress, ...]] = None  # the last good one
         self.doubt = ""  # what failed in the last load() although it answered
         self.complaint = ""  # the failure that was logged last
@@ -3437,82 +3421,73 @@ class PeerSource:
         """The addresses now, None if unchanged; raises PeerSourceError."""
         raise NotImplementedError
 
-    def _usable(self, *answers: Iterable[str]) -> tuple[PeerAddress, ...]:
-        """The peers among all addresses there are now.
+    def failed(self, problem: object) -> PeerSourceError:
+        """The error that says so."""
+        return PeerSourceError(f"{self.name}: {problem}")
 
-        One that no node can have is left out, and logged once.
-        """
+    def _usable(self, texts: Iterable[str]) -> tuple[PeerAddress, ...]:
+        """The peers among these addresses; one that no node can have is logged once."""
         parsed: dict[str, PeerAddress] = {}
         left_out = set()
-        for text in set().union(*answers):
+        for text in set(texts):
             try:
                 parsed[text] = self._parsed.get(text) or parse_peer(text)
             except ValueError as problem:
                 left_out.add(str(problem))
         for why in sorted(left_out - self._left_out):
             log("warning", "an address is left out", source=self.name, problem=why)
-        self._parsed, self._left_out = parsed, left_out
+        self._parsed = parsed
+        self._left_out = left_out
         return tuple(sorted(set(parsed.values())))
 
 
 class DnsSource(PeerSource):
-    """`dns:NAME` or a bare host name: all A and AAAA answers, asked for again every ten seconds or
-    so.
+    """`dns:NAME` or a bare host name: all A and AAAA answers, asked for every ten seconds or so.
 
-    Loopback answers are this node itself (Debian's /etc/hosts) and no peers. While one family
-    cannot be asked, its last answers stand beside the new ones of the other.
+    Loopback answers are this node itself (Debian's /etc/hosts) and no peers. Where one family
+    cannot be asked, its last answer stands.
     """
 
     THREADS = 8
+    KEEP = 30.0  # seconds: malformed answers look like none, and long ones with TCP 53 blocked
 
     def __init__(self, host: str) -> None:
         super().__init__(f"dns:{host}")
         self._host = host
-        self._answers: dict[str, set[str]] = {}  # by family name
-        self._emptied: set[str] = set()  # the families that had an answer, and then none
-        self._peers: tuple[PeerAddress, ...] = ()
+        self._answers: dict[Family, set[str]] = {}
+        self._answered_at: dict[Family, float] = {}
 
-    def _ask(self, family: Family) -> set[str]:
-        """The addresses of one family, empty if the name has none; raises OSError."""
+    def _ask(self, family: Family) -> None:
+        """Take in the addresses of one family; raises OSError, for KEEP also if there are none."""
+        now = time.monotonic()
         try:
             found = socket.getaddrinfo(self._host, None, family.af, socket.SOCK_DGRAM)
         except socket.gaierror as problem:
-            if problem.errno not in (socket.EAI_NONAME, socket.EAI_NODATA):
+            is_empty = problem.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
+            if not is_empty or now < self._answered_at.get(family, -math.inf) + self.KEEP:
                 raise
-            if self._answers.get(family.name) and family.name not in self._emptied:
-                self._emptied.add(
-                    family.name
-                )  # malformed answers look so, and long ones with TCP port 53 blocked
-                raise OSError("no address any more, asking once more") from None
-            return set()
-        self._emptied.discard(family.name)
-        return {str(place[0]) for *_, place in found}
+            self._answers.pop(family, None)
+            return
+        self._answers[family] = {str(address[0]) for *_, address in found}
+        self._answered_at[family] = now
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses the name has now.
-
-        Raises PeerSourceError, also where there are none any more.
-        """
+        """The addresses that the name has now; raises PeerSourceError also where it has none."""
         self.interval = jitter(7.5, 12.5)  # so that the nodes of a cluster do not ask in step
-        answers, failed = dict(self._answers), {}
-        for family in (
-            FAMILIES
-        ):  # not both in one call: that hides the failure of one behind the answer of the other
+        problems: dict[Family, str] = {}
+        for family in FAMILIES:  # in one call the answer of one hides the failure of the other
             try:
-                answers[family.name] = self._ask(family)
+                self._ask(family)
             except OSError as problem:
-                failed[family.name] = problem.strerror or str(problem)
-        texts = set().union(*answers.values())
+                problems[family] = problem.strerror or str(problem)
+        texts: set[str] = set().union(*self._answers.values())
         others = {text for text in texts if not ipaddress.ip_address(text).is_loopback}
         peers = self._usable(others)
-        if len(failed) == len(FAMILIES) or (not peers and (self._peers or others or not texts)):
-            raise PeerSourceError(
-                f"{self.name}: {next(iter(failed.values()), 'no usable address')}"
-            )
-        self._answers, self._peers = answers, peers
-        self.doubt = "".join(
-            f"{self.name}: {name}: {why}" for name, why in failed.items() if answers.get(name)
-        )
+        is_this_node = bool(texts) and not others and not self.answer
+        if len(problems) == len(FAMILIES) or not (peers or is_this_node):
+            raise self.failed(next(iter(problems.values()), "no usable address"))
+        doubts = [f"{name.name}: {why}" for name, why in problems.items() if name in self._answers]
+        self.doubt = "".join(f"{self.name}: {doubt}" for doubt in doubts)
         return peers
 
 
@@ -3531,120 +3506,109 @@ class FileSource(PeerSource):
         self.answer = self.load()
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses in the file, None if it has not changed.
-
-        Raises PeerSourceError as long as it is bad.
-        """
+        """The addresses in the file, None if it has not changed; raises PeerSourceError."""
         try:
-            with open(
-                self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
-            ) as stream:
-                status = os.fstat(stream.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
-                    raise ValueError(f"not a regular file of at most {self.SIZE_MAX} bytes")
-                content = stream.read(self.SIZE_MAX)
-            peers = None if content == self._content else parse_peer_lines(content.decode())
-        except (OSError, ValueError) as problem:
-            raise PeerSourceError(
-                f"{self.name}: {getattr(problem, 'strerror', problem)}"
-            ) from problem
+            content = self._read()
+            if content == self._content:
+                return None
+            peers = parse_peer_lines(content.decode())
+        except OSError as problem:
+            raise self.failed(problem.strerror) from problem
+        except ValueError as problem:
+            raise self.failed(problem) from problem
         self._content = content
         return peers
 
+    def _read(self) -> bytes:
+        """What is in the file; opening a FIFO does not wait for a writer."""
+        opener = lambda path, flags: os.open(path, flags | os.O_NONBLOCK)  # noqa: E731
+        with open(self._path, "rb", opener=opener) as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self.SIZE_MAX:
+                raise ValueError(f"not a regular file of at most {self.SIZE_MAX} bytes")
+            return stream.read(self.SIZE_MAX)
 
-def internal_addresses(node: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts of the InternalIPs of a Kubernetes Node object.
 
-    None before its kubelet has told them.
-    """
+def internal_addresses(node: Mapping[str, Any]) -> list[str]:
+    """The InternalIPs of a Kubernetes Node object; none before its kubelet has told them."""
     addresses = (node.get("status") or {}).get("addresses") or ()
-    return tuple(
-        str(address.get("address")) for address in addresses if address.get("type") == "InternalIP"
-    )
+    return [str(one.get("address")) for one in addresses if one.get("type") == "InternalIP"]
+
+
+class Expired(Exception):
+    """What is known is too old for the API server to go on from (410 Gone)."""
 
 
 class KubeSource(PeerSource):
-    """`kube:nodes[?SELECTOR]`: the InternalIPs of the cluster's nodes, listed once and then
-    watched.
+    """`kube:nodes[?SELECTOR]`: the InternalIPs of the cluster's nodes, listed and then watched.
 
     Finds the API server as every pod does: KUBERNETES_SERVICE_HOST and _PORT, and the service
-    account's files. The protocol is of
+    account's files. Each load() is one step: the list, the start of a watch, or its next event. See
     https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes.
     """
 
     THREADS = PEERS_MAX  # one for each: the next event of a watch may take minutes
     ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-    PAGE_NODES = (
-        100  # parsing holds the interpreter and so the packet loop: 6 ms for 1.7 MB of JSON
-    )
-    PAGE_BYTES_MAX, EVENT_BYTES_MAX = 64 << 20, 4 << 20  # etcd's objects have at most 1.5 MB
-    ANSWER_SECONDS = 60.0  # for a whole answer; a socket's time-out is for each read
+    # Parsing holds the interpreter and so the packet loop: 6 ms for 1.7 MB of JSON
+    PAGE_NODES = 100
+    PAGE_BYTES_MAX = 64 << 20
+    EVENT_BYTES_MAX = 4 << 20  # etcd's objects have at most 1.5 MB
+    READ_SECONDS = 10.0
     KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
     def __init__(self, selector: str = "") -> None:
-        super().__init__("kube:nodes" + (f"?{selector}" if selector else ""))
+        super().__init__("?".join(filter(None, ("kube:nodes", selector))))
         self._selector = urllib.parse.unquote(selector)
-        self._nodes: dict[str, tuple[str, ...]] = {}  # InternalIPs by node name
+        self._nodes: dict[str, list[str]] = {}  # InternalIPs by node name
+        self._version = ""  # the resourceVersion of these; empty: list them
         self._connection: Optional[http.client.HTTPSConnection] = None
-        self._events: Optional[http.client.HTTPResponse] = None  # a watch that is open
-        self._asked_at = (
-            0.0  # when the last request began; 0: it is a watch that has given an event
-        )
-        self._timer = threading.Timer(0.0, end_connection)
-        self._failures, self._retry_after = 0, 0.0  # in a row; seconds
-        self._start_over()
+        self._events: Optional[http.client.HTTPResponse] = None  # the watch
+        self._opened_at = 0.0
+        self._has_told = False  # this watch, anything
+        self._failures = 0  # in a row
+        self._retry_after = 0.0  # seconds
 
     def prepare(self) -> None:
         """Look for what a pod is told and given about the API server, which need not answer yet."""
         try:
             self._server()
         except OSError as problem:
-            raise PeerSourceError(f"{self.name}: {problem}") from problem
+            raise self.failed(problem) from problem
         for path in (f"{self.ACCOUNT}/token", f"{self.ACCOUNT}/ca.crt"):
             if not os.path.exists(path):
                 advice = "the pod needs automountServiceAccountToken: true"
-                raise PeerSourceError(f"{self.name}: there is no {path}; {advice}")
-
-    def _start_over(self) -> None:
-        """List all nodes at the next look, from the first page."""
-        self._version = self._page = (
-            ""  # the resourceVersion of what is known; the token of the next page
-        )
-        self._listed: dict[str, tuple[str, ...]] = {}  # what the pages so far had
+                raise self.failed(f"there is no {path}; {advice}")
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
-        """The addresses after the list, or after the next event of the watch.
-
-        Raises PeerSourceError.
-        """
+        """The addresses after the next step, None if it changes nothing; raises PeerSourceError."""
+        self.interval = 0.0
         self._retry_after = 0.0
         try:
-            answer = self._next_event() if self._version else self._list()
             if not self._version:
-                raise ValueError("the API server tells no resourceVersion")
-            self._failures = self._failures if self._events else 0
-            return answer
+                return self._list()
+            if not self._events:
+                self._start_watch()
+                return None
+            return self._next_event()
+        except Expired:
+            self._version = ""
+            self._hang_up()
+            return None
         except Exception as problem:  # whatever a server says, the thread goes on
-            late = not self._events and time.monotonic() - self._asked_at >= self.ANSWER_SECONDS
+            if not isinstance(problem, OSError):  # what was not understood will not come again
+                self._version = ""
             self._hang_up()
             self._failures = min(self._failures + 1, 5)
-            if not (
-                late or isinstance(problem, OSError)
-            ):  # what could not be understood will not come again
-                self._start_over()
-            text = "no whole answer within a minute" if late else problem or type(problem).__name__
-            raise PeerSourceError(f"{self.name}: {text}") from problem
-        finally:
-            self._timer.cancel()
-            pause = jitter(0.5, 1.0) * min(
-                30.0, 2.0**self._failures
-            )  # none between two events of a watch
-            self.interval = 0.0 if self._events else max(self._retry_after, pause)
+            pause = jitter(0.5, 1.0) * min(30.0, 2.0**self._failures)
+            self.interval = max(self._retry_after, pause)
+            raise self.failed(str(problem) or type(problem).__name__) from problem
 
     def _hang_up(self) -> None:
         if self._connection:
             self._connection.close()
-        self._connection = self._events = None
+        self._connection = None
+        self._events = None
+        self.interval = jitter(0.5, 1.0)
 
     @staticmethod
     def _server() -> tuple[str, int]:
@@ -3655,118 +3619,121 @@ class KubeSource(PeerSource):
             raise OSError(f"{problem}: kube:nodes works in a pod of the cluster")
         return host, int(os.environ.get("KUBERNETES_SERVICE_PORT") or 443)
 
-    def _connect(self, host: str, port: int) -> http.client.HTTPSConnection:
-        """A connection to the API server that has yet to shake hands.
-
-        ACCOUNT/ca.crt says whom to believe.
-        """
+    def _connect(self) -> http.client.HTTPSConnection:
+        """A new connection to the API server; ACCOUNT/ca.crt says whom to believe."""
         import http.client
         import ssl
 
         context = ssl.create_default_context(cafile=f"{self.ACCOUNT}/ca.crt")
-        context.verify_flags &= (
-            ~ssl.VERIFY_X509_STRICT
-        )  # Python 3.13's default, which many a cluster does not pass
-        connection = http.client.HTTPSConnection(host, port, context=context)
-        plain = socket.create_connection((host, port), timeout=10.0)
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in self.KEEPALIVE:
-            plain.setsockopt(socket.IPPROTO_TCP, option, value)
-        connection.sock = context.wrap_socket(
-            plain, server_hostname=host, do_handshake_on_connect=False
-        )
+        # Python 3.13's default, which many a cluster does not pass
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        timeout = self.READ_SECONDS
+        connection = http.client.HTTPSConnection(*self._server(), timeout=timeout, context=context)
+        connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in self.KEEPALIVE:
+            connection.sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
         return connection
 
-    def _get(self, timeout: float, **query: object) -> http.client.HTTPResponse:
-        """The answer to one GET of the nodes; raises OSError unless it is 200."""
-        self._asked_at = time.monotonic()
-        host, port = self._server()
+    def _get(self, seconds: float, **query: object) -> http.client.HTTPResponse:
+        """The answer to one GET of the nodes, of which a read takes no longer; raises OSError."""
+        self._server()
         with open(f"{self.ACCOUNT}/token") as stream:  # a kubelet renews it about every hour
-            headers = {
-                "Authorization": f"Bearer {stream.read().strip()}",
-                "Accept": "application/json",
-            }
-        if not (self._connection and self._connection.sock):
-            self._connection = self._connect(host, port)
-        self._timer.cancel()
-        self._timer = threading.Timer(self.ANSWER_SECONDS, end_connection, [self._connection.sock])
-        self._timer.daemon = True
-        self._timer.start()
-        self._connection.sock.settimeout(timeout)
-        self._connection.sock.do_handshake()
-        path = "/api/v1/nodes?" + urllib.parse.urlencode({"labelSelector": self._selector, **query})
-        self._connection.request("GET", path, headers=headers)
+            token = stream.read().strip()
+        if not self._connection or not self._connection.sock:
+            self._connection = self._connect()
+        self._connection.sock.settimeout(seconds)
+        asked = urllib.parse.urlencode({"labelSelector": self._selector, **query})
+        headers = {"Authorization": f"Bearer {token}", "Accept": "application/json"}
+        self._connection.request("GET", f"/api/v1/nodes?{asked}", headers=headers)
         response = self._connection.getresponse()
-        if response.status in (400, 410):  # the version is too old, or the page's token
-            self._start_over()
+        if response.status == 410:
+            raise Expired
         if response.status != 200:
-            seconds = response.getheader("Retry-After", "")
-            self._retry_after = min(60.0, float(seconds)) if seconds.isdecimal() else 0.0
+            if response.status == 400:  # perhaps it does not like the version
+                self._version = ""
+            wait = response.getheader("Retry-After", "")
+            if wait.isdecimal():
+                self._retry_after = min(60.0, float(wait))
             raise OSError(f"the API server answers {response.status} {response.reason}")
         return response
 
     def _list(self) -> tuple[PeerAddress, ...]:
-        """All nodes, page by page; after a failure it goes on with the page that failed."""
+        """All nodes, page by page."""
+        nodes: dict[str, list[str]] = {}
+        page_token = ""
         for _ in range(PEERS_MAX // self.PAGE_NODES):
-            answer, text = (
-                self._get(10.0, limit=self.PAGE_NODES, **{"continue": self._page}),
-                bytearray(),
-            )
-            while (piece := answer.read(1 << 16)) and len(
-                text
-            ) < self.PAGE_BYTES_MAX:  # all at once: 65 MB in 3.9
-                text += piece
-            page = json.loads(text)
-            self._listed.update(
-                (node["metadata"]["name"], internal_addresses(node)) for node in page["items"] or ()
-            )
-            self._page = page["metadata"].get("continue") or ""
-            if not self._page:
-                self._nodes, self._listed, self._version = (
-                    self._listed,
-                    {},
-                    page["metadata"]["resourceVersion"],
-                )
-                return self._usable(*self._nodes.values())
+            query = {"limit": self.PAGE_NODES, "continue": page_token}
+            page = json.loads(self._read_page(self._get(self.READ_SECONDS, **query)))
+            for node in page["items"] or ():
+                nodes[node["metadata"]["name"]] = internal_addresses(node)
+            page_token = page["metadata"].get("continue") or ""
+            if page_token:
+                continue
+            self._version = page["metadata"]["resourceVersion"]
+            if not self._version:
+                raise ValueError("the API server tells no resourceVersion")
+            self._nodes = nodes
+            self._failures = 0
+            return self._peers()
         raise ValueError(f"more than {PEERS_MAX} nodes")
+
+    def _read_page(self, response: http.client.HTTPResponse) -> bytes:
+        """Its body, in pieces: Python 3.9 reserves all that it may read at once."""
+        text = b""
+        while len(text) <= self.PAGE_BYTES_MAX:
+            piece = response.read(1 << 16)
+            if not piece:
+                return text
+            text += piece
+        raise ValueError(f"a page is larger than {self.PAGE_BYTES_MAX} bytes")
+
+    def _peers(self) -> tuple[PeerAddress, ...]:
+        return self._usable(text for addresses in self._nodes.values() for text in addresses)
+
+    def _start_watch(self) -> None:
+        seconds = int(jitter(240, 480))
+        self._events = self._get(
+            seconds + 30.0,
+            watch=1,
+            resourceVersion=self._version,
+            allowWatchBookmarks="true",
+            timeoutSeconds=seconds,
+        )
+        self._opened_at = time.monotonic()
+        self._has_told = False
 
     def _next_event(self) -> Optional[tuple[PeerAddress, ...]]:
         """Wait for one event of the watch; the addresses after it, None if it changes nothing."""
-        if not self._events:
-            seconds = int(jitter(240, 480))
-            self._events = self._get(
-                seconds + 30.0,
-                watch=1,
-                resourceVersion=self._version,
-                allowWatchBookmarks="true",
-                timeoutSeconds=seconds,
-            )
-            return None
+        assert self._events
         line = self._events.readline(self.EVENT_BYTES_MAX)
         if len(line) == self.EVENT_BYTES_MAX:
             raise ValueError(f"an event is larger than {self.EVENT_BYTES_MAX} bytes")
-        if not line.endswith(
-            b"\n"
-        ):  # the end of timeoutSeconds, or of the connection: go on from the version we have
-            if line or time.monotonic() - self._asked_at < 1.0:
+        if not line.endswith(b"\n"):  # the end of timeoutSeconds, or of the connection
+            is_short = time.monotonic() - self._opened_at < 1.0
+            if line or (is_short and not self._has_told):
                 raise OSError("the watch was cut off")
             self._hang_up()
             return None
-        self._failures, self._asked_at = 0, 0.0
+        self._failures = 0
+        self._has_told = True
         event = json.loads(line)
-        kind, node = event["type"], event["object"]
-        if kind == "ERROR":  # above all 410 Gone: what is known is too old to go on from
+        node = event["object"]
+        if event["type"] == "ERROR":
+            if node["code"] == 410:
+                raise Expired
             raise ValueError(f"the watch ended with {node['code']} {node['message']}")
         name = node["metadata"].get("name")
-        before = self._nodes.get(name, ())
-        if kind in ("ADDED", "MODIFIED"):
+        before = self._nodes.get(name, [])
+        if event["type"] in ("ADDED", "MODIFIED"):
             self._nodes[name] = internal_addresses(node)
-        elif kind == "DELETED":
+        elif event["type"] == "DELETED":
             self._nodes.pop(name, None)
-        self._version = node["metadata"][
-            "resourceVersion"
-        ]  # last: an event that is not understood has not been seen
-        return None if self._nodes.get(name, ()) == before else self._usable(*self._nodes.values())
+        # Last: an event that is not understood has not been seen
+        self._version = node["metadata"]["resourceVersion"]
+        if self._nodes.get(name, []) == before:
+            return None
+        return self._peers()
 
 
 def open_source(text: str) -> PeerSource:
@@ -3787,7 +3754,8 @@ class Peers:
         self._static = config.peers
         self._sources = [open_source(text) for text in config.peer_sources]
         self._failures = counters.refresh_failures
-        self._failures.update(dict.fromkeys((source.name for source in self._sources), 0))
+        for source in self._sources:
+            self._failures[source.name] = 0
         self._kicks: list[threading.Event] = []  # one for each thread
         self._changed = changed
         self._closed = False
@@ -3802,24 +3770,24 @@ class Peers:
 
     def follow(self) -> None:
         """Follow all sources from now on."""
-        os.environ.setdefault(
-            "RES_OPTIONS", "timeout:1 attempts:2"
-        )  # glibc: two rounds of 5 s, for each name server
+        # glibc's own are two rounds of 5 s, for each name server
+        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
         for kind in (FileSource, DnsSource, KubeSource):
             sources = [source for source in self._sources if isinstance(source, kind)]
-            for first, source in enumerate(sources[: kind.THREADS]):
-                self._kicks.append(threading.Event())
-                share = (sources[first :: kind.THREADS], self._kicks[-1])
-                threading.Thread(
-                    target=self._follow, args=share, name=source.name, daemon=True
-                ).start()
+            for first in range(min(kind.THREADS, len(sources))):
+                kick = threading.Event()
+                self._kicks.append(kick)
+                share = sources[first :: kind.THREADS]
+                work = partial(self._follow, share, kick)
+                threading.Thread(target=work, name=share[0].name, daemon=True).start()
 
     def listed(self) -> dict[str, tuple[PeerAddress, ...]]:
         """The last good answer of each source that has given one."""
-        return {
-            "static": self._static,
-            **{s.name: s.answer for s in self._sources if s.answer is not None},
-        }
+        found = {"static": self._static}
+        for source in self._sources:
+            if source.answer is not None:
+                found[source.name] = source.answer
+        return found
 
     def unanswered(self, listed: Collection[str]) -> list[str]:
         """What is known of each source that is not among these, which had answered."""
@@ -3827,7 +3795,7 @@ class Peers:
         return [source.complaint or f"{source.name}: no answer yet" for source in waiting]
 
     def reload(self) -> None:
-        """Look at every source now; after a look that has begun there is another."""
+        """Ask every source now, once more where one is being asked."""
         for source in self._sources:
             source.complaint = ""
         for kick in self._kicks:
@@ -3846,35 +3814,23 @@ class Peers:
             kick.clear()
 
     def _refresh(self, source: PeerSource) -> None:
-        """Look at a source once; count and log what fails, tell of an answer that is new."""
+        """Ask a source once; count and log what fails, tell of an answer that is new."""
+        answer = None
         try:
-            answer, trouble = source.load(), source.doubt
+            answer = source.load()
+            trouble = source.doubt
         except PeerSourceError as problem:
-            answer, trouble = None, str(problem)
+            trouble = str(problem)
         self._failures[source.name] += bool(trouble)
         if trouble and trouble != source.complaint:
-            self._complain(trouble, answer, source.answer)
+            in_force = len(answer or source.answer or ())
+            log("warning", "peer source failed", problem=trouble, in_force=in_force)
         elif source.complaint and not trouble:
             log("info", "peer source answers again", source=source.name)
         source.complaint = trouble
         if answer is not None and answer != source.answer:
             source.answer = answer
             self._changed()
-
-    @staticmethod
-    def _complain(
-        trouble: str,
-        answer: Optional[tuple[PeerAddress, ...]],
-        last: Optional[tuple[PeerAddress, ...]],
-    ) -> None:
-        """One line about a look that failed, and what it leaves in force."""
-        if answer is not None:
-            log("warning", "peer source failed in part", problem=trouble, kept=len(answer))
-        elif last is not None:
-            text = "peer source failed, its last good peers stay"
-            log("warning", text, problem=trouble, kept=len(last))
-        else:
-            log("warning", "peer source failed, it has not answered so far", problem=trouble)
 
 
 def some(peers: Collection[PeerAddress], most: int = 8) -> str:
@@ -3885,29 +3841,32 @@ def some(peers: Collection[PeerAddress], most: int = 8) -> str:
     return shown
 
 
+class Ways(NamedTuple):
+    """Where the errors of one family go from here."""
+
+    targets: tuple[PeerAddress, ...] = ()  # where copies go
+    source: bytes = b""  # source address of copies; empty: the kernel chooses
+    inside: Optional[LocalAddress] = None  # the own address at which deliveries come in
+
+
 class Arrangement(NamedTuple):
     """What the peers and this node's addresses mean together."""
 
-    targets: dict[str, tuple[PeerAddress, ...]]  # by family name: where copies go
-    removed: tuple[PeerAddress, ...]  # own addresses that were listed
-    sources: dict[
-        str, bytes
-    ]  # by family name: source address of copies; missing: the kernel chooses
-    inside: dict[str, LocalAddress]  # by family name: the own address at which deliveries come in
-    per_source: dict[str, int]  # peers in force by source
-    view: View
+    ways: Mapping[Family, Ways] = {IPV4: Ways(), IPV6: Ways()}
+    removed: tuple[PeerAddress, ...] = ()  # own addresses that were listed
+    per_source: Mapping[str, int] = {}  # peers in force by source
+    view: View = View()
 
     @property
     def everyone(self) -> list[PeerAddress]:
         """The peers of both families."""
-        return [peer for peers in self.targets.values() for peer in peers]
+        return [peer for ways in self.ways.values() for peer in ways.targets]
 
     def needs_sockets_after(self, before: Arrangement) -> bool:
         """Whether the sockets of an arrangement before do not fit."""
         if any(peer.zone for peer in self.everyone):  # its interface may have a new index
             return True
-        fields = (self.targets, self.sources, self.inside)
-        return fields != (before.targets, before.sources, before.inside)
+        return self.ways != before.ways
 
     @property
     def senders(self) -> Senders:
@@ -3917,42 +3876,39 @@ class Arrangement(NamedTuple):
 
 
 def kernel_source(peer: PeerAddress) -> bytes:
-    """The source address the kernel would use towards a peer, empty if it has no route.
-
-    Sends nothing.
-    """
+    """The source address the kernel would use towards a peer, empty if it has no route."""
     family = family_of(peer.packed)
     with contextlib.suppress(OSError), socket.socket(family.af, socket.SOCK_DGRAM) as probe:
-        zone = (0, socket.if_nametoindex(peer.zone)) if peer.zone else ()
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        probe.connect((socket.inet_ntop(family.af, peer.packed), 9, *zone))
+        host, _, *scope = sockaddr(peer)
+        probe.connect((host, 9, *scope))  # a datagram socket sends nothing for it
         return socket.inet_pton(family.af, probe.getsockname()[0].partition("%")[0])
     return b""
 
 
-def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> list[Network]:
-    """The networks of a group peer's nodes.
+def network_of(address: LocalAddress) -> Network:
+    """The network that a local address is in."""
+    return ipaddress.ip_interface((address.packed, address.prefix_length)).network
 
-    A broadcast address means its subnet, multicast its link's prefixes.
-    """
+
+def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> Iterator[Network]:
+    """A group peer's networks: a broadcast address's subnet, a multicast group's link's prefixes."""
     ifindex = 0
     with contextlib.suppress(OSError):
-        ifindex = socket.if_nametoindex(peer.zone) if peer.zone else 0
-    return [
-        ipaddress.ip_interface((address.packed, address.prefix_length)).network
-        for address in local
-        if address.broadcast == peer.packed
-        or (ifindex == address.ifindex and len(address.packed) == 16)
-    ]
+        ifindex = sockaddr(peer)[-1]
+    for address in local:
+        is_on_link = len(address.packed) == 16 and address.ifindex == ifindex
+        if is_on_link or address.broadcast == peer.packed:
+            yield network_of(address)
 
 
 def inside_address(
     family: Family, local: Iterable[LocalAddress], uplinks: Sequence[int]
 ) -> Optional[LocalAddress]:
-    """The own address at which deliveries come in: on the first of these interfaces that has one,
-    else on any.
+    """The own address at which deliveries come in.
 
-    Sockets bound to a device expect the error there.
+    On the first of these interfaces that has one, where sockets bound to a device expect the error,
+    else on any.
     """
     found = [one for one in local if len(one.packed) == family.address_len]
     found = [one for one in found if not is_martian(one.packed) and not is_link_local(one.packed)]
@@ -3960,7 +3916,7 @@ def inside_address(
         for address in found:
             if address.ifindex == ifindex:
                 return address
-    return found[0] if found else None
+    return next(iter(found), None)
 
 
 def arrange(
@@ -3971,46 +3927,48 @@ def arrange(
 ) -> Arrangement:
     """Remove this node from the peers, and work out who is who; errors come in on `ifaces`."""
     own = {address.packed for address in local}
-    broadcasts = {
-        address.broadcast
-        for address in local
-        if address.broadcast and not is_martian(address.packed)
-    }
+    broadcasts = {one.broadcast for one in local if one.broadcast and not is_martian(one.packed)}
     everyone = dict.fromkeys(peer for peers in listed.values() for peer in peers)
     removed = tuple(peer for peer in everyone if peer.packed in own)
     targets = [peer for peer in everyone if peer.packed not in own]
     groups = [peer for peer in targets if peer.packed in broadcasts or peer.is_multicast]
-    by_family = {f.name: tuple(p for p in targets if family_of(p.packed) is f) for f in FAMILIES}
-    sources: dict[str, bytes] = {}
+    uplinks = [number for number, name in socket.if_nameindex() if name in ifaces]
+    ways = {}
     node: set[bytes] = set()
     for family in FAMILIES:
-        mine = [
-            p.packed
-            for p in removed
-            if family_of(p.packed) is family and not is_link_local(p.packed)
-        ]
-        usual = {kernel_source(peer) for peer in by_family[family.name] if len(mine) != 1} - {b""}
-        if mine:  # peers know this node by the address in their list: send from it
-            sources[family.name] = next((address for address in mine if address in usual), mine[0])
-        node |= {sources[family.name]} if mine else usual
+        mine = [peer.packed for peer in removed if family_of(peer.packed) is family]
+        mine = [packed for packed in mine if not is_link_local(packed)]
+        theirs = tuple(peer for peer in targets if family_of(peer.packed) is family)
+        source, known = own_source(mine, theirs)
+        node |= known
+        ways[family] = Ways(theirs, source, inside_address(family, local, uplinks))
     view = View(
         own=frozenset(own),
         node=frozenset(node),
-        groups=frozenset(broadcasts | {group.packed for group in groups}),
+        groups=frozenset(broadcasts.union(group.packed for group in groups)),
         peers=frozenset(peer.packed for peer in targets),
         networks=Membership(ignored),
         neighbours=Membership(network for group in groups for network in networks_of(group, local)),
     )
-    per_source = {
-        name: sum(peer.packed not in own for peer in peers) for name, peers in listed.items()
-    }
-    uplinks = [number for number, name in socket.if_nameindex() if name in ifaces]
-    inside = {}
-    for family in FAMILIES:
-        address = inside_address(family, local, uplinks)
-        if address:
-            inside[family.name] = address
-    return Arrangement(by_family, removed, sources, inside, per_source, view)
+    per_source = {}
+    for name, peers in listed.items():
+        per_source[name] = sum(peer.packed not in own for peer in peers)
+    return Arrangement(ways, removed, per_source, view)
+
+
+def own_source(mine: Sequence[bytes], peers: Sequence[PeerAddress]) -> tuple[bytes, set[bytes]]:
+    """The source address of copies, empty for the kernel's choice; all by which peers know us.
+
+    `mine` are this node's addresses in the list of peers: they know it by the one that the kernel
+    would use, or else by the first.
+    """
+    if len(mine) == 1:
+        return mine[0], {mine[0]}
+    usual = {kernel_source(peer) for peer in peers} - {b""}
+    if not mine:
+        return b"", usual
+    source = next((address for address in mine if address in usual), mine[0])
+    return source, {source}
 
 
 # -----------------------------------------------------------------------------
@@ -4032,16 +3990,12 @@ class Lane:
 
     def open(self, config: Config, arrangement: Arrangement) -> None:
         """Open both sockets; raises OSError, or PmtudError without privileges."""
-        name = self.family.name
+        ways = arrangement.ways[self.family]
         with contextlib.ExitStack() as stack:
-            delivery = DeliverySocket(self.family, arrangement.inside.get(name))
-            stack.enter_context(delivery)
-            copies = CopySocket(self.family, config.ttl, arrangement.sources.get(name, b""))
-            stack.enter_context(copies)
-            peers = []
-            for peer in arrangement.targets[name]:
-                if reachable(peer, copies, join=not config.dry_run):
-                    peers.append(peer)
+            delivery = stack.enter_context(DeliverySocket(self.family, ways.inside))
+            copies = stack.enter_context(CopySocket(self.family, config.ttl, ways.source))
+            join = not config.dry_run
+            peers = [peer for peer in ways.targets if reachable(peer, copies, join)]
             self.counts = CopyCounts([str(peer) for peer in peers], self.counts)
             if peers:
                 self.fanout = Fanout(copies, peers, self.counts)
@@ -4261,7 +4215,7 @@ class Forwarder:
                 complaints.withdraw(name)
             # Switched off in the kernel, or duplicate detection on the source address.
             except OSError as problem:
-                if arrangement.targets[name]:
+                if arrangement.ways[lane.family].targets:
                     complaints.say(name, f"no {name} sockets", problem=problem)
 
     def close_lanes(self) -> None:
@@ -4441,6 +4395,12 @@ class Forwarder:
 
 # -----------------------------------------------------------------------------
 # Section: daemon -- its life: start, loop, signals, housekeeping, systemd, HTTP
+
+
+def end_connection(connection: socket.socket) -> None:
+    """End it under the thread that reads or writes it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class StatusServer(socketserver.ThreadingTCPServer):
@@ -4682,7 +4642,7 @@ class Roster:
     CHANGE_GAP = 1.0  # seconds from one change to the next: 16 ms each with 1,000 peers
 
     def __init__(self, peers: Peers, forwarder: Forwarder, keeper: RuleKeeper) -> None:
-        self.arrangement = Arrangement({}, (), {}, {}, {}, View())
+        self.arrangement = Arrangement()
         self.stale = False  # peers or addresses have changed
         self.change_at = 0.0  # when the next change may be put in force
         self._peers = peers
@@ -4750,8 +4710,8 @@ class Roster:
             if peers:
                 told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
         if told:
-            targets = self.arrangement.targets
-            counts = {f"peers_{name}": len(peers) for name, peers in targets.items()}
+            ways = self.arrangement.ways
+            counts = {f"peers_{family.name}": len(ways[family].targets) for family in FAMILIES}
             log("info", f"peers changed: {', '.join(told)}", **counts)
         elif not new and self.arrangement.per_source.keys() != before.per_source.keys():
             self.tell()
