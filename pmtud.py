@@ -499,7 +499,7 @@ def number_between(
             raise ValueError(f"{text!r} is not a {'whole number' if convert is int else 'number'}")
         value = convert(text)
         if not low <= value <= high:
-            raise ValueError(f"{text} is not between {low} and {high}")
+            raise ValueError(f"{text} is not between {low} and {high:.10g}")
         return value
 
     return parse_number
@@ -633,6 +633,8 @@ def check_source(text: str) -> None:
 def parse_peer_items(text: str) -> list[Union[PeerAddress, str]]:
     """The items of one --peers value: addresses, and the texts of sources."""
     items: list[Union[PeerAddress, str]] = []
+    if not split_list(text):
+        raise ValueError(f"{text!r} names no peer; without --peers only local rescue is done")
     for item in split_list(text):
         name = f"dns:{item}" if HOST_NAME.fullmatch(item) else item
         if re.match("[a-z]+:", name) and not re.match("[0-9a-f]*:[0-9a-f]*:", name):
@@ -5076,7 +5078,7 @@ class Link(NamedTuple):
 class RunningDaemon(NamedTuple):
     """The process that is pmtud."""
 
-    process: str
+    pid: int
     options: bytes  # its command line and environment, empty where they cannot be read
     delivers: bool  # neither --dry-run nor --no-rescue
 
@@ -5430,7 +5432,14 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     idle = re.search(
         rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", options
     )
-    return RunningDaemon(describe_process(pid), options, not idle)
+    return RunningDaemon(pid, options, not idle)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP or a debugger holds a process: state T or t in proc(5), stat."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as stream:
+        return stream.read().rpartition(b")")[2].split()[0] in b"Tt"
+    return False
 
 
 def option_of(options: bytes, name: str) -> str:
@@ -5498,10 +5507,13 @@ def check_group(node: Node) -> Finding:
 
 def check_daemon(node: Node, can_start: bool) -> Finding:
     """Whether the daemon runs, and delivers."""
-    if node.daemon and node.daemon.delivers:
-        return ok("daemon", f"running, {node.daemon.process}")
     if node.daemon:
-        return warn("daemon", f"--dry-run or --no-rescue: {node.daemon.process}")
+        process = describe_process(node.daemon.pid)
+        if is_stopped(node.daemon.pid):
+            return fail("daemon", f"stopped, {process}", f"kill -CONT {node.daemon.pid}")
+        if node.daemon.delivers:
+            return ok("daemon", f"running, {process}")
+        return warn("daemon", f"--dry-run or --no-rescue: {process}")
     if can_start:
         return warn("daemon", "not running", run_command(node.config))
     return warn("daemon", "not running")
@@ -5601,7 +5613,7 @@ def check_http(node: Node) -> Iterator[Finding]:
 
     A kubelet asks there whether it is alive.
     """
-    if not node.daemon:
+    if not node.daemon or is_stopped(node.daemon.pid):
         return
     options = node.daemon.options
     port = node.config.metrics_port
@@ -5612,8 +5624,8 @@ def check_http(node: Node) -> Iterator[Finding]:
         return
     name = re.escape(option_of(options, "nodename")) or ".*"
     says = rf"pmtud/\S+ \({name}, NFLOG group {node.config.nflog_group}\)"
-    given = option_of(options, "metrics-addr")
-    addresses = served_addresses(node, given or node.config.metrics_addr)
+    given = option_of(options, "metrics-addr") or node.config.metrics_addr
+    addresses = served_addresses(node, given)
     for address in addresses:
         problem = judge_answer(address, port, says)
         if not problem:
@@ -5621,6 +5633,8 @@ def check_http(node: Node) -> Iterator[Finding]:
         fix = f"ss -Htlnp sport = :{port}"
         if port in NODE_PORTS:
             fix = f"{run_command(node.config)} --metrics-port {OTHER_PORT}"
+            if given:
+                fix += f" --metrics-addr {shlex.quote(given)}"
         yield fail("http", f"{address} port {port}: {problem}", fix)
         return
     yield ok("http", f"the daemon answers on {', '.join(addresses)} port {port}")
@@ -6855,7 +6869,7 @@ def refuse_unknown_options(parser: Parser, argv: Sequence[str]) -> None:
             raise UsageError(f"unknown option {option}; {nearest(option, options)}")
 
 
-def refuse_split_lists(parser: Parser, argv: Sequence[str], stray: str = "") -> None:
+def refuse_split_lists(parser: Parser, argv: Sequence[str], stray: Optional[str] = None) -> None:
     """Say so where a list was split, like --peers A, B: at a comma, or before a stray word."""
     for before, value, word in zip(["", *argv], argv, argv[1:]):
         if word.startswith("-") or word in COMMANDS:

@@ -534,6 +534,7 @@ def test_parsers_accept(parse: Callable[[str], object], text: str, value: object
         (pmtud.number_between(1, 255), "256", "256 is not between 1 and 255"),
         (pmtud.number_between(0, 3600, float), "nan", "'nan' is not a number"),
         (pmtud.number_between(0, 3600, float), "-1", "-1 is not between 0 and 3600"),
+        (pmtud.number_between(0, 1e9, float), "-1", "-1 is not between 0 and 1000000000"),
         (pmtud.number_between(0, 3600, float), "inf", "'inf' is not a number"),
         (pmtud.parse_networks, "10.0.0.1/8", "10.0.0.1/8 has host bits set" + NETWORK_HINT),
         (
@@ -2937,6 +2938,16 @@ def test_defaults() -> None:
 
 BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--ttl", "0"], {}, "argument --ttl: 0 is not between 1 and 255"),
+    (
+        ["--peers", ""],
+        {},
+        "argument --peers: '' names no peer; without --peers only local rescue is done",
+    ),
+    (
+        ["--peers=,"],
+        {},
+        "argument --peers: ',' names no peer; without --peers only local rescue is done",
+    ),
     (["--nflog-group", "65536"], {}, "argument --nflog-group: 65536 is not between 0 and 65535"),
     (["--metrics-port", "x"], {}, "argument --metrics-port: 'x' is not a whole number"),
     (
@@ -8508,6 +8519,14 @@ def test_who_answers_where_the_daemon_listens(node: Host) -> None:
         **good,
         "found": "the daemon answers on 10.0.0.2 port 23040",
     }
+    assert daemon.stop() == 0
+    daemon = node.start(
+        sys.executable, SCRIPT, "--metrics-port", "30041", "--metrics-addr", "10.0.0.2"
+    )
+    daemon.wait_for("limits:")
+    node.run("nft", "-f", "-", input=NODE_PORT.format(port=30041, target=8080))
+    fix = diagnose(node).of("http")["fix"]
+    assert fix.endswith(" --metrics-port 23040 --metrics-addr 10.0.0.2")
 
 
 def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
@@ -8556,12 +8575,20 @@ def test_a_daemon_that_does_not_answer(node: Host) -> None:
         "10.0.0.2 port 30040: Connection refused: the daemon is not heard there",
     )
     node.run("nft", "delete", "table", "inet", "f")
-    os.kill(daemon.pid, signal.SIGSTOP)
-    assert (
-        diagnose(node).of("http")["found"]
-        == "10.0.0.2 port 30040: timed out: the daemon is not heard there"
+    node.run(
+        "nft",
+        "table inet f { chain c { type filter hook output priority 0; tcp sport 30040 drop; }; }",
     )
-    os.kill(daemon.pid, signal.SIGCONT)
+    found = diagnose(node).of("http")
+    assert found["found"] == "10.0.0.2 port 30040: timed out: the daemon is not heard there"
+    node.run("nft", "delete", "table", "inet", "f")
+    os.kill(daemon.pid, signal.SIGSTOP)
+    stopped = diagnose(node)
+    found = stopped.of("daemon")
+    assert (found["status"], found["fix"]) == ("FAIL", f"kill -CONT {daemon.pid}")
+    assert found["found"].startswith(f"stopped, pid {daemon.pid} (")
+    assert "http" not in [finding["check"] for finding in stopped.checks]
+    subprocess.run(shlex.split(found["fix"]), check=True)
     assert diagnose(node).of("http")["status"] == "OK"
 
 
