@@ -8201,39 +8201,6 @@ def test_stop_while_a_question_is_on_its_way(cluster: Cluster) -> None:
         assert time.monotonic() - begun < 20
 
 
-def test_daemons_that_find_each_other_through_kubernetes(cluster: Cluster, tmp_path: Path) -> None:
-    """From the API server alone; a node that is deleted is gone at once, and so are its series."""
-    api = cluster.fabric.inside(lambda: FakeApi(tmp_path, "10.0.0.1"))
-    for i in (1, 2, 3):
-        api.change(
-            "ADDED", f"node{i}", Cluster.node_address(i), Cluster.node_address(i, 6), role="edge"
-        )
-    options = ("--peers", "kube:nodes?role=edge")
-    with api:
-        processes = [
-            patched_daemon(node, account_in(tmp_path), *options, env=api.environ)
-            for node in cluster.nodes
-        ]
-        label, gone = (
-            'pmtud_peers{source="kube:nodes?role=edge"}',
-            'pmtud_copies_sent_total{peer="10.0.0.13"}',
-        )
-        for process in processes:
-            process.wait_for("limits:")
-        assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
-        assert get(cluster.nodes[0], "/readyz")[0] == "200"
-        for family in (4, 6):
-            assert len(cluster.download("host", family)) == 23
-        assert poll(lambda: api.watches == 3, 5)
-        assert gone in metrics(cluster.nodes[0])
-        api.change("DELETED", "node3")
-        assert poll(lambda: metrics(cluster.nodes[0]).get(label) == 2, 5)
-        assert gone not in metrics(cluster.nodes[0])
-        assert [process.stop() for process in processes] == [0, 0, 0]
-        api.disconnect()
-        api.shutdown()
-
-
 def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) -> None:
     """Own addresses are followed.
 

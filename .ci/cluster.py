@@ -2,6 +2,7 @@
 """A real Kubernetes cluster in network namespaces, and what pmtud must do on it.
 
     sudo .ci/cluster.py up                   bring it up (--nodes 3, --proxy iptables|nftables, --bin DIR)
+    sudo .ci/cluster.py build                make only what it needs, which takes minutes the first time
     sudo .ci/cluster.py test                 every scenario (-k WORD: only those with it in their name; --short)
     sudo .ci/cluster.py test --tree DIR      the same for another checkout's pmtud.py and daemonset.yaml
     sudo .ci/cluster.py kubectl get pods -A  ask it something
@@ -1003,11 +1004,13 @@ class Deployment:
         self.cluster.flush()
 
     def remove(self) -> None:
-        """No pod is left, nor what they made in the kernel."""
+        """No pod is left, nor what they made in the kernel.
+
+        The Service stays: where one is made anew too soon, the controller of its endpoints believes
+        in those it has deleted ("informer cache is out of date") and gives up.
+        """
         ask = ("-n", "kube-system", "--ignore-not-found", "--timeout=60s")
-        self.cluster.kubectl(
-            "delete", "daemonset,service,serviceaccount", "pmtud", *ask, timeout=70
-        )
+        self.cluster.kubectl("delete", "daemonset,serviceaccount", "pmtud", *ask, timeout=70)
         self.cluster.kubectl(
             "delete", "configmap", "pmtud", "pmtud-wheel", "pmtud-requirements", *ask
         )
@@ -1109,18 +1112,16 @@ class Bed:
 
     def want(self, state: str) -> None:
         """pmtud absent, or with these peers and knowing them all: the first pod hears of the others a little later."""
-        if self.pmtud.state == state:
-            self.cluster.flush()
-            return
+        is_new = self.pmtud.state != state
         self.pmtud.want(state)
+        start = time.monotonic()
         if state != "absent":
             most = 2 * (self.cluster.size - 1)
             nodes = range(self.cluster.size)
-            self.wait(
-                f"all know their peers by {state}",
-                lambda: all(peers_of(self, i) == most for i in nodes),
-                60,
-            )
+            know = poll(lambda: all(peers_of(self, i) == most for i in nodes), 60)
+            if is_new or not know:
+                took = f"{time.monotonic() - start:.1f} s"
+                self.row(f"all know their peers by {state}", took, bool(know))
 
     def find_pods(self) -> None:
         """The workloads' pods as hosts, so that flush() reaches them."""
@@ -1418,8 +1419,9 @@ def readme(bed: Bed) -> None:
             "PIP_FIND_LINKS": str(wheel().parent),
         }
         printed = run_long("bash", "-euc", block, cwd=Path(folder), PIP_NO_INDEX="1", **environ)
-    bed.pmtud.state = "dns"
     bed.pmtud.rolled_out("kube-system")
+    bed.pmtud.state = "dns"
+    bed.want("dns")
     bed.row(
         "its commands", f"{block.count(chr(10))} lines", "daemonset.apps/pmtud created" in printed
     )
@@ -1817,9 +1819,11 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--proxy", choices=("iptables", "nftables"), default="iptables", help="kube-proxy's mode"
     )
-    up.add_argument(
-        "--bin", type=Path, metavar="DIR", help="the programs, instead of building them"
-    )
+    build = commands.add_parser("build", help="make what `up` needs, which takes long")
+    for command in (build, up):
+        command.add_argument(
+            "--bin", type=Path, metavar="DIR", help="the programs, instead of building them"
+        )
     up.add_argument(
         "--keep", action="store_true", help="leave what there is where a step fails, to look at it"
     )
@@ -1844,6 +1848,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def materials(given: Optional[Path]) -> tuple[Path, Path]:
+    """The programs and the pods' image, and a wheel beside them."""
+    with step("binaries"):
+        programs = binaries(given)
+    with step("pods' image"):
+        image = pod_image()
+    wheel()
+    return programs, image
+
+
 def up(options: argparse.Namespace) -> int:
     """Everything that `up` does, outside first; whatever goes wrong, nothing is left."""
     if cell():
@@ -1851,11 +1865,7 @@ def up(options: argparse.Namespace) -> int:
     close_cell()  # what a killed `up` left
     check_packages()
     start = time.monotonic()
-    with step("binaries"):
-        programs = binaries(options.bin)
-    with step("pods' image"):
-        image = pod_image()
-    wheel()
+    programs, image = materials(options.bin)
     try:
         open_cell(
             {"nodes": options.nodes, "proxy": options.proxy, "programs": str(programs.resolve())}
@@ -1903,6 +1913,10 @@ def main(argv: Sequence[str]) -> int:
         raise Trouble("must run as root: network namespaces, containers")
     if passed_on:
         return inside(argv)
+    if options.command == "build":
+        check_packages()
+        materials(options.bin)
+        return 0
     if options.command == "up":
         return up(options)
     if options.command == "down":
