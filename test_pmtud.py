@@ -4244,9 +4244,9 @@ class Cluster(Net):
             *(f"route add 10.244.{j}.0/24 via {self.node_address(j)}" for j in others),
             *(f"route add fd44:{j}::/64 via {self.node_address(j, 6)}" for j in others),
         )
-        self._build_services(node, i)
+        self.build_services(node, i)
 
-    def _build_services(self, node: Host, i: int) -> None:
+    def build_services(self, node: Host, i: int) -> None:
         """What makes the services' addresses lead to pods."""
         rules = NAT_RULES.format(i=i, j=i % self.size + 1)
         node.run("nft", "-f", "-", input=rules + (INVALID_DROP_RULES if self.invalid_drop else ""))

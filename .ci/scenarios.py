@@ -13,12 +13,13 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("PMTUD_PATIENCE", "16")
@@ -134,6 +135,30 @@ def ecmp_ipv6() -> str:
         return served(cluster, CASES6)
 
 
+@scenario
+def standalone() -> str:
+    """One node without peers: only its own reverse path filter is in the way."""
+    with t.Cluster(1) as cluster:
+        return rescued(cluster, CASES4)
+
+
+def rescued(
+    cluster: t.Cluster,
+    cases: Sequence[tuple[int, str]],
+    afterwards: Optional[Callable[[], object]] = None,
+) -> str:
+    """What strict reverse path filters stop, the daemon delivers; also after this is done."""
+    cluster.strict_rpf()
+    cluster.error_from_management()
+    expect("without", finished(cluster, cases, SHORT), lambda count: count == 0)
+    with everywhere(cluster, "--nodename", "alone"):
+        text = expect("with", finished(cluster, cases, GENEROUS), lambda count: count == 23)
+        if afterwards:
+            afterwards()
+            expect("later", finished(cluster, cases, GENEROUS), lambda count: count == 23)
+    return f"{text} (0 without)"
+
+
 # -----------------------------------------------------------------------------
 # Section: IPVS -- services as kube-proxy --proxy-mode=ipvs sets them up
 
@@ -177,7 +202,7 @@ IPVS_SETTINGS = {
 class IpvsCluster(t.Cluster):
     """`pod` (externalTrafficPolicy Local) and `cross` (Cluster) are IPVS's, `host` a socket's."""
 
-    def _build_services(self, node: t.Host, i: int) -> None:
+    def build_services(self, node: t.Host, i: int) -> None:
         t.execute("modprobe", "ip_vs_rr")
         node.ip("link add kube-ipvs0 type dummy")  # it stays down, as kube-proxy leaves it
         node.sysctls({f"net.ipv4.vs.{key}": value for key, value in IPVS_SETTINGS.items()})
@@ -274,6 +299,38 @@ def uplink(kind: str) -> str:
 
 for each in UPLINKS:
     SCENARIOS[each] = partial(uplink, each)
+
+
+class TwoUplinksCluster(t.Cluster):
+    """Two NICs a node, default routes over both; peers know a node by its address on lo."""
+
+    def _build_fabric(self) -> None:
+        super()._build_fabric()
+        self.fabric.ip(
+            "link add second type bridge mcast_snooping 0",
+            "link set second up",
+            "addr add 10.1.0.1/24 dev second",
+        )
+
+    def _build_node(self, i: int) -> None:
+        super()._build_node(i)
+        node = self.nodes[i - 1]
+        self.link(self.fabric, node, names=(f"second-{i}", "eth1"))
+        self.fabric.ip(f"link set second-{i} master second")
+        hops = "nexthop via 10.0.0.{0} nexthop via 10.1.0.{0}"
+        node.ip(
+            f"addr add 10.1.0.{10 + i}/24 dev eth1",
+            f"addr add 10.5.0.{i}/32 dev lo",
+            f"route replace default {hops.format(1)}",
+        )
+        self.fabric.ip(f"route add 10.5.0.{i}/32 {hops.format(10 + i)}")
+
+
+@scenario
+def two_uplinks() -> str:
+    """Errors come in on either of them, copies on either, too."""
+    with TwoUplinksCluster() as cluster:
+        return served(cluster, CASES4, "--peers", "10.5.0.1,10.5.0.2,10.5.0.3")
 
 
 class NexthopCluster(t.Cluster):
@@ -495,6 +552,41 @@ def kill_9() -> str:
         assert again.stop() == 0
         assert "pmtud" not in tables(net.node)
     return "owned" if owned else "not owned: replaced, and back after a flush"
+
+
+@scenario
+def systemd_unit() -> str:
+    """The unit as it is, under a systemd that runs as process 1 of a container."""
+    with t.Cluster() as cluster, tempfile.TemporaryDirectory() as folder:
+        t.test_under_systemd(cluster, Path(folder))
+    return "23 of each; reload, watchdog, stop"
+
+
+@scenario
+def firewalld() -> str:
+    """A real firewalld, which filters IPv6 by reverse path; before and after its reload."""
+    with t.Cluster(1) as cluster, tempfile.TemporaryDirectory() as folder:
+        node = cluster.nodes[0]
+        bus = f"unix:path={folder}/bus"  # of its own: one of this machine is not disturbed
+        on_bus = ("env", f"DBUS_SYSTEM_BUS_ADDRESS={bus}")
+        config = f"--system-config={folder}"
+        t.execute("dbus-uuidgen", "--ensure")
+        node.start("dbus-daemon", "--system", f"--address={bus}", "--nofork", "--nopidfile")
+        assert t.poll(lambda: os.path.exists(f"{folder}/bus"), 10)
+        interfaces = [f"--add-interface={name}" for name in ("eth0", "to-pod")]
+        t.execute("firewall-offline-cmd", config, "--zone=trusted", *interfaces, timeout=60)
+        daemon = node.start(*on_bus, "firewalld", "--nofork", "--nopid", config)
+        ask = (*on_bus, "firewall-cmd", "--state")
+        running = t.poll(lambda: "running" in node.run(*ask, check=False, timeout=60).split(), 10)
+        assert running, daemon.output()
+        assert "firewalld" in tables(node)
+
+        def reload() -> None:
+            node.run(*on_bus, "firewall-cmd", "--reload", timeout=60)
+            cluster.build_services(node, 1)  # it flushes what iptables installed; kube-proxies know
+
+        reload()
+        return rescued(cluster, ALL_CASES, reload)
 
 
 TUNNELS = {
