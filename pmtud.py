@@ -5979,14 +5979,24 @@ def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, subject: str = "")
     return warn("mtu", f"{found} < {under} = {under.best}: {unused} left unused", fix)
 
 
-def check_tunnel(link: Link, nic: Link) -> Finding:
-    """Whether a tunnel's MTU suits the NIC under it."""
+def is_cni_tunnel(node: Node, link: Link) -> bool:
+    """Whether a CNI made this tunnel, by its name; tunl0 also comes with the kernel's module."""
+    if link.name == "tunl0" and not any(name.startswith("cali") for name in node.links):
+        return False
+    return bool(tunnel_named(link.name))
+
+
+def check_tunnel(link: Link, nic: Link, is_cni: bool) -> Finding:
+    """Whether a tunnel's MTU suits the NIC under it; a stranger's may be as small as it likes."""
     under = Underlay(nic, link.overhead)
-    fix = cni_command(link.name, under)
-    if not fix:
-        fix = f"ip link set dev {shlex.quote(link.name)} mtu {under.best}"
-    if link.mtu <= under.best or cilium_subtracts(link.name, link.mtu, under):
+    fix = f"ip link set dev {shlex.quote(link.name)} mtu {under.best}"
+    if is_cni:
+        fix = cni_command(link.name, under)
+    fits = link.mtu <= under.best or cilium_subtracts(link.name, link.mtu, under)
+    if fits and is_cni:
         return judge_mtu(link.name, link.mtu, under, fix)
+    if fits:
+        return ok("mtu", f"{link.name} {link.mtu} fits {under}")
     vanish = f"packets over {under.best} are fragmented or vanish (black hole)"
     return fail("mtu", f"{link.name} {link.mtu} > {under}: {vanish}", fix)
 
@@ -6004,7 +6014,7 @@ def check_mtu(node: Node) -> Iterator[Finding]:
         yield unequal_nics(nics)
     tunnels = [link for link in node.links.values() if link.role == "tunnel"]
     for link in tunnels:
-        yield check_tunnel(link, node.links.get(link.under, low))
+        yield check_tunnel(link, node.links.get(link.under, low), is_cni_tunnel(node, link))
     pods = list(check_cni(node, low, tunnels))
     yield from pods
     if not pods and not tunnels:
@@ -6051,7 +6061,7 @@ def unequal_nics(nics: Sequence[Link]) -> Finding:
 
 def check_cni(node: Node, nic: Link, tunnels: Iterable[Link]) -> Iterator[Finding]:
     """The MTU in the CNI configuration, and of pods."""
-    own = [link for link in tunnels if tunnel_named(link.name)]
+    own = [link for link in tunnels if is_cni_tunnel(node, link)]
     under = pod_underlay(node, nic, own)
     is_given = bool(own)
     try:

@@ -9059,14 +9059,14 @@ CALICO = (
             "vxlan.calico 1430 = eth0 1500 - 70, where 50 would do",
             "",
         ),
-        (1500, "tunl0", 1480, "OK", "tunl0 1480 = eth0 1500 - 20", ""),
+        (9000, "tunl0", 1480, "OK", "tunl0 1480 fits eth0 9000 - 20", ""),
         (
             1500,
             "tunl0",
-            1460,
-            "WARN",
-            "tunl0 1460 = eth0 1500 - 20 - 20: the overhead is subtracted twice",
-            CALICO % 1480,
+            1500,
+            "FAIL",
+            "tunl0 1500 > eth0 1500 - 20: packets over 1480 are fragmented or vanish (black hole)",
+            "ip link set dev tunl0 mtu 1480",
         ),
         (1500, "wireguard.cali", 1440, "OK", "wireguard.cali 1440 = eth0 1500 - 60", ""),
         (
@@ -9151,7 +9151,9 @@ def test_mtu_of_a_real_vxlan(node: Host, options: str, best: int) -> None:
     bad = diagnose(node).of("mtu")
     assert bad["status"] == "FAIL" and bad["fix"] == f"ip link set dev overlay mtu {best}"
     run_fix(node, bad)
-    assert diagnose(node).of("mtu")["found"] == f"overlay {best} = eth0 1500 - {1500 - best}"
+    assert diagnose(node).of("mtu")["found"] == f"overlay {best} fits eth0 1500 - {1500 - best}"
+    node.ip("link set overlay mtu 1400")  # a stranger's may be as small as it likes
+    assert diagnose(node).of("mtu")["found"] == f"overlay 1400 fits eth0 1500 - {1500 - best}"
 
 
 @pytest.mark.parametrize(
@@ -9263,6 +9265,20 @@ def test_mtu_of_pods_in_other_namespaces(node: Host, tmp_path: Path) -> None:
         ),
     )
     assert diagnose(node).of("mtu", "whatever")["status"] == "OK"
+
+
+def test_mtu_of_calicos_ipip_tunnel(node: Host) -> None:
+    """Known by the pods beside it: tunl0 alone may be anybody's."""
+    node.ip(
+        "link add tunl0 mtu 1460 type veth peer name other",
+        "link set tunl0 up",
+        "link add cali0 mtu 1460 type veth peer name pod",
+        "link set cali0 up",
+    )
+    found = diagnose(node).of("mtu", "tunl0")
+    text = "tunl0 1460 = eth0 1500 - 20 - 20: the overhead is subtracted twice"
+    assert (found["status"], found["found"]) == ("WARN", text)
+    assert found["fix"] == CALICO % 1480
 
 
 def test_mtu_of_pods_beside_a_strangers_tunnel(node: Host) -> None:
