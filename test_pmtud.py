@@ -27,6 +27,7 @@ VENV = Path(os.environ.get("PMTUD_VENV", HERE / ".venv"))
 REQUIREMENTS = (
     "pytest>=8,<10",
     "pytest-xdist>=3.5,<4",
+    "pytest-rerunfailures>=14,<17",
     "hypothesis>=6,<7",
     "scapy>=2.5,<3",
     "prometheus-client>=0.16,<1",

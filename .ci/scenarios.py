@@ -426,9 +426,14 @@ def vrf() -> str:
 
 @scenario
 def vrf_outside() -> str:
-    """The same, the daemon started without `ip vrf exec`."""
+    """The daemon started without `ip vrf exec` says how to start it, and ends with exit code 2."""
     with VrfCluster() as cluster:
-        return served(cluster, CASES4, "--iface", "eth0", "--peers", t.ALL_PEERS)
+        argv = [sys.executable, *DAEMON, "--iface", "eth0", "--peers", t.ALL_PEERS]
+        process = cluster.nodes[0].start(*argv, env={"PYTHONPATH": str(t.HERE)})
+        assert t.poll(lambda: process.returncode() is not None, 20), process.output()
+        assert process.returncode() == 2
+        assert "start it with `ip vrf exec blue`" in process.output()
+    return "refused, with advice"
 
 
 # -----------------------------------------------------------------------------
@@ -499,6 +504,7 @@ def endpoints() -> str:
             print("with", as_text(loose), flush=True)
             cluster.strict_rpf()
             cluster.error_from_management()
+            cluster.router.ip("route add 10.0.0.0/24 via 10.8.0.2 src 172.20.20.2")  # for Geneve
             strict = endpoints_that_learned(cluster)
             print("strict, with", as_text(strict), flush=True)
             for node in cluster.nodes:
