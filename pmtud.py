@@ -5514,9 +5514,13 @@ def check_daemon(node: Node, can_start: bool) -> Finding:
         if node.daemon.delivers:
             return ok("daemon", f"running, {process}")
         return warn("daemon", f"--dry-run or --no-rescue: {process}")
+    found = "not running"
+    table = f"inet pmtud_{node.config.nflog_group}"
+    if any(chain.startswith(f"{table} ") for chain in node.ruleset.hooks):
+        found += f"; SIGKILL left its table {table}, which the next start replaces"
     if can_start:
-        return warn("daemon", "not running", run_command(node.config))
-    return warn("daemon", "not running")
+        return warn("daemon", found, run_command(node.config))
+    return warn("daemon", found)
 
 
 def feeding_rules(node: Node) -> Iterator[FirewallRule]:
@@ -5876,13 +5880,24 @@ def look_into(source: str) -> str:
     return ""
 
 
+def is_near(peer: PeerAddress, local: Iterable[LocalAddress]) -> bool:
+    """Whether a peer is in a network of one of these addresses."""
+    address = ipaddress.ip_address(peer.packed)
+    return any(address in network_of(one) for one in local)
+
+
 def wrong_peers(arrangement: Arrangement, local: Iterable[LocalAddress]) -> dict[PeerAddress, str]:
     """What is wrong with each peer that cannot be one."""
     lo = socket.if_nametoindex("lo")
-    shared = {address.packed for address in local if address.ifindex == lo}
+    on_nics = [address for address in local if address.ifindex != lo]
+    on_lo = {address.packed for address in local if address.ifindex == lo}
+    # Where nodes are listed by addresses of their NICs, one on lo is no node's
+    others = [peer for peer in arrangement.removed if peer.packed not in on_lo]
+    near = [peer for peer in (*others, *arrangement.everyone) if is_near(peer, on_nics)]
+    by_nic = {family_of(peer.packed) for peer in near}
     wrong = {}
     for peer in arrangement.removed:
-        if peer.packed in shared:
+        if peer.packed in on_lo and family_of(peer.packed) in by_nic:
             wrong[peer] = "a service address on lo, not a node"
     for peer in arrangement.everyone:
         if not kernel_source(peer):
@@ -5901,15 +5916,11 @@ def judge_peers(
     return fail("peers", found, run_command(config._replace(peers=rest)))
 
 
-def describe_peers(peers: Sequence[PeerAddress], local: Iterable[LocalAddress]) -> str:
+def describe_peers(peers: Sequence[PeerAddress], local: Sequence[LocalAddress]) -> str:
     """How many share a network with this node."""
     if not peers:
         return "none: standalone, local rescue only"
-    networks = [ipaddress.ip_interface((a.packed, a.prefix_length)).network for a in local]
-    near = 0
-    for peer in peers:
-        address = ipaddress.ip_address(peer.packed)
-        near += any(address in network for network in networks)
+    near = sum(is_near(peer, local) for peer in peers)
     return f"{near} on-link, {len(peers) - near} routed"
 
 

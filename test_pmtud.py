@@ -6743,15 +6743,11 @@ class Booted:
         return Path(f"/proc/{self.manager()}/root/run/log").read_text()
 
     def daemon(self) -> int:
-        """The daemon's process id as this machine counts."""
-        return next(
-            (
-                pid
-                for pid, line in self._processes("cmdline")
-                if line.startswith("/usr/bin/python3")
-            ),
-            0,
+        """The daemon's process id as this machine counts, 0 where there is none."""
+        found = (
+            pid for pid, line in self._processes("cmdline") if "\0/usr/local/bin/pmtud.py" in line
         )
+        return next(found, 0)
 
     def close(self) -> None:
         """End it and remove its control group."""
@@ -8937,6 +8933,25 @@ def test_good_peers(node: Host) -> None:
         "found": "2 on-link, 1 routed; 10.0.0.2 is this node",
         "fix": "",
     }
+
+
+def test_a_table_that_sigkill_left(node: Host) -> None:
+    """As before Linux 5.12, where a table has no owner; the printed command replaces it."""
+    node.run("sh", "-ec", f"{sys.executable} {PROGRAM} rules | sed -n '1,/^}}/p' | nft -f -")
+    found = diagnose(node).of("daemon")
+    text = "not running; SIGKILL left its table inet pmtud_33, which the next start replaces"
+    assert (found["status"], found["found"]) == ("WARN", text)
+    daemon = node.start(sys.executable, *shlex.split(found["fix"])[1:])
+    daemon.wait_for("limits:")
+    assert diagnose(node).of("daemon")["status"] == "OK"
+    assert daemon.stop() == 0
+
+
+def test_a_nodes_address_on_lo_is_a_good_peer(node: Host) -> None:
+    """As with two uplinks: the nodes' addresses are in none of the NICs' networks."""
+    node.ip("addr add 10.5.0.1/32 dev lo")
+    found = diagnose(node, "--peers", "10.5.0.1,10.5.0.2").of("peers")
+    assert (found["status"], found["found"]) == ("OK", "0 on-link, 1 routed; 10.5.0.1 is this node")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 """Boots stock Debian kernels in QEMU and proves the daemon inside.
 
     sudo python3 .ci/kernels.py                            all kernels, all scenarios: a table
-    sudo python3 .ci/kernels.py --only 5.10 --scenario ipvs
+    sudo python3 .ci/kernels.py --only 5.10 --scenario ipvs --keep
     sudo python3 .ci/kernels.py --only 6.12 --exec 'python3 -m pytest -q test_pmtud.py -k sigkill'
 
 The scenarios are those of .ci/scenarios.py. Everything is a Debian package: one small root that all
@@ -523,13 +523,28 @@ class Machine:
                 show(line)
 
 
+KEEP = "PMTUD_KEEP_MACHINES"  # set by --keep
+
+
+@contextmanager
+def machine_folder() -> Iterator[Path]:
+    """A folder for a machine's job, result and console; with --keep it stays, and is named."""
+    name = tempfile.mkdtemp(prefix="pmtud-kernel-")
+    try:
+        yield Path(name)
+    finally:
+        if KEEP in os.environ:
+            say(f"kept: {name}")
+        else:
+            shutil.rmtree(name)
+
+
 def boot(
     kernel: Kernel, tree: Path, command: str, out: Optional[Path], show: Show, seconds: float
 ) -> Ended:
     """Run a command on a kernel."""
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="pmtud-kernel-") as name:
-        folder = Path(name)
+    with machine_folder() as folder:
         pack(tree, command, folder)
         with open(folder / "result", "wb") as file:
             file.truncate(DISK_BYTES)
@@ -690,6 +705,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--seconds", type=float, default=1800, help="how long a machine may take; default 1800"
     )
     parser.add_argument(
+        "--keep", action="store_true", help="keep the console and the files of each machine"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="only fetch and make what the machines need"
+    )
+    parser.add_argument(
         "--mirror", metavar="URL", help="a Debian mirror, instead of the one in apt's lists"
     )
     return parser.parse_args(argv)
@@ -718,7 +739,11 @@ def execute(kernels: Sequence[Kernel], options: argparse.Namespace) -> int:
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
     options = parse(argv)
+    if options.keep:
+        os.environ[KEEP] = "yes"
     kernels = prepare(options.only or list(KERNELS), options.mirror)
+    if options.prepare:
+        return 0
     if options.exec:
         return execute(kernels, options)
     return prove_all(kernels, options.tree, options.scenario or [], options.seconds)

@@ -588,7 +588,10 @@ def firewalld() -> str:
         assert "firewalld" in tables(node)
 
         def reload() -> None:
-            node.run(*on_bus, "firewall-cmd", "--reload", timeout=60)
+            # A slow machine answers later than D-Bus waits
+            node.run(*on_bus, "firewall-cmd", "--reload", check=False, timeout=60)
+            time.sleep(10)
+            assert t.poll(lambda: "firewalld" in tables(node), 10)
             cluster.build_services(node, 1)  # it flushes what iptables installed; kube-proxies know
 
         reload()
@@ -596,14 +599,14 @@ def firewalld() -> str:
 
 
 TUNNELS = {
-    "wg9": "type wireguard mtu 1420",
-    "ipip9": "type ipip local 10.0.0.2 remote 10.0.0.3 mtu 1480",
-    "fou9": "type ipip local 10.0.0.2 remote 10.0.0.4 encap fou encap-dport 5555 mtu 1472",
-    "gre9": "type gre local 10.0.0.2 remote 10.0.0.5 mtu 1476",
-    "gretap9": "type gretap local 10.0.0.2 remote 10.0.0.6 mtu 1462",
-    "geneve9": "type geneve id 9 remote 10.0.0.7 mtu 1450",
-    "genevex": "type geneve external dstport 6082 mtu 1450",
-    "vxlanx": "type vxlan external dstport 4790 mtu 1450",
+    "wg9": "mtu 1420 type wireguard",
+    "ipip9": "mtu 1480 type ipip local 10.0.0.2 remote 10.0.0.3",
+    "fou9": "mtu 1472 type ipip local 10.0.0.2 remote 10.0.0.4 encap fou encap-dport 5555",
+    "gre9": "mtu 1476 type gre local 10.0.0.2 remote 10.0.0.5",
+    "gretap9": "mtu 1462 type gretap local 10.0.0.2 remote 10.0.0.6",
+    "geneve9": "mtu 1450 type geneve id 9 remote 10.0.0.7",
+    "genevex": "mtu 1450 type geneve external dstport 6082",
+    "vxlanx": "mtu 1450 type vxlan external dstport 4790",
 }
 
 
