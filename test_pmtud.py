@@ -12022,6 +12022,25 @@ def test_all_that_is_missing_is_named_at_once(command: str, tmp_path: Path) -> N
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 
+def test_where_it_has_run() -> None:
+    """The kernels and versions are those that the tools take; each row says how far it was tried."""
+    rows = table("what")
+    assert all(len(cells) == 3 and any(cells) for cells in rows.values())
+    kernels = (HERE / ".ci" / "kernels.py").read_text()
+    (known,) = re.findall(r"^KERNELS = (.+)$", kernels, re.MULTILINE)
+    gate = (HERE / ".ci" / "run").read_text()
+    in_gate, by_hand, _ = (set(re.findall(r"\d+\.\d+", cell)) for cell in rows["Linux"])
+    assert set(re.findall(r"--only ([\d.]+)", gate)) | {"6.18"} == in_gate
+    assert {name for name in ast.literal_eval(known) if name != "newest"} < by_hand
+    (version,) = re.findall(
+        r'^KUBERNETES = "(\d+\.\d+)', (HERE / ".ci" / "cluster.py").read_text(), re.M
+    )
+    assert rows["Kubernetes"][0].startswith(version)
+    assert rows["Kubernetes"][1].startswith(version)
+    days = re.findall(r"\d{4}-\d\d-\d\d", " ".join(cells[1] for cells in rows.values()))
+    assert days and all(day >= "2026-11-26" for day in days)
+
+
 def test_the_readmes_test_command_installs_what_is_needed() -> None:
     """And so does the gate."""
     needed = {"python3-venv", *PACKAGES.values()}
