@@ -10,6 +10,11 @@
 The first run makes a virtual environment beside this file (.venv) with what the tests need. The namespace
 tests need root and what the README says to install.
 Nothing outside the namespaces it makes is touched: no sysctl, no rule, no route of this machine.
+
+The tools come first, then the tests in the order of pmtud.py, then what concerns all of it.
+Sections: builders, namespaces, errors, options, packets, netlink codec, rules, policy, counters,
+peers, forwarder, daemon, doctor, command line, properties, structure, trust, documentation, lab
+network, lab screen, lab exercises, lab command, lab tests, bench, test command.
 """
 
 from __future__ import annotations
@@ -423,6 +428,932 @@ def run_program(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=80,
     )
+
+
+# -----------------------------------------------------------------------------
+# Section: namespaces -- hosts and links, processes, captures, and an ECMP cluster with a black hole in it
+
+T = TypeVar("T")
+N = TypeVar("N", bound="Net")
+
+CLONE_NEWNET = 0x40000000  # <linux/sched.h>
+ETH_P_ALL = 0x0003  # <linux/if_ether.h>
+SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
+SOL_PACKET, PACKET_STATISTICS = 263, 6  # <linux/if_packet.h>
+NETLINK_NETFILTER, NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE = (
+    12,
+    1,
+    2,
+)  # <linux/netfilter/nfnetlink*.h>
+NLM_F_REQUEST, NLM_F_ACK = 1, 4  # <linux/netlink.h>
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.setns.argtypes, libc.setns.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+libc.bind.argtypes, libc.bind.restype = (
+    (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32),
+    ctypes.c_int,
+)
+
+
+# How many times as slow as the machine on which these tests were written another one may be.
+PATIENCE = float(ENVIRONMENT.get("PMTUD_PATIENCE", "4"))
+
+
+def poll(condition: Callable[[], T], timeout: float) -> T:
+    """The first true value of condition(), or its last value once PATIENCE times the timeout
+    (seconds) has passed.
+    """
+    deadline = time.monotonic() + PATIENCE * timeout
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return value
+
+
+class CommandFailed(RuntimeError):
+    """A command ended with an error; the text carries the command, its input and all it printed."""
+
+
+def execute(*argv: str, check: bool = True, timeout: float = 20, input: str | None = None) -> str:
+    """What the command wrote to its standard output."""
+    try:
+        done = subprocess.run(
+            argv,
+            input=input or "",
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PATIENCE * timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        printed = (error.stdout or b"") + (error.stderr or b"")
+        raise CommandFailed(
+            f"{' '.join(argv)}: not finished after {timeout} s\n{printed!r}"
+        ) from None
+    if check and done.returncode:
+        raise CommandFailed(
+            f"{' '.join(argv)}: exit status {done.returncode}\n{input or ''}{done.stdout}{done.stderr}"
+        )
+    return done.stdout
+
+
+class Process:
+    """A background process; what it prints (both streams) collects in an unnamed file."""
+
+    def __init__(self, argv: list[str], env: dict[str, str] | None) -> None:
+        self._file = tempfile.TemporaryFile()
+        self._final = ""
+        self._name = " ".join(argv)[:200]
+        # A session of its own: Ctrl-C in a terminal reaches the tests only, and they stop what they
+        # started.
+        self._popen = subprocess.Popen(
+            argv,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+
+    def output(self) -> str:
+        """All it has printed so far."""
+        if self._file.closed:
+            return self._final
+        # pread, because the file offset is shared with the process
+        return os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0).decode(
+            errors="replace"
+        )
+
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._popen.poll()
+
+    def wait_for(self, text: str, timeout: float = 10) -> str:
+        """The output, as soon as text is in it.
+
+        TimeoutError if the process ends or time runs out first.
+        """
+        poll(lambda: text in self.output() or self.returncode() is not None, timeout)
+        if text not in (output := self.output()):
+            state = "running" if self.returncode() is None else f"ended with {self.returncode()}"
+            raise TimeoutError(f"{self._name} ({state}) did not print {text!r} but:\n{output}")
+        return output
+
+    def stop(self, sig: int = signal.SIGTERM, timeout: float = 10) -> int:
+        """Its exit status after sig.
+
+        TimeoutError if it outlives timeout; it has been killed by then.
+        """
+        if self._popen.poll() is None:
+            self._popen.send_signal(sig)
+        try:
+            return self._popen.wait(PATIENCE * timeout)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+            raise TimeoutError(
+                f"{self._name} outlived signal {sig} by {timeout} s:\n{self.output()}"
+            ) from None
+
+    def close(self) -> None:
+        """Kill it if need be; output() keeps working."""
+        self.stop(signal.SIGKILL)
+        if not self._file.closed:
+            self._final = self.output()
+            self._file.close()
+
+
+class Host:
+    """One network namespace. Made by Net.host()."""
+
+    def __init__(self, net: Net, name: str) -> None:
+        self.net, self.name, self.namespace = net, name, f"pm{os.getpid()}-{net.serial}-{name}"
+
+    def __repr__(self) -> str:
+        return self.namespace
+
+    def run(
+        self, *argv: str, check: bool = True, timeout: float = 20, input: str | None = None
+    ) -> str:
+        """What the command, run in here, wrote to its standard output."""
+        return execute(
+            "ip", "netns", "exec", self.namespace, *argv, check=check, timeout=timeout, input=input
+        )
+
+    def ip(self, *commands: str) -> None:
+        """Each string is an `ip` command line without the word ip; one process runs them all."""
+        execute("ip", "-n", self.namespace, "-batch", "-", input="\n".join(commands) + "\n")
+
+    def start(self, *argv: str, env: dict[str, str] | None = None) -> Process:
+        """`ip netns exec` becomes the program, so Process.pid is the program's own."""
+        process = Process(["ip", "netns", "exec", self.namespace, *argv], env)
+        self.net.processes.append(process)
+        return process
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """function() called by a thread in this namespace; a socket opened there stays in it."""
+
+        def task() -> T:
+            with open(f"/run/netns/{self.namespace}", "rb") as handle:
+                if libc.setns(handle.fileno(), CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), f"setns {self.namespace}")
+            return function()
+
+        with ThreadPoolExecutor(
+            1
+        ) as pool:  # the thread ends with the block; it never serves another namespace
+            return pool.submit(task).result()
+
+    def sysctl(self, key: str, value: object) -> None:
+        """Dots or slashes in key; slashes where an interface name has dots."""
+        self.sysctls({key: value})
+
+    def sysctls(self, values: dict[str, object]) -> None:
+        """/proc/sys/net belongs to the namespace of the task that opens it, hence inside()."""
+
+        def write() -> None:
+            for key, value in values.items():
+                with open(f"/proc/sys/{key if '/' in key else key.replace('.', '/')}", "w") as file:
+                    file.write(f"{value}\n")
+
+        self.inside(write)
+
+    def read(self, path: str) -> str:
+        """The file as a process in here sees it (/proc/net is a process's, not a thread's)."""
+        return self.run("cat", path)
+
+
+class Net:
+    """Owns hosts and processes.
+
+    Removes them on leaving the `with` block or the interpreter. May close twice.
+    """
+
+    made = 0
+    host_class: ClassVar[type[Host]] = Host
+
+    def __init__(self) -> None:
+        Net.made += 1
+        self.serial = Net.made  # several may stand at a time
+        self.hosts: list[Host] = []
+        self.processes: list[Process] = []
+
+    def __enter__(self: N) -> N:
+        atexit.register(self.close)  # for an interrupt that hits build() or close() itself
+        try:
+            self.build()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def build(self) -> None:
+        """For subclasses: what to make on entering."""
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.close()
+        # Whoever is left in our namespaces is a child of ours, or one that an interrupt kept off
+        # the list.
+        for pid in self._for_each_host("netns pids").split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        self._for_each_host("netns delete")
+        self.hosts.clear()
+        atexit.unregister(self.close)
+
+    def _for_each_host(self, command: str) -> str:
+        lines = "".join(
+            f"{command} {host.namespace}\n" for host in self.hosts
+        )  # -force: some may not exist
+        return execute("ip", "-force", "-batch", "-", check=False, input=lines)
+
+    def host(self, name: str, forward: bool = False) -> Host:
+        """A new namespace: loopback up, no reverse path filter, no duplicate address detection, no
+        redirects.
+        """
+        host = self.host_class(self, name)
+        self.hosts.append(host)  # before it is made, so that an interrupt cannot lose it
+        execute("ip", "netns", "add", host.namespace)
+        settings: dict[str, object] = {
+            f"net.ipv4.conf.{scope}.{key}": 0  # a new namespace inherits these
+            for scope in ("all", "default")
+            for key in ("rp_filter", "send_redirects")
+        }
+        settings.update({f"net.ipv6.conf.{scope}.accept_dad": 0 for scope in ("all", "default")})
+        settings.update(
+            {"net.ipv4.ip_forward": int(forward), "net.ipv6.conf.all.forwarding": int(forward)}
+        )
+        settings["net.ipv4.tcp_no_metrics_save"] = (
+            1  # or the last test's hung flows slow the next test's
+        )
+        host.sysctls(settings)
+        host.ip("link set lo up")
+        return host
+
+    def link(self, a: Host, b: Host, mtu: int = 1500, names: tuple[str, str] = ("", "")) -> None:
+        """A veth pair, up; the interfaces are called to-PEER unless named (a's name first).
+
+        gso_max_segs 1: each TCP segment is a packet and gets its own ICMP error, as on a wire.
+        """
+        name_a, name_b = names[0] or f"to-{b.name}", names[1] or f"to-{a.name}"
+        settings = f"mtu {mtu} gso_max_segs 1"
+        a.ip(
+            f"link add {name_a} {settings} type veth peer name {name_b} {settings} netns {b.namespace}",
+            f"link set {name_a} up",
+        )
+        b.ip(f"link set {name_b} up")
+
+
+class Seen(NamedTuple):
+    """One captured packet."""
+
+    interface: str
+    kind: int  # socket.PACKET_HOST, PACKET_BROADCAST, PACKET_OTHERHOST, PACKET_OUTGOING
+    packet: bytes  # from the IP header on
+
+
+# Classic BPF (code, jump if true, jump if false, operand): IPv4 ICMP 3/4 and ICMPv6 2, so data
+# cannot fill the buffer.
+ICMP_ERRORS = (
+    (0x30, 0, 0, 0),
+    (0x54, 0, 0, 0xF0),
+    (0x15, 0, 6, 0x40),  # 0: A = version; not 4: go to 9
+    (0x30, 0, 0, 9),
+    (0x15, 0, 10, 1),  # 3: protocol is ICMP
+    (0xB1, 0, 0, 0),
+    (0x48, 0, 0, 0),
+    (0x15, 0, 7, 0x0304),
+    (0x06, 0, 0, 0xFFFF),  # 5: X = header length; type, code
+    (0x15, 0, 5, 0x60),
+    (0x30, 0, 0, 6),
+    (0x15, 0, 3, 58),  # 9: version 6, next header ICMPv6
+    (0x30, 0, 0, 40),
+    (0x15, 0, 1, 2),
+    (0x06, 0, 0, 0xFFFF),  # 12: type
+    (0x06, 0, 0, 0),  # 15: not wanted
+)
+
+
+class Capture:
+    """Every ICMP "packet too big" error on one interface, or on all ("".
+
+    A forwarded packet then counts on each).
+    """
+
+    def __init__(self, host: Host, interface: str = "") -> None:
+        self._host, self._interface = host, interface
+        self._seen: list[Seen] = []
+        self._lost = 0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Capture:
+        self._socket = self._host.inside(self._open)
+        self._thread = threading.Thread(target=self._collect, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._lost += self._dropped()
+        self._socket.close()
+
+    def _open(self) -> socket.socket:
+        sock = socket.socket(
+            socket.AF_PACKET, socket.SOCK_DGRAM, 0
+        )  # protocol 0: nothing arrives before bind()
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
+        code = ctypes.create_string_buffer(
+            b"".join(struct.pack("=HBBI", *line) for line in ICMP_ERRORS)
+        )
+        program = struct.pack("@HP", len(ICMP_ERRORS), ctypes.addressof(code))
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        index = (
+            socket.if_nametoindex(self._interface) if self._interface else 0
+        )  # 0: Python's bind() cannot say "all"
+        address = struct.pack(
+            "=HHiHBB8s", socket.AF_PACKET, socket.htons(ETH_P_ALL), index, 0, 0, 0, b""
+        )
+        if libc.bind(sock.fileno(), address, len(address)):
+            raise OSError(ctypes.get_errno(), f"capture on {self._host} {self._interface}")
+        sock.settimeout(0.05)
+        return sock
+
+    def _collect(self) -> None:
+        while True:
+            try:
+                packet, (interface, _, kind, *_) = self._socket.recvfrom(65536)
+                self._seen.append(Seen(interface, kind, packet))
+            except socket.timeout:
+                if self._stop.is_set():  # only once the socket is empty
+                    return
+            except OSError as error:
+                if error.errno != errno.ENETDOWN:  # said once when the interface goes down
+                    raise
+
+    def _dropped(self) -> int:
+        """Packets the kernel had no room for since the last call."""
+        return int(
+            struct.unpack("=II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
+        )
+
+    def packets(self) -> list[Seen]:
+        """All so far, also after the `with` block. RuntimeError if any was lost."""
+        if self._socket.fileno() >= 0:
+            self._lost += self._dropped()
+        if self._lost or not (self._thread.is_alive() or self._stop.is_set()):
+            raise RuntimeError(
+                f"capture on {self._host} {self._interface} lost {self._lost} packets or its thread"
+            )
+        return list(self._seen)
+
+    def settle(self, quiet: float = 0.3, timeout: float = 10) -> list[Seen]:
+        """All packets, once none has come for quiet seconds. TimeoutError if they keep coming."""
+        count, since = len(self._seen), time.monotonic()
+
+        def is_quiet() -> bool:
+            nonlocal count, since
+            if len(self._seen) != count:
+                count, since = len(self._seen), time.monotonic()
+            return time.monotonic() - since >= quiet
+
+        if not poll(is_quiet, timeout):
+            raise TimeoutError(f"{count} packets and more on {self._host} after {timeout} s")
+        return self.packets()
+
+
+PORT, DOWNLOAD_BYTES = 80, 200_000
+
+SERVER = """
+import socket, sys, threading
+port, size = map(int, sys.argv[1:])
+def serve(connection):
+    with connection:
+        try:
+            connection.sendall(bytes(size))
+        except OSError:
+            pass  # the client gave up and reset the connection
+listener = socket.create_server(("::", port), family=socket.AF_INET6, backlog=512, dualstack_ipv6=True)
+print("listening", flush=True)
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+
+# A refused, reset or never opened connection is a broken test bed, not a black hole: it ends the
+# program.
+CLIENT = """
+import json, selectors, socket, struct, sys, time
+target, (port, size), deadline = sys.argv[1], map(int, sys.argv[2:4]), float(sys.argv[4])
+waiting, seconds, start = selectors.DefaultSelector(), [], time.monotonic()
+for source in sys.argv[5:]:
+    client = socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets: servers stop
+    client.setblocking(False)
+    client.bind((source, 0))
+    client.connect_ex((target, port))
+    waiting.register(client, selectors.EVENT_READ, [size])
+while waiting.get_map() and (left := start + deadline - time.monotonic()) > 0:
+    for key, _ in waiting.select(left):
+        try:
+            data = key.fileobj.recv(1 << 18)
+        except BlockingIOError:
+            continue  # readable for a packet that then failed its checks
+        assert data, "closed early"
+        key.data[0] -= len(data)
+        if not key.data[0]:
+            seconds.append(round(time.monotonic() - start, 6))
+            waiting.unregister(key.fileobj)
+            key.fileobj.close()
+for key in list(waiting.get_map().values()):
+    key.fileobj.getpeername()
+    key.fileobj.close()
+print(json.dumps(seconds))
+"""
+
+# {i} this node, {j} the next one; clients reach `cross` through one node and are served by the pod
+# of the next.
+NAT_RULES = """
+table ip nat {{
+  chain prerouting {{ type nat hook prerouting priority dstnat;
+    ip daddr 10.96.0.2 dnat to 10.244.{i}.2
+    ip daddr 10.96.0.3 dnat to 10.244.{j}.2
+  }}
+  chain postrouting {{ type nat hook postrouting priority srcnat; ct original ip daddr 10.96.0.3 masquerade; }}
+}}
+table ip6 nat {{
+  chain prerouting {{ type nat hook prerouting priority dstnat;
+    ip6 daddr fd96::2 dnat to fd44:{i}::2
+    ip6 daddr fd96::3 dnat to fd44:{j}::2
+  }}
+  chain postrouting {{ type nat hook postrouting priority srcnat; ct original ip6 daddr fd96::3 masquerade; }}
+}}
+"""
+INVALID_DROP_RULES = (
+    "table inet invalid {\n"
+    + "".join(
+        f"chain {hook} {{ type filter hook {hook} priority filter; ct state invalid drop; }}\n"
+        for hook in ("input", "forward", "output")
+    )
+    + "}\n"
+)
+
+
+class Cluster(Net):
+    """An ECMP cluster whose clients sit behind a thin link.
+
+    client --1500/1400-- router --1500-- fabric --+-- node1 -- pod1      fabric hashes on addresses
+    and ports 10.9.0.1..23   10.8.0.1     10.8.0.2 10.0.0.1 +-- node2 -- pod2      node i: eth0
+    10.0.0.1i, mgmt 172.20.20.1i (router .254)  172.20.20.2 on mgmt            +-- node3 -- pod3
+    pod i: 10.244.i.2 IPv6: fd09::k, fd08::1 and ::2, fd00::1 and ::1i, fd20::2 and ::1i, fd44:i::2.
+
+    The router's interface towards the client has MTU 1400, the client's own 1500 (its SYN says mss
+    1460), so the router sends errors to the service's address, and the fabric takes all those of
+    one service to one node. Services, routed to every node: `host` (a socket of the node), `pod`
+    (DNAT to the node's own pod), `cross` (DNAT to the next node's pod and masquerade). A `cross`
+    pod learns the path MTU of the *node's* address, once for all clients that come through that
+    node. An error about a pod's flow that lands on a wrong node is routed back to the fabric, and
+    from there to the same node, until its TTL ends (unless invalid_drop).
+    """
+
+    SERVICES: ClassVar[dict[str, int]] = {"host": 1, "pod": 2, "cross": 3}
+
+    def __init__(self, nodes: int = 3, invalid_drop: bool = False, conntrack: bool = True) -> None:
+        """Without conntrack: the `host` service only, and no rule that tracks connections on any
+        node.
+        """
+        super().__init__()
+        self.size, self.invalid_drop, self.conntrack = nodes, invalid_drop, conntrack
+
+    @staticmethod
+    def vip(service: str, family: int = 4) -> str:
+        return f"{'10.96.0.' if family == 4 else 'fd96::'}{Cluster.SERVICES[service]}"
+
+    @staticmethod
+    def client_address(number: int, family: int = 4) -> str:
+        return f"{'10.9.0.' if family == 4 else 'fd09::'}{number}"
+
+    @staticmethod
+    def node_address(number: int, family: int = 4) -> str:
+        """number counts from 1, as in the names node1 and pod1."""
+        return f"{'10.0.0.' if family == 4 else 'fd00::'}{10 + number}"
+
+    def build(self) -> None:
+        self.client, self.mgmt = self.host("client"), self.host("mgmt")
+        self.router, self.fabric = (
+            self.host("router", forward=True),
+            self.host("fabric", forward=True),
+        )
+        numbers = range(1, self.size + 1)
+        self.nodes = [self.host(f"node{i}", forward=True) for i in numbers]
+        self.pods = [self.host(f"pod{i}") for i in numbers if self.conntrack]
+        self._build_outside()
+        self._build_fabric()
+        for i in numbers:
+            self._build_node(i)
+        servers = [
+            host.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES))
+            for host in self.nodes + self.pods
+        ]
+        for server in servers:
+            server.wait_for("listening")
+
+    def _build_outside(self) -> None:
+        for bridge, host in (("mgmt", self.mgmt), ("nodes", self.fabric)):
+            host.ip(f"link add {bridge} type bridge mcast_snooping 0", f"link set {bridge} up")
+        self.link(self.client, self.router)
+        self.link(self.router, self.fabric)
+        self.link(self.mgmt, self.router, names=("to-router", "mgmt"))
+        self.mgmt.ip("link set to-router master mgmt")
+        self.client.ip(
+            *(f"addr add {self.client_address(k)}/24 dev to-router" for k in range(1, 24)),
+            *(f"addr add {self.client_address(k, 6)}/64 dev to-router" for k in range(1, 24)),
+            "route add default via 10.9.0.254",
+            "route add ::/0 via fd09::fe",
+        )
+        self.router.ip(
+            "addr add 10.9.0.254/24 dev to-client",
+            "addr add fd09::fe/64 dev to-client",
+            "addr add 10.8.0.1/24 dev to-fabric",
+            "addr add fd08::1/64 dev to-fabric",
+            "addr add 172.20.20.2/24 dev mgmt",
+            "addr add fd20::2/64 dev mgmt",
+            "route add default via 10.8.0.2",
+            "route add ::/0 via fd08::2",
+        )
+        self.router_mtu(1400)
+        known = self.router.inside(
+            lambda: os.listdir("/proc/sys/net/ipv4")
+        )  # older kernels: global, not in here
+        budget = [key for key in ("icmp_msgs_per_sec", "icmp_msgs_burst") if key in known]
+        self.router.sysctls(
+            {
+                "net.ipv4.icmp_ratelimit": 0,
+                "net.ipv6.icmp.ratelimit": 0,
+                **{f"net.ipv4.{key}": 1_000_000 for key in budget},
+            }
+        )
+
+    def _build_fabric(self) -> None:
+        self.fabric.sysctls({f"net.{ip}.fib_multipath_hash_policy": 1 for ip in ("ipv4", "ipv6")})
+        hops = [
+            " ".join(f"nexthop via {self.node_address(i, family)}" for i in range(1, self.size + 1))
+            for family in (4, 6)
+        ]
+        self.fabric.ip(
+            "addr add 10.8.0.2/24 dev to-router",
+            "addr add fd08::2/64 dev to-router",
+            "addr add 10.0.0.1/24 dev nodes",
+            "addr add fd00::1/64 dev nodes",
+            "route add default via 10.8.0.1",
+            "route add ::/0 via fd08::1",
+            f"route add 10.96.0.0/24 {hops[0]}",
+            f"route add fd96::/64 {hops[1]}",
+        )
+
+    def _build_node(self, i: int) -> None:
+        node = self.nodes[i - 1]
+        self.link(self.fabric, node, names=("", "eth0"))
+        self.link(self.mgmt, node, names=("", "mgmt"))
+        self.fabric.ip(f"link set to-{node.name} master nodes")
+        self.mgmt.ip(f"link set to-{node.name} master mgmt")
+        node.ip(
+            f"addr add {self.node_address(i)}/24 brd + dev eth0",
+            f"addr add {self.node_address(i, 6)}/64 dev eth0",
+            f"addr add 172.20.20.{10 + i}/24 dev mgmt",
+            f"addr add fd20::{10 + i}/64 dev mgmt",
+            f"addr add {self.vip('host')}/32 dev lo",
+            f"addr add {self.vip('host', 6)}/128 dev lo",
+            "route add default via 10.0.0.1",
+            "route add ::/0 via fd00::1",
+        )
+        if self.conntrack:
+            self._build_pod(i)
+
+    def _build_pod(self, i: int) -> None:
+        node, pod = self.nodes[i - 1], self.pods[i - 1]
+        self.link(node, pod, names=("to-pod", "eth0"))
+        pod.ip(
+            f"addr add 10.244.{i}.2/24 dev eth0",
+            f"addr add fd44:{i}::2/64 dev eth0",
+            f"route add default via 10.244.{i}.1",
+            f"route add ::/0 via fd44:{i}::1",
+        )
+        others = [j for j in range(1, self.size + 1) if j != i]
+        node.ip(
+            f"addr add 10.244.{i}.1/24 dev to-pod",
+            f"addr add fd44:{i}::1/64 dev to-pod",
+            *(f"route add 10.244.{j}.0/24 via {self.node_address(j)}" for j in others),
+            *(f"route add fd44:{j}::/64 via {self.node_address(j, 6)}" for j in others),
+        )
+        self.build_services(node, i)
+
+    def build_services(self, node: Host, i: int) -> None:
+        """What makes the services' addresses lead to pods."""
+        rules = NAT_RULES.format(i=i, j=i % self.size + 1)
+        node.run("nft", "-f", "-", input=rules + (INVALID_DROP_RULES if self.invalid_drop else ""))
+
+    def router_mtu(self, mtu: int) -> None:
+        """On the router's link to the client.
+
+        1400 makes the black hole, 1500 removes it, below 1280 ends IPv6.
+        """
+        self.router.ip(f"link set to-client mtu {mtu}")
+
+    def error_from_management(self, on: bool = True) -> None:
+        """The router's errors then come from 172.20.20.2, which nodes reach over mgmt, but still
+        arrive on eth0.
+        """
+        for service, via, source in (
+            ("10.96.0.0/24", "10.8.0.2", "172.20.20.2"),
+            ("fd96::/64", "fd08::2", "fd20::2"),
+        ):
+            self.router.ip(f"route replace {service} via {via}" + (f" src {source}" if on else ""))
+
+    def strict_rpf(self, on: bool = True) -> None:
+        """rp_filter 1 (or 0) for all, default and each interface of each node."""
+        for node in self.nodes:
+            scopes = node.inside(lambda: os.listdir("/proc/sys/net/ipv4/conf"))
+            node.sysctls({f"net/ipv4/conf/{scope}/rp_filter": int(on) for scope in scopes})
+
+    def download(
+        self, service: str, family: int = 4, count: int = 23, deadline: float = 10
+    ) -> list[float]:
+        """The seconds each completed transfer took, of count started at once, each from an address
+        of its own.
+
+        Where all of them complete, as with the daemon they must, it is over long before the
+        deadline.
+        """
+        sources = [self.client_address(k, family) for k in range(1, count + 1)]
+        options = [self.vip(service, family), str(PORT), str(DOWNLOAD_BYTES), str(deadline)]
+        printed = self.client.run(
+            sys.executable, "-ISc", CLIENT, *options, *sources, timeout=deadline + 20
+        )
+        return [float(seconds) for seconds in json.loads(printed)]
+
+    def flush(self) -> None:
+        """Forget every learned path MTU and every tracked connection in nodes and pods."""
+        for host in self.nodes + self.pods:
+            host.sysctl("net.ipv4.route.flush", 1)
+            execute("ip", "-6", "-n", host.namespace, "route", "flush", "cache")
+        for node in self.nodes if self.conntrack else ():
+            node.inside(flush_conntrack)
+
+    def learned(self, host: Host, address: str) -> int | None:
+        """The path MTU that host has learned for address."""
+        return self.learned_each(host, [address])[0]
+
+    def learned_each(self, host: Host, addresses: Sequence[str]) -> list[int | None]:
+        """The path MTUs that host has learned for these addresses."""
+        commands = "".join(f"route get {address}\n" for address in addresses)
+        printed = execute("ip", "-j", "-n", host.namespace, "-batch", "-", input=commands)
+        found: list[int | None] = []
+        for line in printed.splitlines():
+            [route] = json.loads(line)
+            mtus = [int(metric["mtu"]) for metric in route.get("metrics", ()) if "mtu" in metric]
+            found.append(mtus[0] if mtus else None)
+        assert len(found) == len(addresses), printed
+        return found
+
+
+def flush_conntrack() -> None:
+    """What `conntrack -F` does.
+
+    IPCTNL_MSG_CT_DELETE without a tuple, in the namespace of the calling thread.
+    """
+    header = struct.pack(
+        "=IHHIIBBH",
+        20,
+        NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE,
+        NLM_F_REQUEST | NLM_F_ACK,
+        1,
+        0,
+        socket.AF_UNSPEC,
+        0,
+        0,
+    )
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+        netlink.send(header)
+        (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
+    if code:
+        raise OSError(-code, "flush conntrack")
+
+
+PEER_LISTS = {
+    4: ",".join(Cluster.node_address(i, 4) for i in (1, 2, 3)),
+    6: ",".join(Cluster.node_address(i, 6) for i in (1, 2, 3)),
+}
+ALL_PEERS = ",".join(PEER_LISTS.values())
+CASES = [(family, service) for family in (4, 6) for service in Cluster.SERVICES]
+ERRORS = 23
+
+
+def start_daemon(host: Host, *options: str) -> Process:
+    """pmtud.py in a host, not waited for."""
+    return host.start(sys.executable, "-Werror", str(PROGRAM), *options)
+
+
+def daemon(host: Host, *options: str) -> Process:
+    """pmtud.py running in a host; errors are handled from when this returns."""
+    process = start_daemon(host, *options)
+    process.wait_for("limits:")
+    return process
+
+
+def patched_daemon(
+    host: Host,
+    patch: str,
+    *options: str,
+    env: Optional[dict[str, str]] = None,
+    start: Sequence[str] = (),
+) -> Process:
+    """pmtud with these lines of Python before main(), not waited for.
+
+    `start` stands before the command, like ulimit in a shell.
+    """
+    script = f"import pmtud, sys\n{patch}\nsys.exit(pmtud.main(sys.argv[1:]))"
+    argv = [*start, sys.executable, "-Werror", "-c", script, *options]
+    return host.start(*argv, env={"PYTHONPATH": str(HERE), **(env or {})})
+
+
+@contextlib.contextmanager
+def daemons(
+    hosts: Sequence[Host], *options: str, patch: str = "", start: Sequence[str] = ()
+) -> Iterator[list[Process]]:
+    """A daemon in each host, patched or started in another way if so said.
+
+    On the way out each must stop cleanly and leave no table behind.
+    """
+    if patch or start:
+        processes = [patched_daemon(host, patch, *options, start=start) for host in hosts]
+    else:
+        processes = [start_daemon(host, *options) for host in hosts]
+    try:
+        for host, process in zip(hosts, processes):
+            if patch or start:  # its log may go anywhere
+                assert poll(partial(is_ready, host), 10), "not ready"
+            else:
+                process.wait_for("limits:")
+        yield processes
+    except BaseException:
+        for process in processes:
+            print(process.output()[-4000:])
+        raise
+    finally:
+        with ThreadPoolExecutor() as pool:
+            codes = list(pool.map(Process.stop, processes))
+    assert codes == [0] * len(processes), processes[0].output()
+    for host, process in zip(hosts, processes):
+        assert "Traceback" not in process.output()
+        assert "pmtud" not in host.run("nft", "list", "tables")
+
+
+QUICK = "pmtud.Daemon.TICK, pmtud.Daemon.SLOW_TICKS = 0.2, 2"  # housekeeping every 0.2 s
+SHORT_MINUTE = "pmtud.Daemon.SUMMARY = 1.0"
+# What kernels before 5.12 do
+UNOWNED = """
+opened = pmtud.Firewall.__init__
+def open_unowned(self, config, ifaces, **more):
+    opened(self, config, ifaces, owned=False, **more)
+pmtud.Firewall.__init__ = open_unowned
+"""
+
+
+def is_ready(host: Host) -> bool:
+    """Whether the host's daemon says so."""
+    return get(host, "/readyz")[0] == "200"
+
+
+def metrics(host: Host, port: int = 30040) -> dict[str, float]:
+    """Every sample of a host's /metrics, by `name{labels}`."""
+    text = host.run("curl", "-sS", "--max-time", "20", f"http://127.0.0.1:{port}/metrics")
+    rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in rows}
+
+
+def received(host: Host, at_least: int) -> dict[str, float]:
+    """The metrics once the daemon has received this many errors, and has counted what became of
+    them.
+    """
+
+    def arrived() -> Optional[dict[str, float]]:
+        now = metrics(host)
+        got, judged = account(now)
+        return now if got == judged >= at_least else None
+
+    found = poll(arrived, 5)
+    assert found is not None, metrics(host)
+    return found
+
+
+def drops(samples: dict[str, float]) -> dict[str, int]:
+    """The reasons with a count, without their metric's name."""
+    rows = {k: int(n) for k, n in samples.items() if k.startswith("pmtud_dropped_total") and n}
+    return {re.findall('"(.*)"', name)[0]: count for name, count in rows.items()}
+
+
+def inject(host: Host, family: int, packets: Sequence[bytes], gap: float = 0.002) -> None:
+    """Send raw IP packets from a host, as they are, one after the other."""
+
+    def send() -> None:
+        af = socket.AF_INET if family == 4 else socket.AF_INET6
+        with socket.socket(af, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
+            for packet in packets:
+                destination = packet[16:20] if family == 4 else packet[24:40]
+                sender.sendto(packet, (socket.inet_ntop(af, destination), 0))
+                time.sleep(gap)
+
+    host.inside(send)
+
+
+def flow_errors(
+    family: int, service: str = "host", count: int = ERRORS, **fields: Any
+) -> list[bytes]:
+    """Errors of the cluster's router about `count` flows from a service's address."""
+    net, vip = (V4, V6)[family == 6], Cluster.vip(service, family)
+    fields = {
+        "src": {4: "10.8.0.1", 6: "fd08::1"}[family],
+        "dst": vip,
+        "quoted_src": vip,
+        "mtu": 1400,
+        **fields,
+    }
+    return [
+        mtu_error(
+            net,
+            quoted_dst=Cluster.client_address(1 + n % 23, family),
+            transport=tcp_start(80, 40000 + n),
+            **fields,
+        )
+        for n in range(count)
+    ]
+
+
+def rulesets(cluster: Cluster) -> list[str]:
+    """Each node's nftables rules."""
+    return [node.run("nft", "-s", "list", "ruleset") for node in cluster.nodes]
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[tuple[Cluster, list[str]]]:
+    """Three nodes behind an ECMP fabric, and their rules as built.
+
+    Shared, because every test starts with flush().
+    """
+    with Cluster() as cluster:
+        yield cluster, rulesets(cluster)
+
+
+@pytest.fixture
+def cluster(shared_cluster: tuple[Cluster, list[str]]) -> Iterator[Cluster]:
+    """The shared cluster, as if nothing had happened yet.
+
+    What a test starts ends with it, and its rules must too.
+    """
+    cluster, rules = shared_cluster
+    cluster.strict_rpf(False)
+    cluster.error_from_management(False)
+    cluster.flush()
+    before = len(cluster.processes)
+    yield cluster
+    for process in cluster.processes[before:]:
+        process.close()
+    del cluster.processes[before:]
+    assert poll(lambda: rulesets(cluster) == rules, 2), f"left behind: {rulesets(cluster)}"
+
+
+def learners(cluster: Cluster, service: str, family: int) -> list[Host]:
+    """The hosts whose stacks own a service's flows."""
+    return cluster.nodes if service == "host" else cluster.pods
+
+
+def assert_learned(cluster: Cluster, service: str, family: int, mtu: int = 1400) -> None:
+    """`ip route get` in the owners' namespaces shows the MTU the router reported, for each client."""
+    if service == "cross":  # a masqueraded pod knows its clients by their node's address
+        clients = [Cluster.node_address(i, family) for i in (1, 2, 3)]
+        needed = 1
+    else:
+        clients = [Cluster.client_address(k, family) for k in range(1, 24)]
+        needed = 23
+    owners = learners(cluster, service, family)
+    tables = [cluster.learned_each(host, clients) for host in owners]
+    learned = sum(mtu in mtus for mtus in zip(*tables))
+    assert learned >= needed, f"{learned} of {len(clients)} learned"
 
 
 # -----------------------------------------------------------------------------
@@ -1151,6 +2082,233 @@ def test_nflog_message_without_payload_is_an_empty_packet() -> None:
     logged = pmtud.parse_nflog(nlmsg(20, 0x400, 0, 0, 0) + struct.pack("!BBH", 2, 0, 33))
     assert logged == [(b"", b"", False)]
     assert pmtud.parse(logged[0][0]) is Reason.TRUNCATED
+
+
+# -----------------------------------------------------------------------------
+# Section: rules -- what is installed is what is printed, whatever other rules there are
+
+
+SEED_RULE = "-t raw -A PREROUTING -i eth0 -p icmp -m icmp --icmp-type 3/4 -j NFLOG --nflog-group 33"
+
+
+def feed_by_nft(node: Host) -> None:
+    """The operator's own rule, nftables."""
+    node.run(
+        "nft",
+        "-f",
+        "-",
+        input="table ip operator { chain raw { type filter hook prerouting priority raw; "
+        'iifname "eth0" icmp type destination-unreachable icmp code frag-needed log group 33; }; }',
+    )
+
+
+FEEDS = {
+    "iptables-nft": lambda node: node.run("iptables-nft", *SEED_RULE.split()),
+    "iptables-legacy": lambda node: node.run("iptables-legacy", *SEED_RULE.split()),
+    "nft": feed_by_nft,
+}
+
+
+@pytest.mark.parametrize("tool", FEEDS)
+def test_rules_off_with_the_operators_own_rule(tool: str) -> None:
+    """The seed's one rule and no other option.
+
+    Every service is served, and our guard is the only thing beside it.
+    """
+    with Cluster() as cluster:
+        for node in cluster.nodes:
+            FEEDS[tool](node)
+        with daemons_keeping_rules(
+            cluster, "--peers", PEER_LISTS[4], "--rules", "off"
+        ) as processes:
+            assert "table inet pmtud_33_guard" in processes[0].output()
+            with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
+                for service in Cluster.SERVICES:
+                    assert len(cluster.download(service)) == 23
+                assert not [
+                    s
+                    for s in node_packets(wire.settle(), 4)
+                    if s.packet[16:19] == bytes([10, 96, 0])
+                ]
+
+
+NAME_TAKEN = """
+import pmtud, time
+class Empty(pmtud.Firewall):
+    def _requests(self, ifaces):
+        return super()._requests(ifaces)[:3]  # the table without anything in it
+table = Empty(pmtud.Config(rules="off"), ("eth0",))
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_rules_off_where_no_guard_can_be_installed() -> None:
+    """Sockets on nodes are served.
+
+    Pods are not, nothing leaks to a VIP, and the log says what to do.
+    """
+    with Cluster() as cluster:
+        for node in cluster.nodes:
+            feed_by_nft(node)
+            node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for(
+                "up"
+            )
+        processes = [
+            daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes
+        ]
+        assert len(cluster.download("host")) == 23
+        # with this the operator guards, but the daemon has not looked again yet
+        with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
+            assert len(cluster.download("pod", deadline=1.0)) < 20
+            leaked = [
+                s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])
+            ]
+        assert not leaked
+        for process in processes:
+            assert process.stop() == 0
+            assert "cannot install the guard" in process.output()
+            assert "no guard on mark 0x2c: pods behind NAT will not be served" in process.output()
+
+
+def ruleset(node: Host) -> str:
+    """All of nftables without counters and without what traffic put into sets."""
+    return re.sub(r"\s*elements = {[^}]*}", "", node.run("nft", "-s", "list", "ruleset"))
+
+
+@contextlib.contextmanager
+def daemons_keeping_rules(cluster: Cluster, *options: str) -> Iterator[list[Process]]:
+    """Daemons that must not touch the ruleset at all."""
+    before = [ruleset(node) for node in cluster.nodes]
+    processes = [daemon(node, *options) for node in cluster.nodes]
+    yield processes
+    assert [process.stop() for process in processes] == [0] * len(processes)
+    assert [ruleset(node) for node in cluster.nodes] == before
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables-nft", "iptables-legacy"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_printed_rules_do_what_the_daemons_own_do(tool: str, family: int) -> None:
+    """`pmtud.py rules`, pasted.
+
+    With --rules off everything works, the rescue from strict RPF included.
+    """
+    with Cluster() as cluster:
+        for node in cluster.nodes:
+            paste_rules(node, tool)
+        cluster.strict_rpf()
+        cluster.error_from_management()
+        with daemons_keeping_rules(cluster, "--peers", ALL_PEERS, "--rules", "off") as processes:
+            for service in Cluster.SERVICES:
+                assert len(cluster.download(service, family)) == 23
+            assert not any("no guard" in process.output() for process in processes)
+            if family == 4:
+                assert sum(metrics(node)["pmtud_rpf_rescued_total"] for node in cluster.nodes) > 0
+
+
+def paste_rules(node: Host, tool: str) -> None:
+    """Run one half of what `pmtud.py rules` prints, as an operator would."""
+    nft, _, iptables = node.run(sys.executable, str(PROGRAM), "rules").partition("# or iptables")
+    if tool == "nft":
+        (command,) = re.findall("`(.*)`", nft)
+        for _ in range(2):  # the second time in place of the first
+            node.run("sh", "-c", command.replace("pmtud.py", f"{sys.executable} {PROGRAM}"))
+        assert node.run("nft", "list", "ruleset").count("log group 33") == 1
+        return
+    variant = tool.partition("-")[2]
+    for line in iptables.splitlines()[1:]:
+        node.run("sh", "-c", re.sub("^(ip6?tables)", rf"\1-{variant}", line))
+
+
+@quick
+def test_installed_rules_are_the_printed_rules(cluster: Cluster) -> None:
+    """What the daemon installs over netlink lists exactly as the printed text does once loaded by
+    nft.
+    """
+    node = cluster.nodes[0]
+    node.run("ping", "-c1", "127.0.0.1")  # so that conntrack is in use
+    options = (
+        "--peers",
+        "10.0.0.12,fd00::12,10.0.0.255,ff02::7074%eth0",
+        "--ignore-networks",
+        "10.7.0.0/16,fd07::/64",
+    )
+    with daemons([node], *options):
+        installed = node.run("nft", "list", "table", "inet", "pmtud_33")
+        printed = node.run(sys.executable, str(PROGRAM), "rules", *options).partition(
+            "# or iptables"
+        )[0]
+    node.run("nft", "-f", "-", input=printed)
+    loaded = node.run("nft", "list", "table", "inet", "pmtud_33")
+    node.run("nft", "delete", "table", "inet", "pmtud_33")
+    body = [line for line in installed.splitlines() if "flags owner" not in line and line.strip()]
+    body[0] = body[0].partition(" # progname")[0]
+    assert body == [line for line in loaded.splitlines() if line.strip()]
+
+
+@quick
+def test_flush_ruleset_leaves_our_table(cluster: Cluster) -> None:
+    """`nft flush ruleset`, a firewall reload beside us: an owned table stays."""
+    with Cluster(conntrack=False) as plain, daemons(plain.nodes, "--peers", PEER_LISTS[4]):
+        for node in plain.nodes:
+            node.run("nft", "flush", "ruleset")
+            assert "pmtud_33" in node.run("nft", "list", "ruleset")
+        assert len(plain.download("host")) == 23
+
+
+OLD_KERNEL = """
+import pmtud, sys, time
+firewall = pmtud.Firewall(pmtud.Config(), ("eth0",), owned=False)
+print("up", firewall.owned, flush=True)
+time.sleep(60) if sys.argv[1:] else firewall.close()
+"""
+
+
+FLUSHED = """
+import pmtud, subprocess, time
+firewall = pmtud.Firewall(pmtud.Config(), ("eth0",), owned=False)
+for _ in range(3):
+    subprocess.run(["nft", "flush", "ruleset"], check=True)
+    firewall.replace(("eth0",))
+print("back", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def cluster_of_its_own() -> Iterator[Cluster]:
+    """For a test that removes what the shared one needs."""
+    with Cluster() as cluster:
+        yield cluster
+
+
+def test_table_without_ownership_is_replaced_and_removed(cluster_of_its_own: Cluster) -> None:
+    """Kernels before 5.12: what SIGKILL leaves behind is replaced by the next start and removed by
+    its end.
+    """
+    node = cluster_of_its_own.nodes[0]
+    env = {"PYTHONPATH": str(HERE)}
+    killed = node.start(sys.executable, "-c", OLD_KERNEL, "wait", env=env)
+    killed.wait_for("up False")
+    assert "flags owner" not in node.run("nft", "list", "table", "inet", "pmtud_33")
+    killed.stop(signal.SIGKILL)
+    left = node.run("nft", "list", "table", "inet", "pmtud_33")
+    again = node.start(sys.executable, "-c", OLD_KERNEL, "wait", env=env)
+    again.wait_for("up False")
+    assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
+    again.stop(signal.SIGKILL)
+    with daemons(
+        [node]
+    ):  # its own, owned table takes the place of the stale one, and daemons() sees it go
+        assert "flags owner" in node.run("nft", "list", "table", "inet", "pmtud_33")
+    node.run("nft", "flush", "ruleset")
+    flushed = node.start(sys.executable, "-c", FLUSHED, env=env)
+    flushed.wait_for("back")
+    assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
+    flushed.stop(signal.SIGKILL)
+    final = node.start(sys.executable, "-c", OLD_KERNEL, env=env)
+    assert poll(lambda: final.returncode() is not None, 5) and final.returncode() == 0
+    assert "pmtud" not in node.run("nft", "list", "ruleset")
 
 
 # -----------------------------------------------------------------------------
@@ -2807,1741 +3965,421 @@ def test_arrange_survives_a_peer_whose_interface_is_gone() -> None:
     assert found.ways[pmtud.IPV6].targets == addresses("fe80::12%nosuch0")
 
 
-# -----------------------------------------------------------------------------
-# Section: command line -- options, environment, exit codes
-
-EXAMPLES = {  # two values for each option, neither the default
-    "--peers": ("10.0.0.12,file:/x", "fd00::12"),
-    "--iface": ("eth7", "eth8"),
-    "--nodename": ("n1", "n2"),
-    "--nflog-group": ("7", "8"),
-    "--metrics-port": ("9000", "0"),
-    "--metrics-addr": ("127.0.0.1", "::1"),
-    "--ttl": ("3", "4"),
-    "--ignore-networks": ("10.0.0.0/8", "fd00::/8"),
-    "--rules": ("off", "auto"),
-    "--service-networks": ("203.0.113.0/24", "2001:db8::/32"),
-    "--ports": ("443,80", "8443"),
-    "--min-mtu": ("576", "600,1300"),
-    "--flow-interval": ("0.5", "0"),
-    "--source-rate": ("5", "0"),
-    "--rate": ("6", "0.5"),
-    "--log-level": ("debug", "error"),
-    "--log-format": ("json", "text"),
-}
-FLAGS = ("--no-rescue", "--dry-run")
+# -- peers that change
 
 
-def parse_options(argv: Sequence[str], **environ: str) -> pmtud.Config:
-    """The configuration of a run."""
-    asked = pmtud.parse_args(argv, environ)
-    assert asked.command == "run"
-    return asked.config
+def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
+    """A changed file is read by itself, SIGHUP forces it.
 
-
-@unit
-def test_the_examples_name_every_option() -> None:
-    actions = pmtud.build_parser()._actions
-    options = {
-        text for action in actions for text in action.option_strings if text.startswith("--")
-    }
-    assert options == {*EXAMPLES, *FLAGS, "--json", "--no-color", "--help", "--version"}
-
-
-@unit
-@pytest.mark.parametrize("option", EXAMPLES)
-def test_every_option_has_a_variable_and_the_command_line_wins(option: str) -> None:
-    variable = "PMTUD_" + option[2:].replace("-", "_").upper()
-    first, second = EXAMPLES[option]
-    given = parse_options([option, first])
-    assert given != parse_options([])
-    assert parse_options([], **{variable: first}) == given
-    assert (
-        parse_options([f"{option}={second}"], **{variable: first})
-        == parse_options([option, second])
-        != given
-    )
-    assert parse_options([], **{variable: ""}) == parse_options([])
-
-
-@unit
-@pytest.mark.parametrize("option", FLAGS)
-@pytest.mark.parametrize(
-    ("text", "on"),
-    [
-        ("1", True),
-        ("true", True),
-        ("YES", True),
-        ("on", True),
-        ("0", False),
-        ("False", False),
-        ("no", False),
-        ("off", False),
-    ],
-)
-def test_flags_from_the_environment(option: str, text: str, on: bool) -> None:
-    variable = "PMTUD_" + option[2:].replace("-", "_").upper()
-    base = ["--peers", "10.0.0.12"]
-    assert parse_options([*base, option]) != parse_options(base)
-    assert parse_options(base, **{variable: text}) == parse_options([*base, option] if on else base)
-
-
-@unit
-def test_repeated_options_add_up() -> None:
-    config = parse_options(
-        [
-            "--peers",
-            "10.0.0.12,file:/x",
-            "--peers",
-            "file:/y,10.0.0.12,10.0.0.13",
-            "--iface",
-            "a,b",
-            "--iface",
-            "c",
-            "--ports",
-            "1-2",
-            "--ports",
-            "3",
-            "--ignore-networks",
-            "10.0.0.0/8",
-            "--ignore-networks",
-            "fd00::/8",
-        ]
-    )
-    assert (config.peers, config.peer_sources) == (
-        addresses("10.0.0.12", "10.0.0.13"),
-        ("file:/x", "file:/y"),
-    )
-    assert config.ifaces == ("a", "b", "c")
-    assert config.ports == {1, 2, 3}
-    assert config.ignore_networks == (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
-
-
-@unit
-def test_defaults() -> None:
-    config = parse_options([])
-    assert config == pmtud.Config(nodename=socket.gethostname())
-    assert (config.nflog_group, config.metrics_port, config.ttl, config.min_mtu) == (
-        33,
-        30040,
-        10,
-        (552, 1280),
-    )
-    assert (config.flow_interval, config.source_rate, config.rate, config.rules) == (
-        0.1,
-        500.0,
-        1000.0,
-        "auto",
-    )
-    assert parse_options(["--metrics-port", "30040"]).metrics_required
-    assert not parse_options(["--metrics-port", "0"]).metrics_required
-
-
-BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
-    (["--ttl", "0"], {}, "argument --ttl: 0 is not between 1 and 255"),
-    (
-        ["--peers", ""],
-        {},
-        "argument --peers: '' names no peer; without --peers only local rescue is done",
-    ),
-    (
-        ["--peers=,"],
-        {},
-        "argument --peers: ',' names no peer; without --peers only local rescue is done",
-    ),
-    (["--nflog-group", "65536"], {}, "argument --nflog-group: 65536 is not between 0 and 65535"),
-    (["--metrics-port", "x"], {}, "argument --metrics-port: 'x' is not a whole number"),
-    (
-        ["--metrics-addr", "x"],
-        {},
-        "argument --metrics-addr: 'x' does not appear to be an IPv4 or IPv6 address",
-    ),
-    (
-        ["--peers", "127.0.0.1"],
-        {},
-        "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is " + KINDS,
-    ),
-    (["--peers", "dns:no_des"], {}, "argument --peers: 'dns:no_des' is not " + KINDS),
-    (["--peers", "file:"], {}, "argument --peers: 'file:' is not " + KINDS),
-    (["--iface", "a/b"], {}, "argument --iface: 'a/b' is not an interface name"),
-    (["--rules", "maybe"], {}, "argument --rules: invalid choice: 'maybe' (choose from"),
-    (["--log-level", "loud"], {}, "argument --log-level: invalid choice: 'loud' (choose from"),
-    (["--rate"], {}, "argument --rate: expected one argument"),
-    (["--rat=5"], {}, "unknown option --rat; did you mean --rate?"),
-    (["--peer", "10.0.0.12"], {}, "unknown option --peer; did you mean --peers?"),
-    (["check", "--peeers", "10.0.0.12"], {}, "unknown option --peeers; did you mean --peers?"),
-    (["-peers", "10.0.0.12"], {}, "unknown option -peers; did you mean --peers?"),
-    (["--interface", "eth0"], {}, "unknown option --interface; did you mean --iface?"),
-    (["-v"], {}, "unknown option -v; see pmtud.py --help"),
-    (["chekc"], {}, "unknown command chekc; did you mean check?"),
-    (["10.0.0.12"], {}, "unknown command 10.0.0.12; see pmtud.py --help"),
-    (["run", "10.0.0.12"], {}, "10.0.0.12: only for `pmtud.py check`"),
-    (["--ttl", "5", "6"], {}, "unknown command 6; see pmtud.py --help"),
-    (["--peers", "10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
-    (["--peers=10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
-    (
-        ["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"],
-        {},
-        "10.0.0.13: separate peers with commas",
-    ),
-    (["rules", "--iface", "eth0", "eth1"], {}, "eth1: separate ifaces with commas"),
-    (["--ports", "80", "443", "--ttl", "3"], {}, "443: separate ports with commas"),
-    (
-        ["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"],
-        {},
-        "fd00::/8: separate networks with commas",
-    ),
-    (["check", "--peers", "10.0.0.12", ",10.0.0.13"], {}, ",10.0.0.13: separate peers with commas"),
-    (
-        ["--peers", "10.0.0.0/24"],
-        {},
-        "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS,
-    ),
-    (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
-    ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
-    ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
-    ([], {"PMTUD_DRY_RUN": "maybe"}, "PMTUD_DRY_RUN: 'maybe' is not yes or no"),
-    ([], {"PMTUD_PORTS": "https"}, "PMTUD_PORTS: 'https'" + PORT_HINT),
-    ([], {"PMTUD_PEERS": "dns:no_des"}, "PMTUD_PEERS: 'dns:no_des' is not " + KINDS),
-    # kubectl create secret likes to end values with a newline
-    ([], {"PMTUD_TTL": "300\n"}, "PMTUD_TTL: 300 is not between 1 and 255"),
-)
-
-
-@unit
-@pytest.mark.parametrize(("argv", "environ", "message"), BAD_COMMAND_LINES)
-def test_bad_command_lines(
-    argv: list[str],
-    environ: dict[str, str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Exit code 2 and one line.
-
-    What follows `choose from` is argparse's and changes with Python.
+    A bad file keeps the old peers and says why.
     """
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(
-        pmtud, "run", lambda config: None
-    )  # a test that fails must not start the daemon
-    assert pmtud.main(argv) == 2
-    output = capsys.readouterr()
-    assert (output.out, output.err.count("\n")) == ("", 1)
-    start, choices, _ = output.err.partition("(choose from")
-    assert start + choices == f"pmtud: {message}" + ("" if choices else "\n")
-
-
-# The Services pmtud and pmtud-metrics, as a kubelet describes them to every container
-OF_KUBERNETES = {
-    "PMTUD_SERVICE_HOST": "10.96.0.7",
-    "PMTUD_SERVICE_PORT": "30040",
-    "PMTUD_SERVICE_PORT_METRICS": "30040",
-    "PMTUD_PORT": "tcp://10.96.0.7:30040",
-    "PMTUD_PORT_30040_TCP": "tcp://10.96.0.7:30040",
-    "PMTUD_PORT_30040_TCP_PROTO": "tcp",
-    "PMTUD_PORT_30040_TCP_PORT": "30040",
-    "PMTUD_PORT_30040_TCP_ADDR": "10.96.0.7",
-    "PMTUD_METRICS_SERVICE_HOST": "10.96.0.8",
-    "PMTUD_METRICS_SERVICE_PORT": "53",
-    "PMTUD_METRICS_PORT": "udp://10.96.0.8:53",
-    "PMTUD_METRICS_PORT_53_UDP": "udp://10.96.0.8:53",
-    "PMTUD_METRICS_PORT_53_UDP_ADDR": "10.96.0.8",
-}
-
-
-@unit
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("PMTUD_PEER", "did you mean PMTUD_PEERS?"),
-        ("PMTUD_Peers", "did you mean PMTUD_PEERS?"),
-        ("pmtud_dry_run", "did you mean PMTUD_DRY_RUN?"),
-        ("PMTUD_INTERFACE", "did you mean PMTUD_IFACE?"),
-        ("PMTUD_PORT", "did you mean PMTUD_PORTS?"),
-        ("PMTUD_HOSTS", "did you mean PMTUD_PORTS?"),
-        ("PMTUD_COLOUR_OF_THE_SKY", "see pmtud.py --help"),
-    ],
-)
-@pytest.mark.parametrize("value", ["", "10.0.0.12"])
-def test_variables_that_are_no_options(name: str, advice: str, value: str) -> None:
-    asked = pmtud.parse_args([], {"PATH": "/bin", **OF_KUBERNETES, name: value})
-    assert asked.warnings == (f"{name} is no option; {advice}",)
-    assert asked.config == parse_options([])
-
-
-@unit
-def test_variables_of_options_and_of_kubernetes_are_in_order() -> None:
-    given = {option: examples[0] for option, examples in EXAMPLES.items()}
-    given.update(dict.fromkeys((*FLAGS, "--json", "--no-color"), "yes"))
-    environ = {
-        "PMTUD_" + option[2:].replace("-", "_").upper(): text for option, text in given.items()
-    }
-    assert pmtud.parse_args(["check"], environ).warnings == ()
-    assert pmtud.parse_args([], OF_KUBERNETES) == pmtud.parse_args([], {})
-
-
-@unit
-def test_a_warning_about_a_variable_is_one_line_of_the_log() -> None:
-    """In the form that the log has; what the command prints stays as it is."""
-    line = r"\S+Z WARNING PMTUD_PEER is no option; did you mean PMTUD_PEERS\?\n"
-    done = run_program("rules", "--iface", "eth0", PMTUD_PEER="10.0.0.12")
-    assert re.fullmatch(line, done.stderr)
-    assert (done.returncode, done.stdout[:10]) == (0, "# nftables")
-    done = run_program("check", "--json", PMTUD_PEER="10.0.0.12", PMTUD_LOG_FORMAT="json")
-    assert json.loads(done.stderr)["level"] == "warning"
-    assert json.loads(done.stdout)["schema"] == 1
-
-
-@unit
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["check", "10.9.0.2", "fd09::2"],
-        ["check", "--peers", "10.0.0.12", "10.9.0.2"],
-        ["--iface", "eth0", "check"],
-        ["check", "--ttl", "5", "10.9.0.2"],
-        ["--peers", "10.0.0.12", "rules"],
-        ["run", "--peers", "10.0.0.12"],
-        ["--peers", "10.0.0.12,", "check"],
-        ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
-    ],
-)
-def test_words_that_are_in_their_place(argv: list[str]) -> None:
-    """A command may come after options, and so may the hosts of `check`."""
-    asked = pmtud.parse_args(argv, {})
-    assert asked.command in argv
-    assert list(asked.hosts) == [word for word in argv if word in ("10.9.0.2", "fd09::2")]
-
-
-@unit
-def test_no_rescue_and_no_peers_is_nothing_to_do_for_the_daemon_only() -> None:
-    """The doctor and `rules` have something to say all the same, whoever gave the option."""
-    wanted = parse_options([])._replace(rescue=False)
-    for command in ("check", "rules"):
-        assert pmtud.parse_args([command, "--no-rescue"], {}).config == wanted
-        assert pmtud.parse_args([command], {"PMTUD_NO_RESCUE": "yes"}).config == wanted
-    for argv in (["check"], ["rules", "--iface", "eth0"]):
-        done = run_program(*argv, "--no-rescue")
-        assert (done.stderr, bool(done.stdout)) == ("", True)
-    with pytest.raises(pmtud.UsageError):
-        pmtud.parse_args([], {"PMTUD_NO_RESCUE": "yes"})
-
-
-@unit
-@pytest.mark.parametrize(
-    ("argv", "environ", "line"),
-    [
-        (["--ttl", "256"], {}, "pmtud: argument --ttl: 256 is not between 1 and 255"),
-        ([], {"PMTUD_MIN_MTU": "67"}, "pmtud: PMTUD_MIN_MTU: 67 is not between 68 and 65535"),
-        (
-            ["--peers", "file:/nonexistent/peers", "--iface", "lo"],
-            {},
-            "pmtud: peers: file:/nonexistent/peers: No such file or directory",
-        ),
-        (["--iface", "nosuch0"], {}, "pmtud: --iface: there is no interface nosuch0; there are lo"),
-    ],
-)
-def test_bad_options_end_the_program_with_2(
-    argv: list[str], environ: dict[str, str], line: str
-) -> None:
-    done = run_program(*argv, **environ)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(line)
-
-
-@unit
-def test_help_and_version() -> None:
-    shown = run_program("--help")
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert all(
-        option in shown.stdout
-        for option in (*EXAMPLES, *FLAGS, "examples:", "Exit codes: 0", "PMTUD_")
-    )
-    version = run_program("--version")
-    assert (version.returncode, version.stdout) == (0, f"pmtud {pmtud.__version__}\n")
-
-
-@unit
-@pytest.mark.parametrize("rate", [1, 10, 100, 1000, 100_000])
-def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> None:
-    """Or a flood would use up the daemon's own limit.
-
-    Where the rate is low a few bursts more must come through.
-    """
-    texts = [rule.text for rule in pmtud.shed_rules(rate, bursts=True) if rule.chain == "shed"]
-    first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
-    assert len(bursts) == 2 and len(set(bursts)) == 1  # of one router's hash in each family
-    assert bursts[0] >= min(50, max(1, rate // 2)) and first >= max(1, rate // 2)
-    assert first + bursts[0] == max(2, rate)  # of one family
-    (alone,) = (rule.text for rule in pmtud.shed_rules(rate, bursts=False) if rule.chain == "shed")
-    assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
-
-
-@unit
-def test_rules_without_a_default_route(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(pmtud, "default_route_interfaces", lambda: ())
-    assert pmtud.main(["rules"]) == 1
-    message = (
-        "pmtud: there is no default route; name the interface errors come in on with --iface\n"
-    )
-    assert capsys.readouterr().err == message
-
-
-@unit
-@pytest.mark.parametrize(
-    ("argv", "problem"),
-    [
-        (["--metrics-port", "0"], None),
-        ([], None),
-        (
-            ["--metrics-port", "9000"],
-            "--metrics-port and --metrics-addr need prometheus-client: "
-            "pip install prometheus-client, or --metrics-port 0",
-        ),
-    ],
-)
-def test_metrics_asked_for_and_prometheus_client_missing(
-    argv: list[str], problem: Optional[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    try:
-        pmtud.check_metrics_library(parse_options(argv))
-    except pmtud.UsageError as caught:
-        assert str(caught) == problem
-    else:
-        assert problem is None
-
-
-# -----------------------------------------------------------------------------
-# Section: properties -- whatever the bytes, whatever the order
-
-nets = st.sampled_from([V4, V6])
-ports = st.integers(0, 65535)
-numbers = st.binary(min_size=16, max_size=16)
-versions = st.sampled_from([b"", b"\x45", b"\x4f", b"\x60"])
-
-
-@unit
-@given(versions, st.binary(max_size=300))
-def test_no_bytes_break_a_parser(first: bytes, rest: bytes) -> None:
-    data = first + rest
-    assert isinstance(pmtud.parse(data), (pmtud.MtuError, Reason))
-    assert sum(16 + len(payload) for _, _, payload in pmtud.messages(data)) <= len(data)
-    assert sum(4 + len(value) for value in pmtud.attributes(data).values()) <= len(data)
-    assert len(pmtud.parse_nflog(data)) <= len(data) // 16
-    assert isinstance(pmtud.error_number(data), int)
-
-
-def damaged(source: bytes) -> st.SearchStrategy[bytes]:
-    """These bytes cut anywhere, up to six of them changed."""
-
-    def damage(size: int, changes: list[tuple[int, int]]) -> bytes:
-        found = bytearray(source[:size])
-        for at, value in changes:
-            found[at % max(1, size) : at % max(1, size) + 1] = [value]
-        return bytes(found[:size])
-
-    change = st.tuples(st.integers(0, len(source)), st.integers(0, 255))
-    return st.builds(damage, st.integers(0, len(source)), st.lists(change, max_size=6))
-
-
-@unit
-@given(nets, st.data())
-def test_a_damaged_error_is_an_error_or_a_reason(net: Plan, data: st.DataObject) -> None:
-    """Bits flipped anywhere and cut anywhere.
-
-    Then the same in the quoted packet, with the checksum right again.
-    """
-    inner: dict[str, Any] = (
-        {} if net is V4 else {"extensions": [EIGHT, fragment_header(0, True), AUTHENTICATED]}
-    )
-    assert isinstance(
-        pmtud.parse(data.draw(damaged(mtu_error(net, inner=inner)))), (pmtud.MtuError, Reason)
-    )
-    found = pmtud.parse(mtu_error(net, quoted=data.draw(damaged(quote(net, **inner)))))
-    assert isinstance(found, pmtud.MtuError) or found.value.startswith("quoted")
-
-
-@unit
-@given(
-    st.sampled_from([6, 17, 33, 132, 1, 4, 41, 47, 50, 89]),
-    st.binary(min_size=8, max_size=30),
-    ports,
-    st.data(),
-)
-def test_the_short_way_finds_what_the_long_way_finds(
-    protocol: int, start: bytes, mtu: int, data: st.DataObject
-) -> None:
-    """plain_ipv4_error() leaves a packet to walk_error() or agrees with it.
-
-    Most of the usual ones it takes itself.
-    """
-    whole = mtu_error(
-        V4, protocol=protocol, transport=start, mtu=mtu, quoted_length=data.draw(ports)
-    )
-    assert (pmtud.plain_ipv4_error(whole) is None) is (protocol not in (6, 17, 33, 132))
-    for packet in (whole, data.draw(damaged(whole))):
-        assert pmtud.plain_ipv4_error(packet) in (None, pmtud.walk_error(packet))
-
-
-@unit
-@given(nets, st.binary(max_size=64), st.data())
-def test_nflog_survives_damage(net: Plan, prefix: bytes, data: st.DataObject) -> None:
-    datagram = nflog_message(mtu_error(net), 1, prefix) + nflog_message(mtu_error(net), 2)
-    assert len(pmtud.parse_nflog(datagram)) == 2
-    for packet, _, _ in pmtud.parse_nflog(data.draw(damaged(datagram))):
-        assert isinstance(pmtud.parse(packet), (pmtud.MtuError, Reason))
-
-
-NUMBER_HEAD = nla(8, 12)
-decoys = st.sampled_from(
-    [NUMBER_HEAD, NUMBER_HEAD + b"\0\0\0\7" + nla(200, 9), nla(13, 10) + b"pmtud rpf"]
-)
-nflog_messages = st.builds(
-    nflog_message,
-    st.binary(max_size=40),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([b"", b"\0", b"pmtud rpf\0", b"pmtud rpf 2\0", b"pmtud rpg\0", b"mine\0"]),
-    between=st.lists(st.binary(max_size=9) | decoys, max_size=3),
-)
-
-
-@unit
-@given(st.lists(nflog_messages, max_size=8), st.data())
-def test_nflog_search_finds_what_a_walk_finds(messages: list[bytes], data: st.DataObject) -> None:
-    """Whatever looks like a number or a prefix before the packet or in it.
-
-    The kernel numbers each message, as asked. Of a damaged one something is found, or nothing.
-    """
-    walked = [pmtud.walk_to_packet(message) for message in messages]
-    assert [one for message in messages for one in pmtud.parse_nflog(message)] == walked
-    if messages:
-        changed = data.draw(damaged(messages[0]))[16:]
-        found = pmtud.parse_nflog(nlmsg(16 + len(changed), 0x400, 0, 0, 0) + changed)
-        assert len(found) == 1 and all(len(packet) <= len(changed) for packet, _, _ in found)
-
-
-@unit
-@given(
-    st.binary(max_size=40),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([(b"", False), (b"pmtud rpf\0", True), (b"pmtud rpg\0", False)]),
-    st.lists(st.binary(max_size=9) | decoys.filter(lambda decoy: b"rpf" not in decoy), max_size=3),
-)
-def test_nflog_message_comes_back(
-    packet: bytes, number: int, prefix: tuple[bytes, bool], between: list[bytes]
-) -> None:
-    datagram = nflog_message(packet, number, prefix[0], between=between)
-    found = [(packet, struct.pack("!I", number), prefix[1])]
-    assert pmtud.parse_nflog(datagram) == found
-    assert pmtud.parse_nflog(datagram * 2) == found * 2
-
-
-@unit
-@given(nets, st.binary(min_size=8, max_size=600), st.binary(max_size=30), st.booleans())
-def test_icmp_is_exactly_the_bytes_of_the_packet(
-    net: Plan, transport: bytes, padding: bytes, more: bool
-) -> None:
-    outer: dict[str, Any] = {"options": ROUTER_ALERT} if net is V4 else {"extensions": [EIGHT]}
-    packet = mtu_error(net, transport=transport, outer=outer if more else {})
-    found = pmtud.parse(packet + padding)
-    assert isinstance(found, pmtud.MtuError)
-    assert (
-        found.icmp
-        == packet[HEADER[net.family.name] + (len(packet) > 0 and more) * (4 if net is V4 else 8) :]
-    )
-
-
-@unit
-@given(nets, st.tuples(numbers, numbers), st.tuples(ports, ports), ports, st.booleans())
-def test_parse_agrees_with_scapy(
-    net: Plan, pair: tuple[bytes, ...], flow: Sequence[int], mtu: int, tcp: bool
-) -> None:
-    (sport, dport), size = flow, 4 if net is V4 else 16
-    router, host = (str(ip_address(number[:size])) for number in pair)
-    layer, upper = (
-        (IP, ICMP(type=3, code=4, nexthopmtu=mtu))
-        if net is V4
-        else (IPv6, ICMPv6PacketTooBig(mtu=mtu))
-    )
-    segment = (TCP if tcp else UDP)(sport=sport, dport=dport)
-    dropped = layer(src=host, dst=net.client) / segment / bytes(100)
-    found = pmtud.parse(bytes(layer(src=router, dst=host) / upper / dropped))
-    assert isinstance(found, pmtud.MtuError)
-    assert found[:11] == (
-        net.family,
-        packed(router),
-        packed(host),
-        packed(host),
-        packed(net.client),
-        6 if tcp else 17,
-        len(bytes(dropped)),
-        sport,
-        dport,
-        mtu,
-        found.icmp,
-    )
-
-
-@unit
-@given(nets, st.binary(min_size=2, max_size=200), st.booleans())
-def test_checksum_agrees_with_scapy(net: Plan, data: bytes, right: bool) -> None:
-    def summed(body: bytes) -> int:
-        if net is V4:
-            return int(scapy_checksum(body))
-        return int(in6_chksum(58, IPv6(src=net.router, dst=net.vip), body))  # type: ignore[no-untyped-call]
-
-    body = b"\x03" + data
-    if right:
-        body = body[:2] + struct.pack("!H", summed(body[:2] + bytes(2) + body[4:])) + body[4:]
-    holds = not pmtud.checksum_remainder(net.family, packed(net.router), packed(net.vip), body)
-    assert holds is (summed(body) in (0, 0xFFFF))  # RFC 2460: scapy turns a sum of 0 into 0xffff
-    assert holds or not right
-
-
-pauses = st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 1.0, 5.0])
-
-
-@unit
-@given(
-    st.sampled_from([0.25, 1.0, 3.0, 7.5]),
-    st.lists(st.tuples(pauses, st.sampled_from("abc")), max_size=80),
-)
-def test_no_key_gets_more_than_its_rate(rate: float, events: list[tuple[float, str]]) -> None:
-    """In any span of t seconds at most rate * t + burst, and never less than one for a key that
-    waited.
-    """
-    buckets, now = pmtud.TokenBuckets(rate), 100.0
-    passed: dict[str, list[float]] = {}
-    for pause, key in events:
-        now += pause
-        before = passed.setdefault(key, [])
-        if buckets.take(key, now):
-            before.append(now)
-        else:
-            assert before
-            assert now - before[-1] < 1 / rate + 1e-6
-    for times in passed.values():
-        for first in range(len(times)):
-            for last in range(first, len(times)):
-                assert (
-                    last - first + 1 <= rate * (times[last] - times[first]) + max(rate, 1.0) + 1e-6
-                )
-
-
-@unit
-@given(st.integers(1, 8), st.lists(st.tuples(pauses, st.integers(0, 12)), max_size=80))
-def test_recent_is_bounded_and_remembers_long_enough(
-    capacity: int, events: list[tuple[float, int]]
-) -> None:
-    """A key is there for `seconds` unless more than `capacity` others came since."""
-    recent, now, history = pmtud.Recent(1.0, capacity), 50.0, []
-    for pause, key in events:
-        now += pause
-        recent.put(key, now, now)
-        history.append((now, key))
-        assert len(recent) <= 2 * capacity
-        later: set[int] = set()
-        for when, old in reversed(history):
-            if now - when >= 1.0 or len(later) >= capacity:
-                break
-            newest = max(time_put for time_put, other_key in history if other_key == old)
-            assert recent.get(old) == newest
-            later.add(old)
-
-
-# -----------------------------------------------------------------------------
-# Section: structure -- what the charter promises about the source
-
-SOURCE = PROGRAM.read_text()
-TREE = ast.parse(SOURCE)
-FUNCTIONS = [
-    node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-]
-IMPURE = {
-    "socket",
-    "time",
-    "random",
-    "os",
-    "select",
-    "signal",
-    "threading",
-    "logging",
-    "http",
-    "sys",
-    "open",
-    "print",
-    "input",
-    "log",
-    "LOGGER",
-    "exec",
-    "eval",
-    "globals",
-    "__import__",
-    "Netlink",
-    "Nflog",
-    "ctypes",
-}
-PURE_ATTRIBUTES = re.compile(r"socket\.(AF|IPPROTO)_\w+|os\.strerror|sys\.byteorder")
-
-
-def section_lines(name: str) -> range:
-    """The line numbers of a section, found by its banner."""
-    banners = re.finditer(r"^# -{77}\n# Section: ([\w ]+) -- .+$", SOURCE, re.MULTILINE)
-    starts = [(match[1], SOURCE[: match.start()].count("\n") + 1) for match in banners]
-    names = [start[0] for start in starts]
-    after = [*starts, ("end", SOURCE.count("\n") + 2)][names.index(name) + 1]
-    return range(dict(starts)[name], after[1])
-
-
-def impurities(lines: range) -> Iterator[str]:
-    """What in these lines could touch a socket, a clock, a file, the log or chance."""
-    nodes = [
-        node
-        for node in ast.walk(TREE)
-        if isinstance(node, (ast.expr, ast.stmt)) and node.lineno in lines
-    ]
-    allowed = {
-        id(node.value)
-        for node in nodes
-        if isinstance(node, ast.Attribute) and PURE_ATTRIBUTES.fullmatch(ast.unparse(node))
-    }
-    for node in nodes:
-        name = isinstance(node, ast.Name) and id(node) not in allowed and node.id in IMPURE
-        if name or isinstance(node, (ast.Import, ast.ImportFrom, ast.Global)):
-            yield f"{ast.unparse(node)} in line {node.lineno}"
-
-
-@unit
-@pytest.mark.parametrize("name", ["packets", "netlink codec", "rules", "policy"])
-def test_pure_sections_touch_nothing(name: str) -> None:
-    lines = section_lines(name)
-    assert len(lines) > 50
-    assert list(impurities(lines)) == []
-
-
-@unit
-def test_the_purity_scan_sees_what_it_looks_for() -> None:
-    assert any(text.startswith("socket in line") for text in impurities(section_lines("kernel")))
-    assert any(text.startswith("time in line") for text in impurities(section_lines("daemon")))
-
-
-@unit
-def test_sections_are_in_the_order_of_the_charter() -> None:
-    names = [
-        "constants",
-        "errors",
-        "options",
-        "packets",
-        "netlink codec",
-        "rules",
-        "policy",
-        "counters",
-        "log",
-        "kernel",
-        "peers",
-        "forwarder",
-        "daemon",
-        "doctor",
-        "command line",
-    ]
-    assert re.findall(r"^# Section: ([\w ]+) -- ", SOURCE, re.MULTILINE) == names
-
-
-@unit
-def test_importing_has_no_side_effect() -> None:
-    program = """if True:
-        import json, logging, os, signal, sys, threading
-        def state():
-            return [sorted(os.listdir("/proc/self/fd"))[:-1], threading.active_count(), repr(signal.getsignal(15)),
-                    len(logging.root.handlers), dict(os.environ), os.getcwd(), repr(sys.excepthook)]
-        import argparse, ctypes, http.server, ipaddress, socket  # their side effects are not ours
-        before = state()
-        import pmtud
-        print(json.dumps([before == state(), "prometheus_client" in sys.modules]))
-    """
-    argv = [sys.executable, "-c", program]
-    done = subprocess.run(argv, cwd=PROGRAM.parent, text=True, capture_output=True, check=True)
-    assert (json.loads(done.stdout), done.stderr) == ([True, False], "")
-
-
-@unit
-def test_only_the_standard_library_at_the_top() -> None:
-    imports = [node for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
-    library = sysconfig.get_paths()["stdlib"]
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None, name
-        origin = spec.origin or ""
-        assert origin in ("built-in", "frozen") or (
-            origin.startswith(library) and "-packages" not in origin
-        ), name
-
-
-FUNCTION_LINES_MAX = 60
-
-
-def long_functions(tree: ast.AST) -> Iterator[str]:
-    """The names of all functions over the limit, methods and functions in functions too."""
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        if (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES_MAX:
-            yield node.name
-
-
-@unit
-def test_functions_are_short() -> None:
-    assert set(long_functions(TREE)) <= {"add_options"}  # a table
-
-
-@unit
-@pytest.mark.parametrize(("lines", "found"), [(60, []), (61, ["run"])])
-def test_the_scan_for_long_functions_sees_each(lines: int, found: list[str]) -> None:
-    """Also one whose name a short one has, too."""
-    body = "        pass\n" * (lines - 1)
-    text = f"class A:\n    def run():\n{body}class B:\n    def run():\n        pass\n"
-    assert list(long_functions(ast.parse(text))) == found
-
-
-@unit
-def test_python_3_9_reads_it() -> None:
-    ast.parse(SOURCE, feature_version=(3, 9))
-
-
-# -----------------------------------------------------------------------------
-# Section: namespaces -- hosts and links, processes, captures, and an ECMP cluster with a black hole in it
-
-T = TypeVar("T")
-N = TypeVar("N", bound="Net")
-
-CLONE_NEWNET = 0x40000000  # <linux/sched.h>
-ETH_P_ALL = 0x0003  # <linux/if_ether.h>
-SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
-SOL_PACKET, PACKET_STATISTICS = 263, 6  # <linux/if_packet.h>
-NETLINK_NETFILTER, NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE = (
-    12,
-    1,
-    2,
-)  # <linux/netfilter/nfnetlink*.h>
-NLM_F_REQUEST, NLM_F_ACK = 1, 4  # <linux/netlink.h>
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.setns.argtypes, libc.setns.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-libc.bind.argtypes, libc.bind.restype = (
-    (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32),
-    ctypes.c_int,
-)
-
-
-# How many times as slow as the machine on which these tests were written another one may be.
-PATIENCE = float(ENVIRONMENT.get("PMTUD_PATIENCE", "4"))
-
-
-def poll(condition: Callable[[], T], timeout: float) -> T:
-    """The first true value of condition(), or its last value once PATIENCE times the timeout
-    (seconds) has passed.
-    """
-    deadline = time.monotonic() + PATIENCE * timeout
-    while not (value := condition()) and time.monotonic() < deadline:
+    node, path = cluster.nodes[0], tmp_path / "peers"
+    path.write_text("10.0.0.12  # worker\n\n10.0.0.11, 10.0.0.13\n")
+
+    def count() -> float:
+        return metrics(node)[f'pmtud_peers{{source="file:{path}"}}']
+
+    with daemons([node], "--peers", f"file:{path}") as [process]:
+        assert count() == 2
+        path.write_text("10.0.0.12\n")
+        assert poll(lambda: count() == 1, 5)
+        process.wait_for("peers changed: 1 went (10.0.0.13) peers_ipv4=1 peers_ipv6=0\n")
+        assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' not in metrics(node)
+        path.write_text("10.0.0.12\n10.0.0.999\n")
+        process.wait_for("line 2: '10.0.0.999' is not an IP address", 5)
+        assert count() == 1
+        assert metrics(node)[f'pmtud_peer_refresh_failures_total{{source="file:{path}"}}'] >= 1
+        path.unlink()
+        process.wait_for("No such file or directory", 5)
+        assert count() == 1
+        path.write_text("10.0.0.12\n10.0.0.13\n")
+        assert poll(lambda: count() == 2, 5)
+        process.wait_for("peers changed: 1 came (10.0.0.13) peers_ipv4=2 peers_ipv6=0\n")
+        os.kill(process.pid, signal.SIGHUP)
+        process.wait_for("SIGHUP: reading the peer sources again")
+        assert count() == 2
+
+
+def account_in(folder: Path) -> str:
+    """The patch for a service account that is not where every pod has it."""
+    return f"pmtud.KubeSource.ACCOUNT = {str(folder)!r}"
+
+
+def test_sighup_without_peer_sources_says_that_it_reads_nothing(cluster: Cluster) -> None:
+    line = "SIGHUP: nothing to read again, no peer source is in use; options are read at the start"
+    for options in ((), ("--peers", PEER_LISTS[4])):
+        with daemons(cluster.nodes[:1], *options) as [process]:
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for(line)
+        assert "SIGHUP: reading" not in process.output()
+
+
+def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
+    """With peer and errno, those that were refused most first; here a minute is 1.5 seconds."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    kinds = {f"203.0.113.{n}": "unreachable" for n in range(100, 109)} | {"203.0.113.7": "prohibit"}
+    patch = f"{QUICK}\npmtud.Refusals.SECONDS = 1.5"
+    options = ("--peers", ",".join((*kinds, "10.0.0.77")), "--flow-interval", "0")
+    one = r"203\.0\.113\.\d+: [^;]+ \(E[A-Z]+\), \d+ times; "
+    with contextlib.ExitStack() as stack:
+        for address, kind in kinds.items():
+            node.ip(f"route add {kind} {address}")
+            stack.callback(node.ip, f"route del {kind} {address}")
+        with daemons([node], *options, patch=patch) as [process]:
+            begun = time.monotonic()
+            inject(cluster.router, 4, flow_errors(4))
+            first = process.wait_for("the kernel refused copies to ")
+            assert re.search(
+                rf"WARNING the kernel refused copies to ({one}){{8}}and 2 more\n", first
+            )
+            node.ip("route del prohibit 203.0.113.7", "route add blackhole 203.0.113.7")
+            inject(cluster.router, 4, flow_errors(4) * 2)
+            assert poll(lambda: process.output().count("the kernel refused") == 2, 5)
+            node.ip("route del blackhole 203.0.113.7", "route add prohibit 203.0.113.7")
+            took = time.monotonic() - begun
+            received(node, 3 * ERRORS)
+            time.sleep(2)  # a minute in which nothing is refused
+    told = re.findall("WARNING the kernel refused copies to (.*)", process.output())
+    assert 2 <= len(told) <= 2 + took / 1.5
+    assert "203.0.113.100: No route to host (EHOSTUNREACH), " in "".join(told)
+    assert "77" not in "".join(told)
+
+
+WAITS_FOR_PEERS = """
+import time
+follow = pmtud.Peers.follow
+def follow_and_wait(self):
+    follow(self)
+    while len(self.listed()) < 2:
         time.sleep(0.01)
-    return value
+pmtud.Peers.follow = follow_and_wait
+"""
 
 
-class CommandFailed(RuntimeError):
-    """A command ended with an error; the text carries the command, its input and all it printed."""
+def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
+    """No daemon is called standalone before the answer is in force.
 
-
-def execute(*argv: str, check: bool = True, timeout: float = 20, input: str | None = None) -> str:
-    """What the command wrote to its standard output."""
-    try:
-        done = subprocess.run(
-            argv,
-            input=input or "",
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=PATIENCE * timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        printed = (error.stdout or b"") + (error.stderr or b"")
-        raise CommandFailed(
-            f"{' '.join(argv)}: not finished after {timeout} s\n{printed!r}"
-        ) from None
-    if check and done.returncode:
-        raise CommandFailed(
-            f"{' '.join(argv)}: exit status {done.returncode}\n{input or ''}{done.stdout}{done.stderr}"
-        )
-    return done.stdout
-
-
-class Process:
-    """A background process; what it prints (both streams) collects in an unnamed file."""
-
-    def __init__(self, argv: list[str], env: dict[str, str] | None) -> None:
-        self._file = tempfile.TemporaryFile()
-        self._final = ""
-        self._name = " ".join(argv)[:200]
-        # A session of its own: Ctrl-C in a terminal reaches the tests only, and they stop what they
-        # started.
-        self._popen = subprocess.Popen(
-            argv,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.pid = self._popen.pid
-
-    def output(self) -> str:
-        """All it has printed so far."""
-        if self._file.closed:
-            return self._final
-        # pread, because the file offset is shared with the process
-        return os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0).decode(
-            errors="replace"
-        )
-
-    def returncode(self) -> int | None:
-        """None while it runs."""
-        return self._popen.poll()
-
-    def wait_for(self, text: str, timeout: float = 10) -> str:
-        """The output, as soon as text is in it.
-
-        TimeoutError if the process ends or time runs out first.
-        """
-        poll(lambda: text in self.output() or self.returncode() is not None, timeout)
-        if text not in (output := self.output()):
-            state = "running" if self.returncode() is None else f"ended with {self.returncode()}"
-            raise TimeoutError(f"{self._name} ({state}) did not print {text!r} but:\n{output}")
-        return output
-
-    def stop(self, sig: int = signal.SIGTERM, timeout: float = 10) -> int:
-        """Its exit status after sig.
-
-        TimeoutError if it outlives timeout; it has been killed by then.
-        """
-        if self._popen.poll() is None:
-            self._popen.send_signal(sig)
-        try:
-            return self._popen.wait(PATIENCE * timeout)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait()
-            raise TimeoutError(
-                f"{self._name} outlived signal {sig} by {timeout} s:\n{self.output()}"
-            ) from None
-
-    def close(self) -> None:
-        """Kill it if need be; output() keeps working."""
-        self.stop(signal.SIGKILL)
-        if not self._file.closed:
-            self._final = self.output()
-            self._file.close()
-
-
-class Host:
-    """One network namespace. Made by Net.host()."""
-
-    def __init__(self, net: Net, name: str) -> None:
-        self.net, self.name, self.namespace = net, name, f"pm{os.getpid()}-{net.serial}-{name}"
-
-    def __repr__(self) -> str:
-        return self.namespace
-
-    def run(
-        self, *argv: str, check: bool = True, timeout: float = 20, input: str | None = None
-    ) -> str:
-        """What the command, run in here, wrote to its standard output."""
-        return execute(
-            "ip", "netns", "exec", self.namespace, *argv, check=check, timeout=timeout, input=input
-        )
-
-    def ip(self, *commands: str) -> None:
-        """Each string is an `ip` command line without the word ip; one process runs them all."""
-        execute("ip", "-n", self.namespace, "-batch", "-", input="\n".join(commands) + "\n")
-
-    def start(self, *argv: str, env: dict[str, str] | None = None) -> Process:
-        """`ip netns exec` becomes the program, so Process.pid is the program's own."""
-        process = Process(["ip", "netns", "exec", self.namespace, *argv], env)
-        self.net.processes.append(process)
-        return process
-
-    def inside(self, function: Callable[[], T]) -> T:
-        """function() called by a thread in this namespace; a socket opened there stays in it."""
-
-        def task() -> T:
-            with open(f"/run/netns/{self.namespace}", "rb") as handle:
-                if libc.setns(handle.fileno(), CLONE_NEWNET):
-                    raise OSError(ctypes.get_errno(), f"setns {self.namespace}")
-            return function()
-
-        with ThreadPoolExecutor(
-            1
-        ) as pool:  # the thread ends with the block; it never serves another namespace
-            return pool.submit(task).result()
-
-    def sysctl(self, key: str, value: object) -> None:
-        """Dots or slashes in key; slashes where an interface name has dots."""
-        self.sysctls({key: value})
-
-    def sysctls(self, values: dict[str, object]) -> None:
-        """/proc/sys/net belongs to the namespace of the task that opens it, hence inside()."""
-
-        def write() -> None:
-            for key, value in values.items():
-                with open(f"/proc/sys/{key if '/' in key else key.replace('.', '/')}", "w") as file:
-                    file.write(f"{value}\n")
-
-        self.inside(write)
-
-    def read(self, path: str) -> str:
-        """The file as a process in here sees it (/proc/net is a process's, not a thread's)."""
-        return self.run("cat", path)
-
-
-class Net:
-    """Owns hosts and processes.
-
-    Removes them on leaving the `with` block or the interpreter. May close twice.
+    One without peers is afterwards.
     """
+    node = cluster.nodes[0]
+    cases = {
+        ("10.0.0.11", "10.0.0.12", "10.0.0.13"): "peers changed: 2 came (10.0.0.12, 10.0.0.13)",
+        ("10.0.0.11",): "peers: none, standalone: local rescue only",
+    }
+    with NameServer(cluster, "10.0.0.1") as names:
+        for addresses, line in cases.items():
+            names.serve(*addresses)
+            process = patched_daemon(node, WAITS_FOR_PEERS, "--peers", "pmtud")
+            process.wait_for(line)
+            told = re.findall(r"INFO (peers.*?)(?: peers_ipv4.*)?\n", process.output())
+            assert told == ["peers: none yet, asking for them", line]
+            assert get(node, "/readyz")[0] == "200"
+            assert process.stop() == 0
 
-    made = 0
-    host_class: ClassVar[type[Host]] = Host
 
-    def __init__(self) -> None:
-        Net.made += 1
-        self.serial = Net.made  # several may stand at a time
-        self.hosts: list[Host] = []
-        self.processes: list[Process] = []
+def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
+    """One alone is in force at once; 90 that follow it are one. Here that second lasts ten."""
+    patch = f"{account_in(tmp_path)}\npmtud.Roster.CHANGE_GAP = 10.0"
+    with Net() as net, ExitStack() as stack:
+        node = net.host("node")
+        api = stack.enter_context(node.inside(lambda: FakeApi(tmp_path)))
+        stack.callback(api.shutdown)
+        stack.callback(api.disconnect)
+        for number in (12, 13, 14):
+            api.change("ADDED", f"node-{number}", f"10.0.0.{number}")
+        options = ("--iface", "lo", "--peers", "kube:nodes")
+        process = patched_daemon(node, patch, *options, env=api.environ)
+        three = "(10.0.0.12, 10.0.0.13, 10.0.0.14)"
+        process.wait_for(f"peers changed: 3 came {three} peers_ipv4=3 peers_ipv6=0\n")
+        assert poll(lambda: api.watches == 1, 5)
+        time.sleep(10.2)
+        begun = time.monotonic()
+        api.change("ADDED", "node-15", "fd00::15")
+        process.wait_for("peers changed: 1 came (fd00::15) peers_ipv4=3 peers_ipv6=1\n")
+        assert time.monotonic() - begun < 9
+        for number in range(87):
+            api.change("ADDED", f"new-{number}", f"10.1.0.{number}")
+        for number in (12, 13, 14):
+            api.change("DELETED", f"node-{number}")
+        few = ", ".join(f"10.1.0.{number}" for number in range(8))
+        process.wait_for(
+            f"peers changed: 87 came ({few} and 79 more), 3 went {three} "
+            "peers_ipv4=87 peers_ipv6=1\n"
+        )
+        assert process.output().count("peers changed") == 3
+        assert process.stop() == 0
 
-    def __enter__(self: N) -> N:
-        atexit.register(self.close)  # for an interrupt that hits build() or close() itself
-        try:
-            self.build()
-        except BaseException:
-            self.close()
-            raise
+
+class NameServer:
+    """dnsmasq in a host, its records changed while it runs; where the hosts of a cluster ask."""
+
+    def __init__(self, cluster: Cluster, address: str) -> None:
+        self._host, self._records = (
+            cluster.fabric,
+            Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records",
+        )
+        self.name, self._address = "pmtud.kube-system.svc.cluster.local", address
+        self._etc = [Path("/etc/netns") / node.namespace for node in cluster.nodes]
+        self.process: Optional[Process] = None
+
+    def __enter__(self) -> NameServer:
+        for folder in self._etc:  # `ip netns exec` mounts what is in here over /etc
+            folder.mkdir(parents=True)
+            (folder / "resolv.conf").write_text(
+                f"nameserver {self._address}\nsearch kube-system.svc.cluster.local\n"
+                "options timeout:1 attempts:1\n"
+            )
+            (folder / "hosts").write_text("127.0.0.1 localhost\n")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for folder in (*self._etc, self._records.parent):
+            shutil.rmtree(folder)
 
-    def build(self) -> None:
-        """For subclasses: what to make on entering."""
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.close()
-        # Whoever is left in our namespaces is a child of ours, or one that an interrupt kept off
-        # the list.
-        for pid in self._for_each_host("netns pids").split():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        self._for_each_host("netns delete")
-        self.hosts.clear()
-        atexit.unregister(self.close)
-
-    def _for_each_host(self, command: str) -> str:
-        lines = "".join(
-            f"{command} {host.namespace}\n" for host in self.hosts
-        )  # -force: some may not exist
-        return execute("ip", "-force", "-batch", "-", check=False, input=lines)
-
-    def host(self, name: str, forward: bool = False) -> Host:
-        """A new namespace: loopback up, no reverse path filter, no duplicate address detection, no
-        redirects.
-        """
-        host = self.host_class(self, name)
-        self.hosts.append(host)  # before it is made, so that an interrupt cannot lose it
-        execute("ip", "netns", "add", host.namespace)
-        settings: dict[str, object] = {
-            f"net.ipv4.conf.{scope}.{key}": 0  # a new namespace inherits these
-            for scope in ("all", "default")
-            for key in ("rp_filter", "send_redirects")
-        }
-        settings.update({f"net.ipv6.conf.{scope}.accept_dad": 0 for scope in ("all", "default")})
-        settings.update(
-            {"net.ipv4.ip_forward": int(forward), "net.ipv6.conf.all.forwarding": int(forward)}
+    def serve(self, *addresses: str, options: Sequence[str] = ()) -> None:
+        """Answer with these addresses from now on."""
+        self._records.write_text("".join(f"{address} {self.name}\n" for address in addresses))
+        if self.process and not options:
+            os.kill(self.process.pid, signal.SIGHUP)
+            return
+        self.stop()
+        self.process = self._host.start(
+            "dnsmasq",
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--pid-file=",
+            "--user=root",
+            "--no-resolv",
+            "--no-hosts",
+            f"--addn-hosts={self._records}",
+            f"--listen-address={self._address}",
+            "--bind-interfaces",
+            "--domain-needed",
+            "--log-facility=-",
+            *(options or ["--local=/cluster.local/"]),
         )
-        settings["net.ipv4.tcp_no_metrics_save"] = (
-            1  # or the last test's hung flows slow the next test's
-        )
-        host.sysctls(settings)
-        host.ip("link set lo up")
-        return host
+        self.process.wait_for("read ")
 
-    def link(self, a: Host, b: Host, mtu: int = 1500, names: tuple[str, str] = ("", "")) -> None:
-        """A veth pair, up; the interfaces are called to-PEER unless named (a's name first).
-
-        gso_max_segs 1: each TCP segment is a packet and gets its own ICMP error, as on a wire.
-        """
-        name_a, name_b = names[0] or f"to-{b.name}", names[1] or f"to-{a.name}"
-        settings = f"mtu {mtu} gso_max_segs 1"
-        a.ip(
-            f"link add {name_a} {settings} type veth peer name {name_b} {settings} netns {b.namespace}",
-            f"link set {name_a} up",
-        )
-        b.ip(f"link set {name_b} up")
+    def stop(self) -> None:
+        """Answer nothing any more."""
+        if self.process:
+            self.process.close()
+            self.process = None
 
 
-class Seen(NamedTuple):
-    """One captured packet."""
+class OddNameServer(NameServer):
+    """A name server that garbles or swallows what it is asked for of one family.
 
-    interface: str
-    kind: int  # socket.PACKET_HOST, PACKET_BROADCAST, PACKET_OTHERHOST, PACKET_OUTGOING
-    packet: bytes  # from the IP header on
-
-
-# Classic BPF (code, jump if true, jump if false, operand): IPv4 ICMP 3/4 and ICMPv6 2, so data
-# cannot fill the buffer.
-ICMP_ERRORS = (
-    (0x30, 0, 0, 0),
-    (0x54, 0, 0, 0xF0),
-    (0x15, 0, 6, 0x40),  # 0: A = version; not 4: go to 9
-    (0x30, 0, 0, 9),
-    (0x15, 0, 10, 1),  # 3: protocol is ICMP
-    (0xB1, 0, 0, 0),
-    (0x48, 0, 0, 0),
-    (0x15, 0, 7, 0x0304),
-    (0x06, 0, 0, 0xFFFF),  # 5: X = header length; type, code
-    (0x15, 0, 5, 0x60),
-    (0x30, 0, 0, 6),
-    (0x15, 0, 3, 58),  # 9: version 6, next header ICMPv6
-    (0x30, 0, 0, 40),
-    (0x15, 0, 1, 2),
-    (0x06, 0, 0, 0xFFFF),  # 12: type
-    (0x06, 0, 0, 0),  # 15: not wanted
-)
-
-
-class Capture:
-    """Every ICMP "packet too big" error on one interface, or on all ("".
-
-    A forwarded packet then counts on each).
+    The resolver is told nothing.
     """
 
-    def __init__(self, host: Host, interface: str = "") -> None:
-        self._host, self._interface = host, interface
-        self._seen: list[Seen] = []
-        self._lost = 0
-        self._stop = threading.Event()
+    A, AAAA = 1, 28
 
-    def __enter__(self) -> Capture:
-        self._socket = self._host.inside(self._open)
-        self._thread = threading.Thread(target=self._collect, daemon=True)
+    def __enter__(self) -> OddNameServer:
+        super().__enter__()
+        for folder in self._etc:
+            (folder / "resolv.conf").write_text(f"nameserver {self._address}\n" * 2)
+        self.records: dict[int, list[str]] = {self.A: [], self.AAAA: []}
+        self.garbled = self.swallowed = self.silences = 0
+        self._socket = self._host.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self._socket.bind((self._address, 53))
+        self._thread = threading.Thread(target=self._answer, daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._stop.set()
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # not connected; the thread wakes up all the same
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        self._lost += self._dropped()
         self._socket.close()
+        super().__exit__()
 
-    def _open(self) -> socket.socket:
-        sock = socket.socket(
-            socket.AF_PACKET, socket.SOCK_DGRAM, 0
-        )  # protocol 0: nothing arrives before bind()
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
-        code = ctypes.create_string_buffer(
-            b"".join(struct.pack("=HBBI", *line) for line in ICMP_ERRORS)
-        )
-        program = struct.pack("@HP", len(ICMP_ERRORS), ctypes.addressof(code))
-        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-        index = (
-            socket.if_nametoindex(self._interface) if self._interface else 0
-        )  # 0: Python's bind() cannot say "all"
-        address = struct.pack(
-            "=HHiHBB8s", socket.AF_PACKET, socket.htons(ETH_P_ALL), index, 0, 0, 0, b""
-        )
-        if libc.bind(sock.fileno(), address, len(address)):
-            raise OSError(ctypes.get_errno(), f"capture on {self._host} {self._interface}")
-        sock.settimeout(0.05)
-        return sock
-
-    def _collect(self) -> None:
+    def _answer(self) -> None:
+        """RFC 1035, section 4: a header, the question again, and records whose name points to it."""
         while True:
-            try:
-                packet, (interface, _, kind, *_) = self._socket.recvfrom(65536)
-                self._seen.append(Seen(interface, kind, packet))
-            except socket.timeout:
-                if self._stop.is_set():  # only once the socket is empty
-                    return
-            except OSError as error:
-                if error.errno != errno.ENETDOWN:  # said once when the interface goes down
-                    raise
+            query, client = self._socket.recvfrom(512)
+            if not query:
+                return
+            end = query.index(b"\0", 12) + 5
+            (kind,) = struct.unpack(">H", query[end - 4 : end - 2])
+            family = socket.AF_INET if kind == self.A else socket.AF_INET6
+            data = [socket.inet_pton(family, text) for text in self.records[kind]]
+            if kind == self.garbled:
+                data = [item[:3] for item in data]  # an address of three bytes
+            head = query[:2] + struct.pack(">5H", 0x8180, 1, len(data), 0, 0)
+            records = [struct.pack(">3HIH", 0xC00C, kind, 1, 1, len(item)) + item for item in data]
+            self.silences += kind == self.swallowed
+            if kind != self.swallowed:
+                self._socket.sendto(head + query[12:end] + b"".join(records), client)
 
-    def _dropped(self) -> int:
-        """Packets the kernel had no room for since the last call."""
-        return int(
-            struct.unpack("=II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
-        )
 
-    def packets(self) -> list[Seen]:
-        """All so far, also after the `with` block. RuntimeError if any was lost."""
-        if self._socket.fileno() >= 0:
-            self._lost += self._dropped()
-        if self._lost or not (self._thread.is_alive() or self._stop.is_set()):
-            raise RuntimeError(
-                f"capture on {self._host} {self._interface} lost {self._lost} packets or its thread"
+def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
+    """Malformed addresses are no removal.
+
+    And where AAAA is never answered, an IPv4 peer that left is gone in 30 s.
+    """
+    node = cluster.nodes[0]
+    with OddNameServer(cluster, "10.0.0.1") as names:
+        names.records = {names.A: ["10.0.0.12", "10.0.0.13"], names.AAAA: ["fd00::12"]}
+        with daemons([node], "--peers", "pmtud.example.") as [process]:
+            label = 'pmtud_peers{source="dns:pmtud.example."}'
+            assert poll(lambda: metrics(node).get(label) == 3, 5)
+            names.garbled = names.A
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for("ipv4: No address associated", 5)
+            assert metrics(node)[label] == 3
+            assert (
+                metrics(node)['pmtud_peer_refresh_failures_total{source="dns:pmtud.example."}'] == 1
             )
-        return list(self._seen)
-
-    def settle(self, quiet: float = 0.3, timeout: float = 10) -> list[Seen]:
-        """All packets, once none has come for quiet seconds. TimeoutError if they keep coming."""
-        count, since = len(self._seen), time.monotonic()
-
-        def is_quiet() -> bool:
-            nonlocal count, since
-            if len(self._seen) != count:
-                count, since = len(self._seen), time.monotonic()
-            return time.monotonic() - since >= quiet
-
-        if not poll(is_quiet, timeout):
-            raise TimeoutError(f"{count} packets and more on {self._host} after {timeout} s")
-        return self.packets()
+            names.garbled, names.records[names.AAAA] = 0, ["fd00::12", "fd00::13"]
+            os.kill(process.pid, signal.SIGHUP)
+            assert poll(lambda: metrics(node)[label] == 4, 5)
+            names.swallowed = names.AAAA
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for("ipv6: Temporary failure in name resolution", 9)
+            names.records[names.A] = ["10.0.0.12"]
+            assert poll(lambda: metrics(node)[label] == 3, 30), process.output()
+            assert not [name for name in metrics(node) if "10.0.0.13" in name]
 
 
-PORT, DOWNLOAD_BYTES = 80, 200_000
+def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
+    """Nothing but a name is given.
 
-SERVER = """
-import socket, sys, threading
-port, size = map(int, sys.argv[1:])
-def serve(connection):
-    with connection:
-        try:
-            connection.sendall(bytes(size))
-        except OSError:
-            pass  # the client gave up and reset the connection
-listener = socket.create_server(("::", port), family=socket.AF_INET6, backlog=512, dualstack_ipv6=True)
-print("listening", flush=True)
-while True:
-    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
-"""
-
-# A refused, reset or never opened connection is a broken test bed, not a black hole: it ends the
-# program.
-CLIENT = """
-import json, selectors, socket, struct, sys, time
-target, (port, size), deadline = sys.argv[1], map(int, sys.argv[2:4]), float(sys.argv[4])
-waiting, seconds, start = selectors.DefaultSelector(), [], time.monotonic()
-for source in sys.argv[5:]:
-    client = socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets: servers stop
-    client.setblocking(False)
-    client.bind((source, 0))
-    client.connect_ex((target, port))
-    waiting.register(client, selectors.EVENT_READ, [size])
-while waiting.get_map() and (left := start + deadline - time.monotonic()) > 0:
-    for key, _ in waiting.select(left):
-        try:
-            data = key.fileobj.recv(1 << 18)
-        except BlockingIOError:
-            continue  # readable for a packet that then failed its checks
-        assert data, "closed early"
-        key.data[0] -= len(data)
-        if not key.data[0]:
-            seconds.append(round(time.monotonic() - start, 6))
-            waiting.unregister(key.fileobj)
-            key.fileobj.close()
-for key in list(waiting.get_map().values()):
-    key.fileobj.getpeername()
-    key.fileobj.close()
-print(json.dumps(seconds))
-"""
-
-# {i} this node, {j} the next one; clients reach `cross` through one node and are served by the pod
-# of the next.
-NAT_RULES = """
-table ip nat {{
-  chain prerouting {{ type nat hook prerouting priority dstnat;
-    ip daddr 10.96.0.2 dnat to 10.244.{i}.2
-    ip daddr 10.96.0.3 dnat to 10.244.{j}.2
-  }}
-  chain postrouting {{ type nat hook postrouting priority srcnat; ct original ip daddr 10.96.0.3 masquerade; }}
-}}
-table ip6 nat {{
-  chain prerouting {{ type nat hook prerouting priority dstnat;
-    ip6 daddr fd96::2 dnat to fd44:{i}::2
-    ip6 daddr fd96::3 dnat to fd44:{j}::2
-  }}
-  chain postrouting {{ type nat hook postrouting priority srcnat; ct original ip6 daddr fd96::3 masquerade; }}
-}}
-"""
-INVALID_DROP_RULES = (
-    "table inet invalid {\n"
-    + "".join(
-        f"chain {hook} {{ type filter hook {hook} priority filter; ct state invalid drop; }}\n"
-        for hook in ("input", "forward", "output")
-    )
-    + "}\n"
-)
-
-
-class Cluster(Net):
-    """An ECMP cluster whose clients sit behind a thin link.
-
-    client --1500/1400-- router --1500-- fabric --+-- node1 -- pod1      fabric hashes on addresses
-    and ports 10.9.0.1..23   10.8.0.1     10.8.0.2 10.0.0.1 +-- node2 -- pod2      node i: eth0
-    10.0.0.1i, mgmt 172.20.20.1i (router .254)  172.20.20.2 on mgmt            +-- node3 -- pod3
-    pod i: 10.244.i.2 IPv6: fd09::k, fd08::1 and ::2, fd00::1 and ::1i, fd20::2 and ::1i, fd44:i::2.
-
-    The router's interface towards the client has MTU 1400, the client's own 1500 (its SYN says mss
-    1460), so the router sends errors to the service's address, and the fabric takes all those of
-    one service to one node. Services, routed to every node: `host` (a socket of the node), `pod`
-    (DNAT to the node's own pod), `cross` (DNAT to the next node's pod and masquerade). A `cross`
-    pod learns the path MTU of the *node's* address, once for all clients that come through that
-    node. An error about a pod's flow that lands on a wrong node is routed back to the fabric, and
-    from there to the same node, until its TTL ends (unless invalid_drop).
+    Not ready before the first answer; then all transfers finish, both families.
     """
+    # a bare name, which the resolver completes from its search list
+    with (
+        NameServer(cluster, "10.0.0.1") as names,
+        daemons(cluster.nodes, "--peers", "pmtud") as processes,
+    ):
+        assert "peers: none yet, asking for them" in processes[0].output()
+        assert get(cluster.nodes[0], "/readyz")[0] == "503"
+        for process in processes:
+            process.wait_for("peer source failed problem=")
+            assert "kept=" not in process.output()
+        nodes = [Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)]
+        names.serve(*nodes)
+        for process in processes:
+            os.kill(process.pid, signal.SIGHUP)
+        label = 'pmtud_peers{source="dns:pmtud"}'
+        assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
+        assert get(cluster.nodes[0], "/readyz") == ("200", "ok\n")
+        for family in (4, 6):
+            assert len(cluster.download("pod", family)) == 23
+            assert_learned(cluster, "pod", family)
 
-    SERVICES: ClassVar[dict[str, int]] = {"host": 1, "pod": 2, "cross": 3}
 
-    def __init__(self, nodes: int = 3, invalid_drop: bool = False, conntrack: bool = True) -> None:
-        """Without conntrack: the `host` service only, and no rule that tracks connections on any
-        node.
-        """
-        super().__init__()
-        self.size, self.invalid_drop, self.conntrack = nodes, invalid_drop, conntrack
+def test_peers_follow_dns(cluster: Cluster) -> None:
+    """Without a signal: within 30 s a peer that left is gone with its series.
 
-    @staticmethod
-    def vip(service: str, family: int = 4) -> str:
-        return f"{'10.96.0.' if family == 4 else 'fd96::'}{Cluster.SERVICES[service]}"
+    A dead server changes nothing.
+    """
+    node = cluster.nodes[0]
+    with NameServer(cluster, "10.0.0.1") as names:
+        names.serve("10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::13")
+        source = f"dns:{names.name}."
+        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [
+            process
+        ]:  # one of them named twice
+            label = f'pmtud_peers{{source="{source}"}}'
+            failures = f'pmtud_peer_refresh_failures_total{{source="{source}"}}'
 
-    @staticmethod
-    def client_address(number: int, family: int = 4) -> str:
-        return f"{'10.9.0.' if family == 4 else 'fd09::'}{number}"
+            def failed_since(count: float, complaint: str) -> bool:
+                return (
+                    metrics(node)[failures] > count
+                    and complaint in process.output().splitlines()[-1]
+                )
 
-    @staticmethod
-    def node_address(number: int, family: int = 4) -> str:
-        """number counts from 1, as in the names node1 and pod1."""
-        return f"{'10.0.0.' if family == 4 else 'fd00::'}{10 + number}"
+            assert poll(lambda: metrics(node).get(label) == 3, 5)
+            assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' in metrics(node)
+            names.serve("10.0.0.11", "10.0.0.12", "fd00::13")
+            assert poll(lambda: metrics(node)[label] == 2, 30)
+            assert not [name for name in metrics(node) if "10.0.0.13" in name]
+            temporary = "Temporary failure in name resolution"
+            for trouble, said in (
+                ("empty", "Name or service not known"),
+                ("refused", temporary),
+                ("dead", temporary),
+            ):
+                before = metrics(node)[failures]
+                names.stop()
+                if trouble == "refused":
+                    names.serve(options=["--cache-size=0"])  # a server that knows nobody to ask
+                elif trouble != "dead":
+                    names.serve()
+                os.kill(process.pid, signal.SIGHUP)
+                assert poll(partial(failed_since, before, said), 10), trouble
+                assert metrics(node)[label] == 2, trouble
+            names.serve("10.0.0.12", "10.0.0.13", "0.0.0.0")
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for(
+                "an address is left out source=" + source + ' problem="0.0.0.0' + PEER_HINT, 5
+            )
+            assert poll(
+                lambda: metrics(node).get('pmtud_copies_sent_total{peer="10.0.0.13"}') == 0, 5
+            )
 
-    def build(self) -> None:
-        self.client, self.mgmt = self.host("client"), self.host("mgmt")
-        self.router, self.fabric = (
-            self.host("router", forward=True),
-            self.host("fabric", forward=True),
+
+def test_stop_while_a_question_is_on_its_way(cluster: Cluster) -> None:
+    """The resolver waits for half a minute, the end does not wait for the resolver."""
+    node = cluster.nodes[0]
+    with OddNameServer(cluster, "10.0.0.1") as names:
+        names.swallowed = names.AAAA
+        process = node.start(
+            sys.executable,
+            str(PROGRAM),
+            "--peers",
+            "pmtud.example.",
+            "--metrics-port",
+            "0",
+            env={"RES_OPTIONS": "timeout:30 attempts:1"},
         )
-        numbers = range(1, self.size + 1)
-        self.nodes = [self.host(f"node{i}", forward=True) for i in numbers]
-        self.pods = [self.host(f"pod{i}") for i in numbers if self.conntrack]
-        self._build_outside()
-        self._build_fabric()
-        for i in numbers:
-            self._build_node(i)
-        servers = [
-            host.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES))
-            for host in self.nodes + self.pods
-        ]
-        for server in servers:
-            server.wait_for("listening")
+        assert poll(lambda: names.silences, 5)
+        begun = time.monotonic()
+        assert process.stop() == 0
+        assert time.monotonic() - begun < 20
 
-    def _build_outside(self) -> None:
-        for bridge, host in (("mgmt", self.mgmt), ("nodes", self.fabric)):
-            host.ip(f"link add {bridge} type bridge mcast_snooping 0", f"link set {bridge} up")
-        self.link(self.client, self.router)
-        self.link(self.router, self.fabric)
-        self.link(self.mgmt, self.router, names=("to-router", "mgmt"))
-        self.mgmt.ip("link set to-router master mgmt")
-        self.client.ip(
-            *(f"addr add {self.client_address(k)}/24 dev to-router" for k in range(1, 24)),
-            *(f"addr add {self.client_address(k, 6)}/64 dev to-router" for k in range(1, 24)),
-            "route add default via 10.9.0.254",
-            "route add ::/0 via fd09::fe",
-        )
-        self.router.ip(
-            "addr add 10.9.0.254/24 dev to-client",
-            "addr add fd09::fe/64 dev to-client",
-            "addr add 10.8.0.1/24 dev to-fabric",
-            "addr add fd08::1/64 dev to-fabric",
-            "addr add 172.20.20.2/24 dev mgmt",
-            "addr add fd20::2/64 dev mgmt",
-            "route add default via 10.8.0.2",
-            "route add ::/0 via fd08::2",
-        )
-        self.router_mtu(1400)
-        known = self.router.inside(
-            lambda: os.listdir("/proc/sys/net/ipv4")
-        )  # older kernels: global, not in here
-        budget = [key for key in ("icmp_msgs_per_sec", "icmp_msgs_burst") if key in known]
-        self.router.sysctls(
-            {
-                "net.ipv4.icmp_ratelimit": 0,
-                "net.ipv6.icmp.ratelimit": 0,
-                **{f"net.ipv4.{key}": 1_000_000 for key in budget},
-            }
-        )
 
-    def _build_fabric(self) -> None:
-        self.fabric.sysctls({f"net.{ip}.fib_multipath_hash_policy": 1 for ip in ("ipv4", "ipv6")})
-        hops = [
-            " ".join(f"nexthop via {self.node_address(i, family)}" for i in range(1, self.size + 1))
-            for family in (4, 6)
-        ]
-        self.fabric.ip(
-            "addr add 10.8.0.2/24 dev to-router",
-            "addr add fd08::2/64 dev to-router",
-            "addr add 10.0.0.1/24 dev nodes",
-            "addr add fd00::1/64 dev nodes",
-            "route add default via 10.8.0.1",
-            "route add ::/0 via fd08::1",
-            f"route add 10.96.0.0/24 {hops[0]}",
-            f"route add fd96::/64 {hops[1]}",
-        )
+def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) -> None:
+    """Own addresses are followed.
 
-    def _build_node(self, i: int) -> None:
-        node = self.nodes[i - 1]
-        self.link(self.fabric, node, names=("", "eth0"))
-        self.link(self.mgmt, node, names=("", "mgmt"))
-        self.fabric.ip(f"link set to-{node.name} master nodes")
-        self.mgmt.ip(f"link set to-{node.name} master mgmt")
-        node.ip(
-            f"addr add {self.node_address(i)}/24 brd + dev eth0",
-            f"addr add {self.node_address(i, 6)}/64 dev eth0",
-            f"addr add 172.20.20.{10 + i}/24 dev mgmt",
-            f"addr add fd20::{10 + i}/64 dev mgmt",
-            f"addr add {self.vip('host')}/32 dev lo",
-            f"addr add {self.vip('host', 6)}/128 dev lo",
-            "route add default via 10.0.0.1",
-            "route add ::/0 via fd00::1",
-        )
-        if self.conntrack:
-            self._build_pod(i)
+    What becomes ours stops being a peer, and comes back when it leaves.
+    """
+    node = cluster.nodes[0]
+    with daemons([node], "--peers", "10.0.0.12,10.0.0.77"):
+        assert metrics(node)['pmtud_peers{source="static"}'] == 2
+        node.ip("addr add 10.0.0.77/24 dev eth0")
+        assert poll(lambda: metrics(node)['pmtud_peers{source="static"}'] == 1, 3)
+        node.ip("addr del 10.0.0.77/24 dev eth0")
+        assert poll(lambda: metrics(node)['pmtud_peers{source="static"}'] == 2, 3)
 
-    def _build_pod(self, i: int) -> None:
-        node, pod = self.nodes[i - 1], self.pods[i - 1]
-        self.link(node, pod, names=("to-pod", "eth0"))
-        pod.ip(
-            f"addr add 10.244.{i}.2/24 dev eth0",
-            f"addr add fd44:{i}::2/64 dev eth0",
-            f"route add default via 10.244.{i}.1",
-            f"route add ::/0 via fd44:{i}::1",
-        )
-        others = [j for j in range(1, self.size + 1) if j != i]
-        node.ip(
-            f"addr add 10.244.{i}.1/24 dev to-pod",
-            f"addr add fd44:{i}::1/64 dev to-pod",
-            *(f"route add 10.244.{j}.0/24 via {self.node_address(j)}" for j in others),
-            *(f"route add fd44:{j}::/64 via {self.node_address(j, 6)}" for j in others),
-        )
-        self.build_services(node, i)
 
-    def build_services(self, node: Host, i: int) -> None:
-        """What makes the services' addresses lead to pods."""
-        rules = NAT_RULES.format(i=i, j=i % self.size + 1)
-        node.run("nft", "-f", "-", input=rules + (INVALID_DROP_RULES if self.invalid_drop else ""))
+def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
+    """No route to one peer.
 
-    def router_mtu(self, mtu: int) -> None:
-        """On the router's link to the client.
-
-        1400 makes the black hole, 1500 removes it, below 1280 ends IPv6.
-        """
-        self.router.ip(f"link set to-client mtu {mtu}")
-
-    def error_from_management(self, on: bool = True) -> None:
-        """The router's errors then come from 172.20.20.2, which nodes reach over mgmt, but still
-        arrive on eth0.
-        """
-        for service, via, source in (
-            ("10.96.0.0/24", "10.8.0.2", "172.20.20.2"),
-            ("fd96::/64", "fd08::2", "fd20::2"),
+    Its copies are counted as refused, every other peer still gets all of its own.
+    """
+    first = ingress(cluster, 4)
+    node, peer = cluster.nodes[first], (first + 1) % 3
+    node.ip("route add unreachable 203.0.113.7")
+    try:
+        with (
+            daemons([node], "--peers", f"203.0.113.7,{Cluster.node_address(peer + 1)}"),
+            daemons([cluster.nodes[peer]], "--peers", PEER_LISTS[4]),
         ):
-            self.router.ip(f"route replace {service} via {via}" + (f" src {source}" if on else ""))
-
-    def strict_rpf(self, on: bool = True) -> None:
-        """rp_filter 1 (or 0) for all, default and each interface of each node."""
-        for node in self.nodes:
-            scopes = node.inside(lambda: os.listdir("/proc/sys/net/ipv4/conf"))
-            node.sysctls({f"net/ipv4/conf/{scope}/rp_filter": int(on) for scope in scopes})
-
-    def download(
-        self, service: str, family: int = 4, count: int = 23, deadline: float = 10
-    ) -> list[float]:
-        """The seconds each completed transfer took, of count started at once, each from an address
-        of its own.
-
-        Where all of them complete, as with the daemon they must, it is over long before the
-        deadline.
-        """
-        sources = [self.client_address(k, family) for k in range(1, count + 1)]
-        options = [self.vip(service, family), str(PORT), str(DOWNLOAD_BYTES), str(deadline)]
-        printed = self.client.run(
-            sys.executable, "-ISc", CLIENT, *options, *sources, timeout=deadline + 20
-        )
-        return [float(seconds) for seconds in json.loads(printed)]
-
-    def flush(self) -> None:
-        """Forget every learned path MTU and every tracked connection in nodes and pods."""
-        for host in self.nodes + self.pods:
-            host.sysctl("net.ipv4.route.flush", 1)
-            execute("ip", "-6", "-n", host.namespace, "route", "flush", "cache")
-        for node in self.nodes if self.conntrack else ():
-            node.inside(flush_conntrack)
-
-    def learned(self, host: Host, address: str) -> int | None:
-        """The path MTU that host has learned for address."""
-        return self.learned_each(host, [address])[0]
-
-    def learned_each(self, host: Host, addresses: Sequence[str]) -> list[int | None]:
-        """The path MTUs that host has learned for these addresses."""
-        commands = "".join(f"route get {address}\n" for address in addresses)
-        printed = execute("ip", "-j", "-n", host.namespace, "-batch", "-", input=commands)
-        found: list[int | None] = []
-        for line in printed.splitlines():
-            [route] = json.loads(line)
-            mtus = [int(metric["mtu"]) for metric in route.get("metrics", ()) if "mtu" in metric]
-            found.append(mtus[0] if mtus else None)
-        assert len(found) == len(addresses), printed
-        return found
-
-
-def flush_conntrack() -> None:
-    """What `conntrack -F` does.
-
-    IPCTNL_MSG_CT_DELETE without a tuple, in the namespace of the calling thread.
-    """
-    header = struct.pack(
-        "=IHHIIBBH",
-        20,
-        NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE,
-        NLM_F_REQUEST | NLM_F_ACK,
-        1,
-        0,
-        socket.AF_UNSPEC,
-        0,
-        0,
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
-        netlink.send(header)
-        (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
-    if code:
-        raise OSError(-code, "flush conntrack")
+            inject(cluster.router, 4, flow_errors(4))
+            received(cluster.nodes[peer], ERRORS)
+            samples = metrics(node)
+    finally:
+        node.ip("route del unreachable 203.0.113.7")
+    assert samples['pmtud_copy_errors_total{peer="203.0.113.7"}'] == ERRORS
+    assert samples['pmtud_copies_sent_total{peer="203.0.113.7"}'] == 0
+    assert samples[f'pmtud_copies_sent_total{{peer="{Cluster.node_address(peer + 1)}"}}'] == ERRORS
 
 
 # -----------------------------------------------------------------------------
-# Section: daemon in namespaces -- the whole promise, on real traffic
-
-PEER_LISTS = {
-    4: ",".join(Cluster.node_address(i, 4) for i in (1, 2, 3)),
-    6: ",".join(Cluster.node_address(i, 6) for i in (1, 2, 3)),
-}
-ALL_PEERS = ",".join(PEER_LISTS.values())
-CASES = [(family, service) for family in (4, 6) for service in Cluster.SERVICES]
-ERRORS = 23
-
-
-def start_daemon(host: Host, *options: str) -> Process:
-    """pmtud.py in a host, not waited for."""
-    return host.start(sys.executable, "-Werror", str(PROGRAM), *options)
-
-
-def daemon(host: Host, *options: str) -> Process:
-    """pmtud.py running in a host; errors are handled from when this returns."""
-    process = start_daemon(host, *options)
-    process.wait_for("limits:")
-    return process
-
-
-def patched_daemon(
-    host: Host,
-    patch: str,
-    *options: str,
-    env: Optional[dict[str, str]] = None,
-    start: Sequence[str] = (),
-) -> Process:
-    """pmtud with these lines of Python before main(), not waited for.
-
-    `start` stands before the command, like ulimit in a shell.
-    """
-    script = f"import pmtud, sys\n{patch}\nsys.exit(pmtud.main(sys.argv[1:]))"
-    argv = [*start, sys.executable, "-Werror", "-c", script, *options]
-    return host.start(*argv, env={"PYTHONPATH": str(HERE), **(env or {})})
-
-
-@contextlib.contextmanager
-def daemons(
-    hosts: Sequence[Host], *options: str, patch: str = "", start: Sequence[str] = ()
-) -> Iterator[list[Process]]:
-    """A daemon in each host, patched or started in another way if so said.
-
-    On the way out each must stop cleanly and leave no table behind.
-    """
-    if patch or start:
-        processes = [patched_daemon(host, patch, *options, start=start) for host in hosts]
-    else:
-        processes = [start_daemon(host, *options) for host in hosts]
-    try:
-        for host, process in zip(hosts, processes):
-            if patch or start:  # its log may go anywhere
-                assert poll(partial(is_ready, host), 10), "not ready"
-            else:
-                process.wait_for("limits:")
-        yield processes
-    except BaseException:
-        for process in processes:
-            print(process.output()[-4000:])
-        raise
-    finally:
-        with ThreadPoolExecutor() as pool:
-            codes = list(pool.map(Process.stop, processes))
-    assert codes == [0] * len(processes), processes[0].output()
-    for host, process in zip(hosts, processes):
-        assert "Traceback" not in process.output()
-        assert "pmtud" not in host.run("nft", "list", "tables")
-
-
-QUICK = "pmtud.Daemon.TICK, pmtud.Daemon.SLOW_TICKS = 0.2, 2"  # housekeeping every 0.2 s
-SHORT_MINUTE = "pmtud.Daemon.SUMMARY = 1.0"
-# What kernels before 5.12 do
-UNOWNED = """
-opened = pmtud.Firewall.__init__
-def open_unowned(self, config, ifaces, **more):
-    opened(self, config, ifaces, owned=False, **more)
-pmtud.Firewall.__init__ = open_unowned
-"""
-
-
-def is_ready(host: Host) -> bool:
-    """Whether the host's daemon says so."""
-    return get(host, "/readyz")[0] == "200"
-
-
-def metrics(host: Host, port: int = 30040) -> dict[str, float]:
-    """Every sample of a host's /metrics, by `name{labels}`."""
-    text = host.run("curl", "-sS", "--max-time", "20", f"http://127.0.0.1:{port}/metrics")
-    rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in rows}
-
-
-def received(host: Host, at_least: int) -> dict[str, float]:
-    """The metrics once the daemon has received this many errors, and has counted what became of
-    them.
-    """
-
-    def arrived() -> Optional[dict[str, float]]:
-        now = metrics(host)
-        got, judged = account(now)
-        return now if got == judged >= at_least else None
-
-    found = poll(arrived, 5)
-    assert found is not None, metrics(host)
-    return found
-
-
-def drops(samples: dict[str, float]) -> dict[str, int]:
-    """The reasons with a count, without their metric's name."""
-    rows = {k: int(n) for k, n in samples.items() if k.startswith("pmtud_dropped_total") and n}
-    return {re.findall('"(.*)"', name)[0]: count for name, count in rows.items()}
-
-
-def inject(host: Host, family: int, packets: Sequence[bytes], gap: float = 0.002) -> None:
-    """Send raw IP packets from a host, as they are, one after the other."""
-
-    def send() -> None:
-        af = socket.AF_INET if family == 4 else socket.AF_INET6
-        with socket.socket(af, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
-            for packet in packets:
-                destination = packet[16:20] if family == 4 else packet[24:40]
-                sender.sendto(packet, (socket.inet_ntop(af, destination), 0))
-                time.sleep(gap)
-
-    host.inside(send)
-
-
-def flow_errors(
-    family: int, service: str = "host", count: int = ERRORS, **fields: Any
-) -> list[bytes]:
-    """Errors of the cluster's router about `count` flows from a service's address."""
-    net, vip = (V4, V6)[family == 6], Cluster.vip(service, family)
-    fields = {
-        "src": {4: "10.8.0.1", 6: "fd08::1"}[family],
-        "dst": vip,
-        "quoted_src": vip,
-        "mtu": 1400,
-        **fields,
-    }
-    return [
-        mtu_error(
-            net,
-            quoted_dst=Cluster.client_address(1 + n % 23, family),
-            transport=tcp_start(80, 40000 + n),
-            **fields,
-        )
-        for n in range(count)
-    ]
-
-
-def rulesets(cluster: Cluster) -> list[str]:
-    """Each node's nftables rules."""
-    return [node.run("nft", "-s", "list", "ruleset") for node in cluster.nodes]
-
-
-@pytest.fixture(scope="module")
-def shared_cluster() -> Iterator[tuple[Cluster, list[str]]]:
-    """Three nodes behind an ECMP fabric, and their rules as built.
-
-    Shared, because every test starts with flush().
-    """
-    with Cluster() as cluster:
-        yield cluster, rulesets(cluster)
-
-
-@pytest.fixture
-def cluster(shared_cluster: tuple[Cluster, list[str]]) -> Iterator[Cluster]:
-    """The shared cluster, as if nothing had happened yet.
-
-    What a test starts ends with it, and its rules must too.
-    """
-    cluster, rules = shared_cluster
-    cluster.strict_rpf(False)
-    cluster.error_from_management(False)
-    cluster.flush()
-    before = len(cluster.processes)
-    yield cluster
-    for process in cluster.processes[before:]:
-        process.close()
-    del cluster.processes[before:]
-    assert poll(lambda: rulesets(cluster) == rules, 2), f"left behind: {rulesets(cluster)}"
-
-
-def learners(cluster: Cluster, service: str, family: int) -> list[Host]:
-    """The hosts whose stacks own a service's flows."""
-    return cluster.nodes if service == "host" else cluster.pods
-
-
-def assert_learned(cluster: Cluster, service: str, family: int, mtu: int = 1400) -> None:
-    """`ip route get` in the owners' namespaces shows the MTU the router reported, for each client."""
-    if service == "cross":  # a masqueraded pod knows its clients by their node's address
-        clients = [Cluster.node_address(i, family) for i in (1, 2, 3)]
-        needed = 1
-    else:
-        clients = [Cluster.client_address(k, family) for k in range(1, 24)]
-        needed = 23
-    owners = learners(cluster, service, family)
-    tables = [cluster.learned_each(host, clients) for host in owners]
-    learned = sum(mtu in mtus for mtus in zip(*tables))
-    assert learned >= needed, f"{learned} of {len(clients)} learned"
+# Section: forwarder -- the whole promise, on real traffic
 
 
 @quick
@@ -6032,233 +5870,8 @@ def test_a_rule_that_drops_deliveries_in_output(node: Host, family: int) -> None
     assert diagnose(node).of("delivery")["status"] == "OK"
 
 
-# -- rules
-
-
-SEED_RULE = "-t raw -A PREROUTING -i eth0 -p icmp -m icmp --icmp-type 3/4 -j NFLOG --nflog-group 33"
-
-
-def feed_by_nft(node: Host) -> None:
-    """The operator's own rule, nftables."""
-    node.run(
-        "nft",
-        "-f",
-        "-",
-        input="table ip operator { chain raw { type filter hook prerouting priority raw; "
-        'iifname "eth0" icmp type destination-unreachable icmp code frag-needed log group 33; }; }',
-    )
-
-
-FEEDS = {
-    "iptables-nft": lambda node: node.run("iptables-nft", *SEED_RULE.split()),
-    "iptables-legacy": lambda node: node.run("iptables-legacy", *SEED_RULE.split()),
-    "nft": feed_by_nft,
-}
-
-
-@pytest.mark.parametrize("tool", FEEDS)
-def test_rules_off_with_the_operators_own_rule(tool: str) -> None:
-    """The seed's one rule and no other option.
-
-    Every service is served, and our guard is the only thing beside it.
-    """
-    with Cluster() as cluster:
-        for node in cluster.nodes:
-            FEEDS[tool](node)
-        with daemons_keeping_rules(
-            cluster, "--peers", PEER_LISTS[4], "--rules", "off"
-        ) as processes:
-            assert "table inet pmtud_33_guard" in processes[0].output()
-            with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
-                for service in Cluster.SERVICES:
-                    assert len(cluster.download(service)) == 23
-                assert not [
-                    s
-                    for s in node_packets(wire.settle(), 4)
-                    if s.packet[16:19] == bytes([10, 96, 0])
-                ]
-
-
-NAME_TAKEN = """
-import pmtud, time
-class Empty(pmtud.Firewall):
-    def _requests(self, ifaces):
-        return super()._requests(ifaces)[:3]  # the table without anything in it
-table = Empty(pmtud.Config(rules="off"), ("eth0",))
-print("up", flush=True)
-time.sleep(60)
-"""
-
-
-def test_rules_off_where_no_guard_can_be_installed() -> None:
-    """Sockets on nodes are served.
-
-    Pods are not, nothing leaks to a VIP, and the log says what to do.
-    """
-    with Cluster() as cluster:
-        for node in cluster.nodes:
-            feed_by_nft(node)
-            node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for(
-                "up"
-            )
-        processes = [
-            daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes
-        ]
-        assert len(cluster.download("host")) == 23
-        # with this the operator guards, but the daemon has not looked again yet
-        with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
-            assert len(cluster.download("pod", deadline=1.0)) < 20
-            leaked = [
-                s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])
-            ]
-        assert not leaked
-        for process in processes:
-            assert process.stop() == 0
-            assert "cannot install the guard" in process.output()
-            assert "no guard on mark 0x2c: pods behind NAT will not be served" in process.output()
-
-
-def ruleset(node: Host) -> str:
-    """All of nftables without counters and without what traffic put into sets."""
-    return re.sub(r"\s*elements = {[^}]*}", "", node.run("nft", "-s", "list", "ruleset"))
-
-
-@contextlib.contextmanager
-def daemons_keeping_rules(cluster: Cluster, *options: str) -> Iterator[list[Process]]:
-    """Daemons that must not touch the ruleset at all."""
-    before = [ruleset(node) for node in cluster.nodes]
-    processes = [daemon(node, *options) for node in cluster.nodes]
-    yield processes
-    assert [process.stop() for process in processes] == [0] * len(processes)
-    assert [ruleset(node) for node in cluster.nodes] == before
-
-
-@pytest.mark.parametrize("tool", ["nft", "iptables-nft", "iptables-legacy"])
-@pytest.mark.parametrize("family", [4, 6])
-def test_printed_rules_do_what_the_daemons_own_do(tool: str, family: int) -> None:
-    """`pmtud.py rules`, pasted.
-
-    With --rules off everything works, the rescue from strict RPF included.
-    """
-    with Cluster() as cluster:
-        for node in cluster.nodes:
-            paste_rules(node, tool)
-        cluster.strict_rpf()
-        cluster.error_from_management()
-        with daemons_keeping_rules(cluster, "--peers", ALL_PEERS, "--rules", "off") as processes:
-            for service in Cluster.SERVICES:
-                assert len(cluster.download(service, family)) == 23
-            assert not any("no guard" in process.output() for process in processes)
-            if family == 4:
-                assert sum(metrics(node)["pmtud_rpf_rescued_total"] for node in cluster.nodes) > 0
-
-
-def paste_rules(node: Host, tool: str) -> None:
-    """Run one half of what `pmtud.py rules` prints, as an operator would."""
-    nft, _, iptables = node.run(sys.executable, str(PROGRAM), "rules").partition("# or iptables")
-    if tool == "nft":
-        (command,) = re.findall("`(.*)`", nft)
-        for _ in range(2):  # the second time in place of the first
-            node.run("sh", "-c", command.replace("pmtud.py", f"{sys.executable} {PROGRAM}"))
-        assert node.run("nft", "list", "ruleset").count("log group 33") == 1
-        return
-    variant = tool.partition("-")[2]
-    for line in iptables.splitlines()[1:]:
-        node.run("sh", "-c", re.sub("^(ip6?tables)", rf"\1-{variant}", line))
-
-
-@quick
-def test_installed_rules_are_the_printed_rules(cluster: Cluster) -> None:
-    """What the daemon installs over netlink lists exactly as the printed text does once loaded by
-    nft.
-    """
-    node = cluster.nodes[0]
-    node.run("ping", "-c1", "127.0.0.1")  # so that conntrack is in use
-    options = (
-        "--peers",
-        "10.0.0.12,fd00::12,10.0.0.255,ff02::7074%eth0",
-        "--ignore-networks",
-        "10.7.0.0/16,fd07::/64",
-    )
-    with daemons([node], *options):
-        installed = node.run("nft", "list", "table", "inet", "pmtud_33")
-        printed = node.run(sys.executable, str(PROGRAM), "rules", *options).partition(
-            "# or iptables"
-        )[0]
-    node.run("nft", "-f", "-", input=printed)
-    loaded = node.run("nft", "list", "table", "inet", "pmtud_33")
-    node.run("nft", "delete", "table", "inet", "pmtud_33")
-    body = [line for line in installed.splitlines() if "flags owner" not in line and line.strip()]
-    body[0] = body[0].partition(" # progname")[0]
-    assert body == [line for line in loaded.splitlines() if line.strip()]
-
-
-@quick
-def test_flush_ruleset_leaves_our_table(cluster: Cluster) -> None:
-    """`nft flush ruleset`, a firewall reload beside us: an owned table stays."""
-    with Cluster(conntrack=False) as plain, daemons(plain.nodes, "--peers", PEER_LISTS[4]):
-        for node in plain.nodes:
-            node.run("nft", "flush", "ruleset")
-            assert "pmtud_33" in node.run("nft", "list", "ruleset")
-        assert len(plain.download("host")) == 23
-
-
-OLD_KERNEL = """
-import pmtud, sys, time
-firewall = pmtud.Firewall(pmtud.Config(), ("eth0",), owned=False)
-print("up", firewall.owned, flush=True)
-time.sleep(60) if sys.argv[1:] else firewall.close()
-"""
-
-
-FLUSHED = """
-import pmtud, subprocess, time
-firewall = pmtud.Firewall(pmtud.Config(), ("eth0",), owned=False)
-for _ in range(3):
-    subprocess.run(["nft", "flush", "ruleset"], check=True)
-    firewall.replace(("eth0",))
-print("back", flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.fixture
-def cluster_of_its_own() -> Iterator[Cluster]:
-    """For a test that removes what the shared one needs."""
-    with Cluster() as cluster:
-        yield cluster
-
-
-def test_table_without_ownership_is_replaced_and_removed(cluster_of_its_own: Cluster) -> None:
-    """Kernels before 5.12: what SIGKILL leaves behind is replaced by the next start and removed by
-    its end.
-    """
-    node = cluster_of_its_own.nodes[0]
-    env = {"PYTHONPATH": str(HERE)}
-    killed = node.start(sys.executable, "-c", OLD_KERNEL, "wait", env=env)
-    killed.wait_for("up False")
-    assert "flags owner" not in node.run("nft", "list", "table", "inet", "pmtud_33")
-    killed.stop(signal.SIGKILL)
-    left = node.run("nft", "list", "table", "inet", "pmtud_33")
-    again = node.start(sys.executable, "-c", OLD_KERNEL, "wait", env=env)
-    again.wait_for("up False")
-    assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
-    again.stop(signal.SIGKILL)
-    with daemons(
-        [node]
-    ):  # its own, owned table takes the place of the stale one, and daemons() sees it go
-        assert "flags owner" in node.run("nft", "list", "table", "inet", "pmtud_33")
-    node.run("nft", "flush", "ruleset")
-    flushed = node.start(sys.executable, "-c", FLUSHED, env=env)
-    flushed.wait_for("back")
-    assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
-    flushed.stop(signal.SIGKILL)
-    final = node.start(sys.executable, "-c", OLD_KERNEL, env=env)
-    assert poll(lambda: final.returncode() is not None, 5) and final.returncode() == 0
-    assert "pmtud" not in node.run("nft", "list", "ruleset")
-
-
-# -- start, stop, and what it says
+# -----------------------------------------------------------------------------
+# Section: daemon -- its life: start, stop, what it says, as a DaemonSet
 
 
 @quick
@@ -6838,6 +6451,209 @@ def test_under_systemd_what_comes_late_is_waited_for(cluster: Cluster, tmp_path:
             booted.systemctl("stop", "pmtud")
         finally:
             node.ip("link del late0")
+
+
+# -- HTTP and logs
+
+
+def get(host: Host, path: str, port: int = 30040, address: str = "127.0.0.1") -> tuple[str, str]:
+    """Status code and body."""
+    url = f"http://{address}:{port}{path}"
+    text = host.run("curl", "-sS", "--max-time", "20", "-w", "\n%{http_code}", url, check=False)
+    body, _, code = text.rpartition("\n")
+    return code, body
+
+
+@quick
+def test_http(cluster: Cluster) -> None:
+    """/metrics, /healthz, /readyz; --metrics-port and --metrics-addr; 0 turns it off."""
+    node = cluster.nodes[0]
+    with daemons([node], "--peers", PEER_LISTS[4]):
+        assert get(node, "/healthz") == ("200", "ok\n")
+        assert get(node, "/readyz") == ("200", "ok\n")
+        assert get(node, "/metrics", address="[::1]")[0] == "200"
+        assert get(node, "/etc/passwd")[0] == "404"
+        assert get(node, "/healthz?verbose") == ("200", "ok\n")
+        head = node.run("curl", "-sSi", "http://127.0.0.1:30040/metrics").splitlines()
+        assert (head[0], head[1]) == (
+            "HTTP/1.0 200 OK",
+            "Content-Type: text/plain; version=0.0.4; charset=utf-8",
+        )
+        assert (
+            head[3] == f"Server: pmtud/{pmtud.__version__} ({socket.gethostname()}, NFLOG group 33)"
+        )
+        for option in ("-XPOST", "-I"):
+            url = "http://127.0.0.1:30040/healthz"
+            assert "400 Bad Request" in node.run("curl", "-sSi", option, url, check=False)
+        assert metrics(node)['pmtud_peers{source="static"}'] == 2
+    with daemons([node], "--metrics-port", "31000", "--metrics-addr", "10.0.0.11"):
+        assert get(node, "/healthz", 31000, "10.0.0.11") == ("200", "ok\n")
+        assert get(node, "/healthz", 31000)[0] == "000"
+    with daemons([node], "--metrics-port", "0"):
+        assert get(node, "/healthz")[0] == "000"
+
+
+def test_metrics_port_taken(cluster: Cluster) -> None:
+    """By default a warning, and the errors are still handled.
+
+    A failure if the port was asked for.
+    """
+    node = cluster.nodes[0]
+    first = daemon(node, "--nflog-group", "40")
+    with daemon_of_group(node, 42, "--metrics-port", "0"):
+        pass
+    with contextlib.closing(first), contextlib.closing(daemon(node)) as second:
+        assert (
+            "metrics cannot be served on * port 30040 (Address already in use); running without"
+            in second.output()
+        )
+        code, output = run_to_end(node, "--nflog-group", "41", "--metrics-port", "30040")
+        assert code == 1
+        assert output == (
+            "pmtud: metrics cannot be served on * port 30040 (Address already in use); "
+            "choose others with --metrics-addr and --metrics-port, port 0 for none\n"
+        )
+
+
+def test_without_prometheus_client(cluster: Cluster) -> None:
+    """The whole job without the library (python -S sees no site-packages), and exit 2 if metrics
+    were asked for.
+    """
+    python = (sys.executable, "-S")
+    processes = [
+        node.start(*python, str(PROGRAM), "--peers", PEER_LISTS[4]) for node in cluster.nodes
+    ]
+    for process in processes:
+        process.wait_for("limits:")
+    assert len(cluster.download("pod")) == 23
+    advice = "prometheus-client is not installed: pip install prometheus-client\n"
+    assert get(cluster.nodes[0], "/metrics") == ("503", advice)
+    assert get(cluster.nodes[0], "/readyz") == ("200", "ok\n")
+    assert [process.stop() for process in processes] == [0, 0, 0]
+    assert processes[0].output().count(f"WARNING running without metrics: {advice}") == 1
+    code, output = run_to_end(cluster.nodes[0], "--metrics-port", "30040", python=python)
+    assert code == 2
+    assert output == (
+        "pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, "
+        "or --metrics-port 0\n"
+    )
+
+
+DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
+    # file of the library, what happens to it, what Python says
+    (
+        "registry.py",
+        Path.unlink,
+        "ModuleNotFoundError: No module named 'prometheus_client.registry'",
+    ),
+    ("exposition.py", lambda path: os.truncate(path, 0), "ImportError: cannot import name "),
+    ("exposition.py", lambda path: os.truncate(path, 2000), "SyntaxError: "),
+    (
+        "exposition.py",
+        lambda path: path.open("a").write("\ngenerate_latest = list\n"),
+        "TypeError: ",
+    ),
+]
+
+
+@pytest.mark.parametrize("name,damage,said", DAMAGES)
+def test_a_damaged_prometheus_client(
+    node: Host, tmp_path: Path, name: str, damage: Callable[[Path], object], said: str
+) -> None:
+    """What failed stands in the log, once, and in each answer of /metrics.
+
+    Everything else works.
+    """
+    spec = importlib.util.find_spec("prometheus_client")
+    assert spec and spec.origin
+    shutil.copytree(Path(spec.origin).parent, tmp_path / "prometheus_client")
+    damage(tmp_path / "prometheus_client" / name)
+    process = node.start(
+        sys.executable, str(PROGRAM), "--metrics-port", "30040", env={"PYTHONPATH": str(tmp_path)}
+    )
+    text = process.wait_for("WARNING running without metrics: ").partition(
+        "running without metrics: "
+    )[2]
+    process.wait_for("limits:")
+    text = text.splitlines()[0] + "\n"
+    assert text.startswith(f"prometheus-client does not work, install it again: {said}")
+    assert [get(node, "/metrics") for _ in range(2)] == [("503", text)] * 2
+    assert get(node, "/readyz") == ("200", "ok\n")
+    assert process.stop() == 0
+    assert process.output().count("WARNING") == 1 and "Traceback" not in process.output()
+
+
+def test_a_loopback_address_in_a_pod_is_pointed_out(node: Host) -> None:
+    """No kubelet can ask there. Outside of a pod it is a good choice."""
+    for env, count in (({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, 1), ({}, 0)):
+        for address in ("127.0.0.1", "::1"):
+            process = node.start(sys.executable, str(PROGRAM), "--metrics-addr", address, env=env)
+            output = process.wait_for("limits:")
+            assert (
+                output.count(
+                    "a kubelet's probes go to the node's address and fail, HTTP is served on "
+                    f"{address} only\n"
+                )
+                == output.count("WARNING")
+                == count
+            )
+            assert process.stop() == 0
+
+
+def test_json_log(cluster: Cluster) -> None:
+    """Every line is an object with time, level and message.
+
+    A router's MTU is told once, a packet in words.
+    """
+    node = cluster.nodes[ingress(cluster, 4)]
+    with daemons([node], "--log-format", "json") as [process]:
+        inject(cluster.router, 4, flow_errors(4, count=1) * 3, gap=0.15)
+        blast(
+            cluster.fabric,
+            f"to-{node.name}",
+            node,
+            "eth0",
+            flow_errors(4, count=1, quoted_src="10.96.0.99"),
+        )
+        received(node, 4)
+    entries = [json.loads(line) for line in process.output().splitlines()]
+    assert all({"time", "level", "message"} <= set(entry) for entry in entries)
+    news = [entry for entry in entries if entry["message"] == "a router reports an MTU"]
+    assert len(news) == 1
+    assert {k: news[0][k] for k in ("router", "destination", "mtu")} == {
+        "router": "10.8.0.1",
+        "destination": "10.9.0.1",
+        "mtu": 1400,
+    }
+    forged = [
+        entry["error"] for entry in entries if entry["level"] == "warning" and "error" in entry
+    ]
+    assert forged == [
+        f"router=10.8.0.1 dst={Cluster.vip('host')} flow=10.96.0.99:80>10.9.0.1:40000/6 mtu=1400"
+    ]
+
+
+def test_news_that_found_no_room_is_told_later(cluster: Cluster) -> None:
+    """At most News.PER_MINUTE lines.
+
+    What is reported again a minute later is news still. A minute is a second here.
+    """
+    node = cluster.nodes[ingress(cluster, 4)]
+    patch = f"{QUICK}\n{SHORT_MINUTE}\npmtud.News.PER_MINUTE = 15"
+    with daemons([node], patch=patch) as [process]:
+
+        def told() -> list[str]:
+            return re.findall(
+                r"a router reports an MTU router=10.8.0.1 destination=(\S+)", process.output()
+            )
+
+        inject(cluster.router, 4, flow_errors(4))
+        process.wait_for("last minute")
+        for _ in range(3):  # a minute in which 15 are told, and some more
+            time.sleep(1.2)
+            inject(cluster.router, 4, flow_errors(4))
+        assert poll(lambda: len(told()) == 23, 5), told()
+        assert len(set(told())) == 23
 
 
 # -- the DaemonSet
@@ -7617,622 +7433,6 @@ def test_every_python_does_the_whole_job(cluster: Cluster, python: str) -> None:
     assert [process.stop() for process in processes] == [0, 0, 0]
     assert finished == [23] * 6
     assert "Traceback" not in processes[0].output()
-
-
-# -- HTTP and logs
-
-
-def get(host: Host, path: str, port: int = 30040, address: str = "127.0.0.1") -> tuple[str, str]:
-    """Status code and body."""
-    url = f"http://{address}:{port}{path}"
-    text = host.run("curl", "-sS", "--max-time", "20", "-w", "\n%{http_code}", url, check=False)
-    body, _, code = text.rpartition("\n")
-    return code, body
-
-
-@quick
-def test_http(cluster: Cluster) -> None:
-    """/metrics, /healthz, /readyz; --metrics-port and --metrics-addr; 0 turns it off."""
-    node = cluster.nodes[0]
-    with daemons([node], "--peers", PEER_LISTS[4]):
-        assert get(node, "/healthz") == ("200", "ok\n")
-        assert get(node, "/readyz") == ("200", "ok\n")
-        assert get(node, "/metrics", address="[::1]")[0] == "200"
-        assert get(node, "/etc/passwd")[0] == "404"
-        assert get(node, "/healthz?verbose") == ("200", "ok\n")
-        head = node.run("curl", "-sSi", "http://127.0.0.1:30040/metrics").splitlines()
-        assert (head[0], head[1]) == (
-            "HTTP/1.0 200 OK",
-            "Content-Type: text/plain; version=0.0.4; charset=utf-8",
-        )
-        assert (
-            head[3] == f"Server: pmtud/{pmtud.__version__} ({socket.gethostname()}, NFLOG group 33)"
-        )
-        for option in ("-XPOST", "-I"):
-            url = "http://127.0.0.1:30040/healthz"
-            assert "400 Bad Request" in node.run("curl", "-sSi", option, url, check=False)
-        assert metrics(node)['pmtud_peers{source="static"}'] == 2
-    with daemons([node], "--metrics-port", "31000", "--metrics-addr", "10.0.0.11"):
-        assert get(node, "/healthz", 31000, "10.0.0.11") == ("200", "ok\n")
-        assert get(node, "/healthz", 31000)[0] == "000"
-    with daemons([node], "--metrics-port", "0"):
-        assert get(node, "/healthz")[0] == "000"
-
-
-def test_metrics_port_taken(cluster: Cluster) -> None:
-    """By default a warning, and the errors are still handled.
-
-    A failure if the port was asked for.
-    """
-    node = cluster.nodes[0]
-    first = daemon(node, "--nflog-group", "40")
-    with daemon_of_group(node, 42, "--metrics-port", "0"):
-        pass
-    with contextlib.closing(first), contextlib.closing(daemon(node)) as second:
-        assert (
-            "metrics cannot be served on * port 30040 (Address already in use); running without"
-            in second.output()
-        )
-        code, output = run_to_end(node, "--nflog-group", "41", "--metrics-port", "30040")
-        assert code == 1
-        assert output == (
-            "pmtud: metrics cannot be served on * port 30040 (Address already in use); "
-            "choose others with --metrics-addr and --metrics-port, port 0 for none\n"
-        )
-
-
-def test_without_prometheus_client(cluster: Cluster) -> None:
-    """The whole job without the library (python -S sees no site-packages), and exit 2 if metrics
-    were asked for.
-    """
-    python = (sys.executable, "-S")
-    processes = [
-        node.start(*python, str(PROGRAM), "--peers", PEER_LISTS[4]) for node in cluster.nodes
-    ]
-    for process in processes:
-        process.wait_for("limits:")
-    assert len(cluster.download("pod")) == 23
-    advice = "prometheus-client is not installed: pip install prometheus-client\n"
-    assert get(cluster.nodes[0], "/metrics") == ("503", advice)
-    assert get(cluster.nodes[0], "/readyz") == ("200", "ok\n")
-    assert [process.stop() for process in processes] == [0, 0, 0]
-    assert processes[0].output().count(f"WARNING running without metrics: {advice}") == 1
-    code, output = run_to_end(cluster.nodes[0], "--metrics-port", "30040", python=python)
-    assert code == 2
-    assert output == (
-        "pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, "
-        "or --metrics-port 0\n"
-    )
-
-
-DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    # file of the library, what happens to it, what Python says
-    (
-        "registry.py",
-        Path.unlink,
-        "ModuleNotFoundError: No module named 'prometheus_client.registry'",
-    ),
-    ("exposition.py", lambda path: os.truncate(path, 0), "ImportError: cannot import name "),
-    ("exposition.py", lambda path: os.truncate(path, 2000), "SyntaxError: "),
-    (
-        "exposition.py",
-        lambda path: path.open("a").write("\ngenerate_latest = list\n"),
-        "TypeError: ",
-    ),
-]
-
-
-@pytest.mark.parametrize("name,damage,said", DAMAGES)
-def test_a_damaged_prometheus_client(
-    node: Host, tmp_path: Path, name: str, damage: Callable[[Path], object], said: str
-) -> None:
-    """What failed stands in the log, once, and in each answer of /metrics.
-
-    Everything else works.
-    """
-    spec = importlib.util.find_spec("prometheus_client")
-    assert spec and spec.origin
-    shutil.copytree(Path(spec.origin).parent, tmp_path / "prometheus_client")
-    damage(tmp_path / "prometheus_client" / name)
-    process = node.start(
-        sys.executable, str(PROGRAM), "--metrics-port", "30040", env={"PYTHONPATH": str(tmp_path)}
-    )
-    text = process.wait_for("WARNING running without metrics: ").partition(
-        "running without metrics: "
-    )[2]
-    process.wait_for("limits:")
-    text = text.splitlines()[0] + "\n"
-    assert text.startswith(f"prometheus-client does not work, install it again: {said}")
-    assert [get(node, "/metrics") for _ in range(2)] == [("503", text)] * 2
-    assert get(node, "/readyz") == ("200", "ok\n")
-    assert process.stop() == 0
-    assert process.output().count("WARNING") == 1 and "Traceback" not in process.output()
-
-
-def test_a_loopback_address_in_a_pod_is_pointed_out(node: Host) -> None:
-    """No kubelet can ask there. Outside of a pod it is a good choice."""
-    for env, count in (({"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, 1), ({}, 0)):
-        for address in ("127.0.0.1", "::1"):
-            process = node.start(sys.executable, str(PROGRAM), "--metrics-addr", address, env=env)
-            output = process.wait_for("limits:")
-            assert (
-                output.count(
-                    "a kubelet's probes go to the node's address and fail, HTTP is served on "
-                    f"{address} only\n"
-                )
-                == output.count("WARNING")
-                == count
-            )
-            assert process.stop() == 0
-
-
-def test_json_log(cluster: Cluster) -> None:
-    """Every line is an object with time, level and message.
-
-    A router's MTU is told once, a packet in words.
-    """
-    node = cluster.nodes[ingress(cluster, 4)]
-    with daemons([node], "--log-format", "json") as [process]:
-        inject(cluster.router, 4, flow_errors(4, count=1) * 3, gap=0.15)
-        blast(
-            cluster.fabric,
-            f"to-{node.name}",
-            node,
-            "eth0",
-            flow_errors(4, count=1, quoted_src="10.96.0.99"),
-        )
-        received(node, 4)
-    entries = [json.loads(line) for line in process.output().splitlines()]
-    assert all({"time", "level", "message"} <= set(entry) for entry in entries)
-    news = [entry for entry in entries if entry["message"] == "a router reports an MTU"]
-    assert len(news) == 1
-    assert {k: news[0][k] for k in ("router", "destination", "mtu")} == {
-        "router": "10.8.0.1",
-        "destination": "10.9.0.1",
-        "mtu": 1400,
-    }
-    forged = [
-        entry["error"] for entry in entries if entry["level"] == "warning" and "error" in entry
-    ]
-    assert forged == [
-        f"router=10.8.0.1 dst={Cluster.vip('host')} flow=10.96.0.99:80>10.9.0.1:40000/6 mtu=1400"
-    ]
-
-
-def test_news_that_found_no_room_is_told_later(cluster: Cluster) -> None:
-    """At most News.PER_MINUTE lines.
-
-    What is reported again a minute later is news still. A minute is a second here.
-    """
-    node = cluster.nodes[ingress(cluster, 4)]
-    patch = f"{QUICK}\n{SHORT_MINUTE}\npmtud.News.PER_MINUTE = 15"
-    with daemons([node], patch=patch) as [process]:
-
-        def told() -> list[str]:
-            return re.findall(
-                r"a router reports an MTU router=10.8.0.1 destination=(\S+)", process.output()
-            )
-
-        inject(cluster.router, 4, flow_errors(4))
-        process.wait_for("last minute")
-        for _ in range(3):  # a minute in which 15 are told, and some more
-            time.sleep(1.2)
-            inject(cluster.router, 4, flow_errors(4))
-        assert poll(lambda: len(told()) == 23, 5), told()
-        assert len(set(told())) == 23
-
-
-# -- peers that change
-
-
-def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
-    """A changed file is read by itself, SIGHUP forces it.
-
-    A bad file keeps the old peers and says why.
-    """
-    node, path = cluster.nodes[0], tmp_path / "peers"
-    path.write_text("10.0.0.12  # worker\n\n10.0.0.11, 10.0.0.13\n")
-
-    def count() -> float:
-        return metrics(node)[f'pmtud_peers{{source="file:{path}"}}']
-
-    with daemons([node], "--peers", f"file:{path}") as [process]:
-        assert count() == 2
-        path.write_text("10.0.0.12\n")
-        assert poll(lambda: count() == 1, 5)
-        process.wait_for("peers changed: 1 went (10.0.0.13) peers_ipv4=1 peers_ipv6=0\n")
-        assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' not in metrics(node)
-        path.write_text("10.0.0.12\n10.0.0.999\n")
-        process.wait_for("line 2: '10.0.0.999' is not an IP address", 5)
-        assert count() == 1
-        assert metrics(node)[f'pmtud_peer_refresh_failures_total{{source="file:{path}"}}'] >= 1
-        path.unlink()
-        process.wait_for("No such file or directory", 5)
-        assert count() == 1
-        path.write_text("10.0.0.12\n10.0.0.13\n")
-        assert poll(lambda: count() == 2, 5)
-        process.wait_for("peers changed: 1 came (10.0.0.13) peers_ipv4=2 peers_ipv6=0\n")
-        os.kill(process.pid, signal.SIGHUP)
-        process.wait_for("SIGHUP: reading the peer sources again")
-        assert count() == 2
-
-
-def account_in(folder: Path) -> str:
-    """The patch for a service account that is not where every pod has it."""
-    return f"pmtud.KubeSource.ACCOUNT = {str(folder)!r}"
-
-
-def test_sighup_without_peer_sources_says_that_it_reads_nothing(cluster: Cluster) -> None:
-    line = "SIGHUP: nothing to read again, no peer source is in use; options are read at the start"
-    for options in ((), ("--peers", PEER_LISTS[4])):
-        with daemons(cluster.nodes[:1], *options) as [process]:
-            os.kill(process.pid, signal.SIGHUP)
-            process.wait_for(line)
-        assert "SIGHUP: reading" not in process.output()
-
-
-def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
-    """With peer and errno, those that were refused most first; here a minute is 1.5 seconds."""
-    node = cluster.nodes[ingress(cluster, 4)]
-    kinds = {f"203.0.113.{n}": "unreachable" for n in range(100, 109)} | {"203.0.113.7": "prohibit"}
-    patch = f"{QUICK}\npmtud.Refusals.SECONDS = 1.5"
-    options = ("--peers", ",".join((*kinds, "10.0.0.77")), "--flow-interval", "0")
-    one = r"203\.0\.113\.\d+: [^;]+ \(E[A-Z]+\), \d+ times; "
-    with contextlib.ExitStack() as stack:
-        for address, kind in kinds.items():
-            node.ip(f"route add {kind} {address}")
-            stack.callback(node.ip, f"route del {kind} {address}")
-        with daemons([node], *options, patch=patch) as [process]:
-            begun = time.monotonic()
-            inject(cluster.router, 4, flow_errors(4))
-            first = process.wait_for("the kernel refused copies to ")
-            assert re.search(
-                rf"WARNING the kernel refused copies to ({one}){{8}}and 2 more\n", first
-            )
-            node.ip("route del prohibit 203.0.113.7", "route add blackhole 203.0.113.7")
-            inject(cluster.router, 4, flow_errors(4) * 2)
-            assert poll(lambda: process.output().count("the kernel refused") == 2, 5)
-            node.ip("route del blackhole 203.0.113.7", "route add prohibit 203.0.113.7")
-            took = time.monotonic() - begun
-            received(node, 3 * ERRORS)
-            time.sleep(2)  # a minute in which nothing is refused
-    told = re.findall("WARNING the kernel refused copies to (.*)", process.output())
-    assert 2 <= len(told) <= 2 + took / 1.5
-    assert "203.0.113.100: No route to host (EHOSTUNREACH), " in "".join(told)
-    assert "77" not in "".join(told)
-
-
-WAITS_FOR_PEERS = """
-import time
-follow = pmtud.Peers.follow
-def follow_and_wait(self):
-    follow(self)
-    while len(self.listed()) < 2:
-        time.sleep(0.01)
-pmtud.Peers.follow = follow_and_wait
-"""
-
-
-def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
-    """No daemon is called standalone before the answer is in force.
-
-    One without peers is afterwards.
-    """
-    node = cluster.nodes[0]
-    cases = {
-        ("10.0.0.11", "10.0.0.12", "10.0.0.13"): "peers changed: 2 came (10.0.0.12, 10.0.0.13)",
-        ("10.0.0.11",): "peers: none, standalone: local rescue only",
-    }
-    with NameServer(cluster, "10.0.0.1") as names:
-        for addresses, line in cases.items():
-            names.serve(*addresses)
-            process = patched_daemon(node, WAITS_FOR_PEERS, "--peers", "pmtud")
-            process.wait_for(line)
-            told = re.findall(r"INFO (peers.*?)(?: peers_ipv4.*)?\n", process.output())
-            assert told == ["peers: none yet, asking for them", line]
-            assert get(node, "/readyz")[0] == "200"
-            assert process.stop() == 0
-
-
-def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
-    """One alone is in force at once; 90 that follow it are one. Here that second lasts ten."""
-    patch = f"{account_in(tmp_path)}\npmtud.Roster.CHANGE_GAP = 10.0"
-    with Net() as net, ExitStack() as stack:
-        node = net.host("node")
-        api = stack.enter_context(node.inside(lambda: FakeApi(tmp_path)))
-        stack.callback(api.shutdown)
-        stack.callback(api.disconnect)
-        for number in (12, 13, 14):
-            api.change("ADDED", f"node-{number}", f"10.0.0.{number}")
-        options = ("--iface", "lo", "--peers", "kube:nodes")
-        process = patched_daemon(node, patch, *options, env=api.environ)
-        three = "(10.0.0.12, 10.0.0.13, 10.0.0.14)"
-        process.wait_for(f"peers changed: 3 came {three} peers_ipv4=3 peers_ipv6=0\n")
-        assert poll(lambda: api.watches == 1, 5)
-        time.sleep(10.2)
-        begun = time.monotonic()
-        api.change("ADDED", "node-15", "fd00::15")
-        process.wait_for("peers changed: 1 came (fd00::15) peers_ipv4=3 peers_ipv6=1\n")
-        assert time.monotonic() - begun < 9
-        for number in range(87):
-            api.change("ADDED", f"new-{number}", f"10.1.0.{number}")
-        for number in (12, 13, 14):
-            api.change("DELETED", f"node-{number}")
-        few = ", ".join(f"10.1.0.{number}" for number in range(8))
-        process.wait_for(
-            f"peers changed: 87 came ({few} and 79 more), 3 went {three} "
-            "peers_ipv4=87 peers_ipv6=1\n"
-        )
-        assert process.output().count("peers changed") == 3
-        assert process.stop() == 0
-
-
-class NameServer:
-    """dnsmasq in a host, its records changed while it runs; where the hosts of a cluster ask."""
-
-    def __init__(self, cluster: Cluster, address: str) -> None:
-        self._host, self._records = (
-            cluster.fabric,
-            Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records",
-        )
-        self.name, self._address = "pmtud.kube-system.svc.cluster.local", address
-        self._etc = [Path("/etc/netns") / node.namespace for node in cluster.nodes]
-        self.process: Optional[Process] = None
-
-    def __enter__(self) -> NameServer:
-        for folder in self._etc:  # `ip netns exec` mounts what is in here over /etc
-            folder.mkdir(parents=True)
-            (folder / "resolv.conf").write_text(
-                f"nameserver {self._address}\nsearch kube-system.svc.cluster.local\n"
-                "options timeout:1 attempts:1\n"
-            )
-            (folder / "hosts").write_text("127.0.0.1 localhost\n")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        for folder in (*self._etc, self._records.parent):
-            shutil.rmtree(folder)
-
-    def serve(self, *addresses: str, options: Sequence[str] = ()) -> None:
-        """Answer with these addresses from now on."""
-        self._records.write_text("".join(f"{address} {self.name}\n" for address in addresses))
-        if self.process and not options:
-            os.kill(self.process.pid, signal.SIGHUP)
-            return
-        self.stop()
-        self.process = self._host.start(
-            "dnsmasq",
-            "--keep-in-foreground",
-            "--conf-file=/dev/null",
-            "--pid-file=",
-            "--user=root",
-            "--no-resolv",
-            "--no-hosts",
-            f"--addn-hosts={self._records}",
-            f"--listen-address={self._address}",
-            "--bind-interfaces",
-            "--domain-needed",
-            "--log-facility=-",
-            *(options or ["--local=/cluster.local/"]),
-        )
-        self.process.wait_for("read ")
-
-    def stop(self) -> None:
-        """Answer nothing any more."""
-        if self.process:
-            self.process.close()
-            self.process = None
-
-
-class OddNameServer(NameServer):
-    """A name server that garbles or swallows what it is asked for of one family.
-
-    The resolver is told nothing.
-    """
-
-    A, AAAA = 1, 28
-
-    def __enter__(self) -> OddNameServer:
-        super().__enter__()
-        for folder in self._etc:
-            (folder / "resolv.conf").write_text(f"nameserver {self._address}\n" * 2)
-        self.records: dict[int, list[str]] = {self.A: [], self.AAAA: []}
-        self.garbled = self.swallowed = self.silences = 0
-        self._socket = self._host.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        self._socket.bind((self._address, 53))
-        self._thread = threading.Thread(target=self._answer, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # not connected; the thread wakes up all the same
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._socket.close()
-        super().__exit__()
-
-    def _answer(self) -> None:
-        """RFC 1035, section 4: a header, the question again, and records whose name points to it."""
-        while True:
-            query, client = self._socket.recvfrom(512)
-            if not query:
-                return
-            end = query.index(b"\0", 12) + 5
-            (kind,) = struct.unpack(">H", query[end - 4 : end - 2])
-            family = socket.AF_INET if kind == self.A else socket.AF_INET6
-            data = [socket.inet_pton(family, text) for text in self.records[kind]]
-            if kind == self.garbled:
-                data = [item[:3] for item in data]  # an address of three bytes
-            head = query[:2] + struct.pack(">5H", 0x8180, 1, len(data), 0, 0)
-            records = [struct.pack(">3HIH", 0xC00C, kind, 1, 1, len(item)) + item for item in data]
-            self.silences += kind == self.swallowed
-            if kind != self.swallowed:
-                self._socket.sendto(head + query[12:end] + b"".join(records), client)
-
-
-def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
-    """Malformed addresses are no removal.
-
-    And where AAAA is never answered, an IPv4 peer that left is gone in 30 s.
-    """
-    node = cluster.nodes[0]
-    with OddNameServer(cluster, "10.0.0.1") as names:
-        names.records = {names.A: ["10.0.0.12", "10.0.0.13"], names.AAAA: ["fd00::12"]}
-        with daemons([node], "--peers", "pmtud.example.") as [process]:
-            label = 'pmtud_peers{source="dns:pmtud.example."}'
-            assert poll(lambda: metrics(node).get(label) == 3, 5)
-            names.garbled = names.A
-            os.kill(process.pid, signal.SIGHUP)
-            process.wait_for("ipv4: No address associated", 5)
-            assert metrics(node)[label] == 3
-            assert (
-                metrics(node)['pmtud_peer_refresh_failures_total{source="dns:pmtud.example."}'] == 1
-            )
-            names.garbled, names.records[names.AAAA] = 0, ["fd00::12", "fd00::13"]
-            os.kill(process.pid, signal.SIGHUP)
-            assert poll(lambda: metrics(node)[label] == 4, 5)
-            names.swallowed = names.AAAA
-            os.kill(process.pid, signal.SIGHUP)
-            process.wait_for("ipv6: Temporary failure in name resolution", 9)
-            names.records[names.A] = ["10.0.0.12"]
-            assert poll(lambda: metrics(node)[label] == 3, 30), process.output()
-            assert not [name for name in metrics(node) if "10.0.0.13" in name]
-
-
-def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
-    """Nothing but a name is given.
-
-    Not ready before the first answer; then all transfers finish, both families.
-    """
-    # a bare name, which the resolver completes from its search list
-    with (
-        NameServer(cluster, "10.0.0.1") as names,
-        daemons(cluster.nodes, "--peers", "pmtud") as processes,
-    ):
-        assert "peers: none yet, asking for them" in processes[0].output()
-        assert get(cluster.nodes[0], "/readyz")[0] == "503"
-        for process in processes:
-            process.wait_for("peer source failed problem=")
-            assert "kept=" not in process.output()
-        nodes = [Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)]
-        names.serve(*nodes)
-        for process in processes:
-            os.kill(process.pid, signal.SIGHUP)
-        label = 'pmtud_peers{source="dns:pmtud"}'
-        assert poll(lambda: all(metrics(node).get(label) == 4 for node in cluster.nodes), 5)
-        assert get(cluster.nodes[0], "/readyz") == ("200", "ok\n")
-        for family in (4, 6):
-            assert len(cluster.download("pod", family)) == 23
-            assert_learned(cluster, "pod", family)
-
-
-def test_peers_follow_dns(cluster: Cluster) -> None:
-    """Without a signal: within 30 s a peer that left is gone with its series.
-
-    A dead server changes nothing.
-    """
-    node = cluster.nodes[0]
-    with NameServer(cluster, "10.0.0.1") as names:
-        names.serve("10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::13")
-        source = f"dns:{names.name}."
-        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [
-            process
-        ]:  # one of them named twice
-            label = f'pmtud_peers{{source="{source}"}}'
-            failures = f'pmtud_peer_refresh_failures_total{{source="{source}"}}'
-
-            def failed_since(count: float, complaint: str) -> bool:
-                return (
-                    metrics(node)[failures] > count
-                    and complaint in process.output().splitlines()[-1]
-                )
-
-            assert poll(lambda: metrics(node).get(label) == 3, 5)
-            assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' in metrics(node)
-            names.serve("10.0.0.11", "10.0.0.12", "fd00::13")
-            assert poll(lambda: metrics(node)[label] == 2, 30)
-            assert not [name for name in metrics(node) if "10.0.0.13" in name]
-            temporary = "Temporary failure in name resolution"
-            for trouble, said in (
-                ("empty", "Name or service not known"),
-                ("refused", temporary),
-                ("dead", temporary),
-            ):
-                before = metrics(node)[failures]
-                names.stop()
-                if trouble == "refused":
-                    names.serve(options=["--cache-size=0"])  # a server that knows nobody to ask
-                elif trouble != "dead":
-                    names.serve()
-                os.kill(process.pid, signal.SIGHUP)
-                assert poll(partial(failed_since, before, said), 10), trouble
-                assert metrics(node)[label] == 2, trouble
-            names.serve("10.0.0.12", "10.0.0.13", "0.0.0.0")
-            os.kill(process.pid, signal.SIGHUP)
-            process.wait_for(
-                "an address is left out source=" + source + ' problem="0.0.0.0' + PEER_HINT, 5
-            )
-            assert poll(
-                lambda: metrics(node).get('pmtud_copies_sent_total{peer="10.0.0.13"}') == 0, 5
-            )
-
-
-def test_stop_while_a_question_is_on_its_way(cluster: Cluster) -> None:
-    """The resolver waits for half a minute, the end does not wait for the resolver."""
-    node = cluster.nodes[0]
-    with OddNameServer(cluster, "10.0.0.1") as names:
-        names.swallowed = names.AAAA
-        process = node.start(
-            sys.executable,
-            str(PROGRAM),
-            "--peers",
-            "pmtud.example.",
-            "--metrics-port",
-            "0",
-            env={"RES_OPTIONS": "timeout:30 attempts:1"},
-        )
-        assert poll(lambda: names.silences, 5)
-        begun = time.monotonic()
-        assert process.stop() == 0
-        assert time.monotonic() - begun < 20
-
-
-def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) -> None:
-    """Own addresses are followed.
-
-    What becomes ours stops being a peer, and comes back when it leaves.
-    """
-    node = cluster.nodes[0]
-    with daemons([node], "--peers", "10.0.0.12,10.0.0.77"):
-        assert metrics(node)['pmtud_peers{source="static"}'] == 2
-        node.ip("addr add 10.0.0.77/24 dev eth0")
-        assert poll(lambda: metrics(node)['pmtud_peers{source="static"}'] == 1, 3)
-        node.ip("addr del 10.0.0.77/24 dev eth0")
-        assert poll(lambda: metrics(node)['pmtud_peers{source="static"}'] == 2, 3)
-
-
-def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
-    """No route to one peer.
-
-    Its copies are counted as refused, every other peer still gets all of its own.
-    """
-    first = ingress(cluster, 4)
-    node, peer = cluster.nodes[first], (first + 1) % 3
-    node.ip("route add unreachable 203.0.113.7")
-    try:
-        with (
-            daemons([node], "--peers", f"203.0.113.7,{Cluster.node_address(peer + 1)}"),
-            daemons([cluster.nodes[peer]], "--peers", PEER_LISTS[4]),
-        ):
-            inject(cluster.router, 4, flow_errors(4))
-            received(cluster.nodes[peer], ERRORS)
-            samples = metrics(node)
-    finally:
-        node.ip("route del unreachable 203.0.113.7")
-    assert samples['pmtud_copy_errors_total{peer="203.0.113.7"}'] == ERRORS
-    assert samples['pmtud_copies_sent_total{peer="203.0.113.7"}'] == 0
-    assert samples[f'pmtud_copies_sent_total{{peer="{Cluster.node_address(peer + 1)}"}}'] == ERRORS
 
 
 # -----------------------------------------------------------------------------
@@ -9981,6 +9181,822 @@ def test_check_command_line() -> None:
         assert run_to_end(host, "check")[0] == 1
         host.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
         assert run_to_end(host, "check")[0] == 2
+
+
+# -----------------------------------------------------------------------------
+# Section: command line -- options, environment, exit codes
+
+EXAMPLES = {  # two values for each option, neither the default
+    "--peers": ("10.0.0.12,file:/x", "fd00::12"),
+    "--iface": ("eth7", "eth8"),
+    "--nodename": ("n1", "n2"),
+    "--nflog-group": ("7", "8"),
+    "--metrics-port": ("9000", "0"),
+    "--metrics-addr": ("127.0.0.1", "::1"),
+    "--ttl": ("3", "4"),
+    "--ignore-networks": ("10.0.0.0/8", "fd00::/8"),
+    "--rules": ("off", "auto"),
+    "--service-networks": ("203.0.113.0/24", "2001:db8::/32"),
+    "--ports": ("443,80", "8443"),
+    "--min-mtu": ("576", "600,1300"),
+    "--flow-interval": ("0.5", "0"),
+    "--source-rate": ("5", "0"),
+    "--rate": ("6", "0.5"),
+    "--log-level": ("debug", "error"),
+    "--log-format": ("json", "text"),
+}
+FLAGS = ("--no-rescue", "--dry-run")
+
+
+def parse_options(argv: Sequence[str], **environ: str) -> pmtud.Config:
+    """The configuration of a run."""
+    asked = pmtud.parse_args(argv, environ)
+    assert asked.command == "run"
+    return asked.config
+
+
+@unit
+def test_the_examples_name_every_option() -> None:
+    actions = pmtud.build_parser()._actions
+    options = {
+        text for action in actions for text in action.option_strings if text.startswith("--")
+    }
+    assert options == {*EXAMPLES, *FLAGS, "--json", "--no-color", "--help", "--version"}
+
+
+@unit
+@pytest.mark.parametrize("option", EXAMPLES)
+def test_every_option_has_a_variable_and_the_command_line_wins(option: str) -> None:
+    variable = "PMTUD_" + option[2:].replace("-", "_").upper()
+    first, second = EXAMPLES[option]
+    given = parse_options([option, first])
+    assert given != parse_options([])
+    assert parse_options([], **{variable: first}) == given
+    assert (
+        parse_options([f"{option}={second}"], **{variable: first})
+        == parse_options([option, second])
+        != given
+    )
+    assert parse_options([], **{variable: ""}) == parse_options([])
+
+
+@unit
+@pytest.mark.parametrize("option", FLAGS)
+@pytest.mark.parametrize(
+    ("text", "on"),
+    [
+        ("1", True),
+        ("true", True),
+        ("YES", True),
+        ("on", True),
+        ("0", False),
+        ("False", False),
+        ("no", False),
+        ("off", False),
+    ],
+)
+def test_flags_from_the_environment(option: str, text: str, on: bool) -> None:
+    variable = "PMTUD_" + option[2:].replace("-", "_").upper()
+    base = ["--peers", "10.0.0.12"]
+    assert parse_options([*base, option]) != parse_options(base)
+    assert parse_options(base, **{variable: text}) == parse_options([*base, option] if on else base)
+
+
+@unit
+def test_repeated_options_add_up() -> None:
+    config = parse_options(
+        [
+            "--peers",
+            "10.0.0.12,file:/x",
+            "--peers",
+            "file:/y,10.0.0.12,10.0.0.13",
+            "--iface",
+            "a,b",
+            "--iface",
+            "c",
+            "--ports",
+            "1-2",
+            "--ports",
+            "3",
+            "--ignore-networks",
+            "10.0.0.0/8",
+            "--ignore-networks",
+            "fd00::/8",
+        ]
+    )
+    assert (config.peers, config.peer_sources) == (
+        addresses("10.0.0.12", "10.0.0.13"),
+        ("file:/x", "file:/y"),
+    )
+    assert config.ifaces == ("a", "b", "c")
+    assert config.ports == {1, 2, 3}
+    assert config.ignore_networks == (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+
+
+@unit
+def test_defaults() -> None:
+    config = parse_options([])
+    assert config == pmtud.Config(nodename=socket.gethostname())
+    assert (config.nflog_group, config.metrics_port, config.ttl, config.min_mtu) == (
+        33,
+        30040,
+        10,
+        (552, 1280),
+    )
+    assert (config.flow_interval, config.source_rate, config.rate, config.rules) == (
+        0.1,
+        500.0,
+        1000.0,
+        "auto",
+    )
+    assert parse_options(["--metrics-port", "30040"]).metrics_required
+    assert not parse_options(["--metrics-port", "0"]).metrics_required
+
+
+BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
+    (["--ttl", "0"], {}, "argument --ttl: 0 is not between 1 and 255"),
+    (
+        ["--peers", ""],
+        {},
+        "argument --peers: '' names no peer; without --peers only local rescue is done",
+    ),
+    (
+        ["--peers=,"],
+        {},
+        "argument --peers: ',' names no peer; without --peers only local rescue is done",
+    ),
+    (["--nflog-group", "65536"], {}, "argument --nflog-group: 65536 is not between 0 and 65535"),
+    (["--metrics-port", "x"], {}, "argument --metrics-port: 'x' is not a whole number"),
+    (
+        ["--metrics-addr", "x"],
+        {},
+        "argument --metrics-addr: 'x' does not appear to be an IPv4 or IPv6 address",
+    ),
+    (
+        ["--peers", "127.0.0.1"],
+        {},
+        "argument --peers: 127.0.0.1" + PEER_HINT + "; a peer is " + KINDS,
+    ),
+    (["--peers", "dns:no_des"], {}, "argument --peers: 'dns:no_des' is not " + KINDS),
+    (["--peers", "file:"], {}, "argument --peers: 'file:' is not " + KINDS),
+    (["--iface", "a/b"], {}, "argument --iface: 'a/b' is not an interface name"),
+    (["--rules", "maybe"], {}, "argument --rules: invalid choice: 'maybe' (choose from"),
+    (["--log-level", "loud"], {}, "argument --log-level: invalid choice: 'loud' (choose from"),
+    (["--rate"], {}, "argument --rate: expected one argument"),
+    (["--rat=5"], {}, "unknown option --rat; did you mean --rate?"),
+    (["--peer", "10.0.0.12"], {}, "unknown option --peer; did you mean --peers?"),
+    (["check", "--peeers", "10.0.0.12"], {}, "unknown option --peeers; did you mean --peers?"),
+    (["-peers", "10.0.0.12"], {}, "unknown option -peers; did you mean --peers?"),
+    (["--interface", "eth0"], {}, "unknown option --interface; did you mean --iface?"),
+    (["-v"], {}, "unknown option -v; see pmtud.py --help"),
+    (["chekc"], {}, "unknown command chekc; did you mean check?"),
+    (["10.0.0.12"], {}, "unknown command 10.0.0.12; see pmtud.py --help"),
+    (["run", "10.0.0.12"], {}, "10.0.0.12: only for `pmtud.py check`"),
+    (["--ttl", "5", "6"], {}, "unknown command 6; see pmtud.py --help"),
+    (["--peers", "10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
+    (["--peers=10.0.0.12", "10.0.0.13"], {}, "10.0.0.13: separate peers with commas"),
+    (
+        ["run", "--peers", "10.0.0.12", "10.0.0.13", "10.0.0.14"],
+        {},
+        "10.0.0.13: separate peers with commas",
+    ),
+    (["rules", "--iface", "eth0", "eth1"], {}, "eth1: separate ifaces with commas"),
+    (["--ports", "80", "443", "--ttl", "3"], {}, "443: separate ports with commas"),
+    (
+        ["check", "--service-networks", "10.0.0.0/8,", "fd00::/8"],
+        {},
+        "fd00::/8: separate networks with commas",
+    ),
+    (["check", "--peers", "10.0.0.12", ",10.0.0.13"], {}, ",10.0.0.13: separate peers with commas"),
+    (
+        ["--peers", "10.0.0.0/24"],
+        {},
+        "argument --peers: 10.0.0.0/24" + BROADCAST + "10.0.0.255; a peer is " + KINDS,
+    ),
+    (["--no-rescue"], {}, "--no-rescue without --peers leaves nothing to do; give --peers"),
+    ([], {"PMTUD_TTL": "0"}, "PMTUD_TTL: 0 is not between 1 and 255"),
+    ([], {"PMTUD_RULES": "maybe"}, "PMTUD_RULES: invalid choice: 'maybe' (choose from"),
+    ([], {"PMTUD_DRY_RUN": "maybe"}, "PMTUD_DRY_RUN: 'maybe' is not yes or no"),
+    ([], {"PMTUD_PORTS": "https"}, "PMTUD_PORTS: 'https'" + PORT_HINT),
+    ([], {"PMTUD_PEERS": "dns:no_des"}, "PMTUD_PEERS: 'dns:no_des' is not " + KINDS),
+    # kubectl create secret likes to end values with a newline
+    ([], {"PMTUD_TTL": "300\n"}, "PMTUD_TTL: 300 is not between 1 and 255"),
+)
+
+
+@unit
+@pytest.mark.parametrize(("argv", "environ", "message"), BAD_COMMAND_LINES)
+def test_bad_command_lines(
+    argv: list[str],
+    environ: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 2 and one line.
+
+    What follows `choose from` is argparse's and changes with Python.
+    """
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        pmtud, "run", lambda config: None
+    )  # a test that fails must not start the daemon
+    assert pmtud.main(argv) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    start, choices, _ = output.err.partition("(choose from")
+    assert start + choices == f"pmtud: {message}" + ("" if choices else "\n")
+
+
+# The Services pmtud and pmtud-metrics, as a kubelet describes them to every container
+OF_KUBERNETES = {
+    "PMTUD_SERVICE_HOST": "10.96.0.7",
+    "PMTUD_SERVICE_PORT": "30040",
+    "PMTUD_SERVICE_PORT_METRICS": "30040",
+    "PMTUD_PORT": "tcp://10.96.0.7:30040",
+    "PMTUD_PORT_30040_TCP": "tcp://10.96.0.7:30040",
+    "PMTUD_PORT_30040_TCP_PROTO": "tcp",
+    "PMTUD_PORT_30040_TCP_PORT": "30040",
+    "PMTUD_PORT_30040_TCP_ADDR": "10.96.0.7",
+    "PMTUD_METRICS_SERVICE_HOST": "10.96.0.8",
+    "PMTUD_METRICS_SERVICE_PORT": "53",
+    "PMTUD_METRICS_PORT": "udp://10.96.0.8:53",
+    "PMTUD_METRICS_PORT_53_UDP": "udp://10.96.0.8:53",
+    "PMTUD_METRICS_PORT_53_UDP_ADDR": "10.96.0.8",
+}
+
+
+@unit
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("PMTUD_PEER", "did you mean PMTUD_PEERS?"),
+        ("PMTUD_Peers", "did you mean PMTUD_PEERS?"),
+        ("pmtud_dry_run", "did you mean PMTUD_DRY_RUN?"),
+        ("PMTUD_INTERFACE", "did you mean PMTUD_IFACE?"),
+        ("PMTUD_PORT", "did you mean PMTUD_PORTS?"),
+        ("PMTUD_HOSTS", "did you mean PMTUD_PORTS?"),
+        ("PMTUD_COLOUR_OF_THE_SKY", "see pmtud.py --help"),
+    ],
+)
+@pytest.mark.parametrize("value", ["", "10.0.0.12"])
+def test_variables_that_are_no_options(name: str, advice: str, value: str) -> None:
+    asked = pmtud.parse_args([], {"PATH": "/bin", **OF_KUBERNETES, name: value})
+    assert asked.warnings == (f"{name} is no option; {advice}",)
+    assert asked.config == parse_options([])
+
+
+@unit
+def test_variables_of_options_and_of_kubernetes_are_in_order() -> None:
+    given = {option: examples[0] for option, examples in EXAMPLES.items()}
+    given.update(dict.fromkeys((*FLAGS, "--json", "--no-color"), "yes"))
+    environ = {
+        "PMTUD_" + option[2:].replace("-", "_").upper(): text for option, text in given.items()
+    }
+    assert pmtud.parse_args(["check"], environ).warnings == ()
+    assert pmtud.parse_args([], OF_KUBERNETES) == pmtud.parse_args([], {})
+
+
+@unit
+def test_a_warning_about_a_variable_is_one_line_of_the_log() -> None:
+    """In the form that the log has; what the command prints stays as it is."""
+    line = r"\S+Z WARNING PMTUD_PEER is no option; did you mean PMTUD_PEERS\?\n"
+    done = run_program("rules", "--iface", "eth0", PMTUD_PEER="10.0.0.12")
+    assert re.fullmatch(line, done.stderr)
+    assert (done.returncode, done.stdout[:10]) == (0, "# nftables")
+    done = run_program("check", "--json", PMTUD_PEER="10.0.0.12", PMTUD_LOG_FORMAT="json")
+    assert json.loads(done.stderr)["level"] == "warning"
+    assert json.loads(done.stdout)["schema"] == 1
+
+
+@unit
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["check", "10.9.0.2", "fd09::2"],
+        ["check", "--peers", "10.0.0.12", "10.9.0.2"],
+        ["--iface", "eth0", "check"],
+        ["check", "--ttl", "5", "10.9.0.2"],
+        ["--peers", "10.0.0.12", "rules"],
+        ["run", "--peers", "10.0.0.12"],
+        ["--peers", "10.0.0.12,", "check"],
+        ["check", "--peers", "10.0.0.12,", "--iface", "eth0"],
+    ],
+)
+def test_words_that_are_in_their_place(argv: list[str]) -> None:
+    """A command may come after options, and so may the hosts of `check`."""
+    asked = pmtud.parse_args(argv, {})
+    assert asked.command in argv
+    assert list(asked.hosts) == [word for word in argv if word in ("10.9.0.2", "fd09::2")]
+
+
+@unit
+def test_no_rescue_and_no_peers_is_nothing_to_do_for_the_daemon_only() -> None:
+    """The doctor and `rules` have something to say all the same, whoever gave the option."""
+    wanted = parse_options([])._replace(rescue=False)
+    for command in ("check", "rules"):
+        assert pmtud.parse_args([command, "--no-rescue"], {}).config == wanted
+        assert pmtud.parse_args([command], {"PMTUD_NO_RESCUE": "yes"}).config == wanted
+    for argv in (["check"], ["rules", "--iface", "eth0"]):
+        done = run_program(*argv, "--no-rescue")
+        assert (done.stderr, bool(done.stdout)) == ("", True)
+    with pytest.raises(pmtud.UsageError):
+        pmtud.parse_args([], {"PMTUD_NO_RESCUE": "yes"})
+
+
+@unit
+@pytest.mark.parametrize(
+    ("argv", "environ", "line"),
+    [
+        (["--ttl", "256"], {}, "pmtud: argument --ttl: 256 is not between 1 and 255"),
+        ([], {"PMTUD_MIN_MTU": "67"}, "pmtud: PMTUD_MIN_MTU: 67 is not between 68 and 65535"),
+        (
+            ["--peers", "file:/nonexistent/peers", "--iface", "lo"],
+            {},
+            "pmtud: peers: file:/nonexistent/peers: No such file or directory",
+        ),
+        (["--iface", "nosuch0"], {}, "pmtud: --iface: there is no interface nosuch0; there are lo"),
+    ],
+)
+def test_bad_options_end_the_program_with_2(
+    argv: list[str], environ: dict[str, str], line: str
+) -> None:
+    done = run_program(*argv, **environ)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(line)
+
+
+@unit
+def test_help_and_version() -> None:
+    shown = run_program("--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert all(
+        option in shown.stdout
+        for option in (*EXAMPLES, *FLAGS, "examples:", "Exit codes: 0", "PMTUD_")
+    )
+    version = run_program("--version")
+    assert (version.returncode, version.stdout) == (0, f"pmtud {pmtud.__version__}\n")
+
+
+@unit
+@pytest.mark.parametrize("rate", [1, 10, 100, 1000, 100_000])
+def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> None:
+    """Or a flood would use up the daemon's own limit.
+
+    Where the rate is low a few bursts more must come through.
+    """
+    texts = [rule.text for rule in pmtud.shed_rules(rate, bursts=True) if rule.chain == "shed"]
+    first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
+    assert len(bursts) == 2 and len(set(bursts)) == 1  # of one router's hash in each family
+    assert bursts[0] >= min(50, max(1, rate // 2)) and first >= max(1, rate // 2)
+    assert first + bursts[0] == max(2, rate)  # of one family
+    (alone,) = (rule.text for rule in pmtud.shed_rules(rate, bursts=False) if rule.chain == "shed")
+    assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
+
+
+@unit
+def test_rules_without_a_default_route(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pmtud, "default_route_interfaces", lambda: ())
+    assert pmtud.main(["rules"]) == 1
+    message = (
+        "pmtud: there is no default route; name the interface errors come in on with --iface\n"
+    )
+    assert capsys.readouterr().err == message
+
+
+@unit
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--metrics-port", "0"], None),
+        ([], None),
+        (
+            ["--metrics-port", "9000"],
+            "--metrics-port and --metrics-addr need prometheus-client: "
+            "pip install prometheus-client, or --metrics-port 0",
+        ),
+    ],
+)
+def test_metrics_asked_for_and_prometheus_client_missing(
+    argv: list[str], problem: Optional[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    try:
+        pmtud.check_metrics_library(parse_options(argv))
+    except pmtud.UsageError as caught:
+        assert str(caught) == problem
+    else:
+        assert problem is None
+
+
+# -----------------------------------------------------------------------------
+# Section: properties -- whatever the bytes, whatever the order
+
+nets = st.sampled_from([V4, V6])
+ports = st.integers(0, 65535)
+numbers = st.binary(min_size=16, max_size=16)
+versions = st.sampled_from([b"", b"\x45", b"\x4f", b"\x60"])
+
+
+@unit
+@given(versions, st.binary(max_size=300))
+def test_no_bytes_break_a_parser(first: bytes, rest: bytes) -> None:
+    data = first + rest
+    assert isinstance(pmtud.parse(data), (pmtud.MtuError, Reason))
+    assert sum(16 + len(payload) for _, _, payload in pmtud.messages(data)) <= len(data)
+    assert sum(4 + len(value) for value in pmtud.attributes(data).values()) <= len(data)
+    assert len(pmtud.parse_nflog(data)) <= len(data) // 16
+    assert isinstance(pmtud.error_number(data), int)
+
+
+def damaged(source: bytes) -> st.SearchStrategy[bytes]:
+    """These bytes cut anywhere, up to six of them changed."""
+
+    def damage(size: int, changes: list[tuple[int, int]]) -> bytes:
+        found = bytearray(source[:size])
+        for at, value in changes:
+            found[at % max(1, size) : at % max(1, size) + 1] = [value]
+        return bytes(found[:size])
+
+    change = st.tuples(st.integers(0, len(source)), st.integers(0, 255))
+    return st.builds(damage, st.integers(0, len(source)), st.lists(change, max_size=6))
+
+
+@unit
+@given(nets, st.data())
+def test_a_damaged_error_is_an_error_or_a_reason(net: Plan, data: st.DataObject) -> None:
+    """Bits flipped anywhere and cut anywhere.
+
+    Then the same in the quoted packet, with the checksum right again.
+    """
+    inner: dict[str, Any] = (
+        {} if net is V4 else {"extensions": [EIGHT, fragment_header(0, True), AUTHENTICATED]}
+    )
+    assert isinstance(
+        pmtud.parse(data.draw(damaged(mtu_error(net, inner=inner)))), (pmtud.MtuError, Reason)
+    )
+    found = pmtud.parse(mtu_error(net, quoted=data.draw(damaged(quote(net, **inner)))))
+    assert isinstance(found, pmtud.MtuError) or found.value.startswith("quoted")
+
+
+@unit
+@given(
+    st.sampled_from([6, 17, 33, 132, 1, 4, 41, 47, 50, 89]),
+    st.binary(min_size=8, max_size=30),
+    ports,
+    st.data(),
+)
+def test_the_short_way_finds_what_the_long_way_finds(
+    protocol: int, start: bytes, mtu: int, data: st.DataObject
+) -> None:
+    """plain_ipv4_error() leaves a packet to walk_error() or agrees with it.
+
+    Most of the usual ones it takes itself.
+    """
+    whole = mtu_error(
+        V4, protocol=protocol, transport=start, mtu=mtu, quoted_length=data.draw(ports)
+    )
+    assert (pmtud.plain_ipv4_error(whole) is None) is (protocol not in (6, 17, 33, 132))
+    for packet in (whole, data.draw(damaged(whole))):
+        assert pmtud.plain_ipv4_error(packet) in (None, pmtud.walk_error(packet))
+
+
+@unit
+@given(nets, st.binary(max_size=64), st.data())
+def test_nflog_survives_damage(net: Plan, prefix: bytes, data: st.DataObject) -> None:
+    datagram = nflog_message(mtu_error(net), 1, prefix) + nflog_message(mtu_error(net), 2)
+    assert len(pmtud.parse_nflog(datagram)) == 2
+    for packet, _, _ in pmtud.parse_nflog(data.draw(damaged(datagram))):
+        assert isinstance(pmtud.parse(packet), (pmtud.MtuError, Reason))
+
+
+NUMBER_HEAD = nla(8, 12)
+decoys = st.sampled_from(
+    [NUMBER_HEAD, NUMBER_HEAD + b"\0\0\0\7" + nla(200, 9), nla(13, 10) + b"pmtud rpf"]
+)
+nflog_messages = st.builds(
+    nflog_message,
+    st.binary(max_size=40),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([b"", b"\0", b"pmtud rpf\0", b"pmtud rpf 2\0", b"pmtud rpg\0", b"mine\0"]),
+    between=st.lists(st.binary(max_size=9) | decoys, max_size=3),
+)
+
+
+@unit
+@given(st.lists(nflog_messages, max_size=8), st.data())
+def test_nflog_search_finds_what_a_walk_finds(messages: list[bytes], data: st.DataObject) -> None:
+    """Whatever looks like a number or a prefix before the packet or in it.
+
+    The kernel numbers each message, as asked. Of a damaged one something is found, or nothing.
+    """
+    walked = [pmtud.walk_to_packet(message) for message in messages]
+    assert [one for message in messages for one in pmtud.parse_nflog(message)] == walked
+    if messages:
+        changed = data.draw(damaged(messages[0]))[16:]
+        found = pmtud.parse_nflog(nlmsg(16 + len(changed), 0x400, 0, 0, 0) + changed)
+        assert len(found) == 1 and all(len(packet) <= len(changed) for packet, _, _ in found)
+
+
+@unit
+@given(
+    st.binary(max_size=40),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([(b"", False), (b"pmtud rpf\0", True), (b"pmtud rpg\0", False)]),
+    st.lists(st.binary(max_size=9) | decoys.filter(lambda decoy: b"rpf" not in decoy), max_size=3),
+)
+def test_nflog_message_comes_back(
+    packet: bytes, number: int, prefix: tuple[bytes, bool], between: list[bytes]
+) -> None:
+    datagram = nflog_message(packet, number, prefix[0], between=between)
+    found = [(packet, struct.pack("!I", number), prefix[1])]
+    assert pmtud.parse_nflog(datagram) == found
+    assert pmtud.parse_nflog(datagram * 2) == found * 2
+
+
+@unit
+@given(nets, st.binary(min_size=8, max_size=600), st.binary(max_size=30), st.booleans())
+def test_icmp_is_exactly_the_bytes_of_the_packet(
+    net: Plan, transport: bytes, padding: bytes, more: bool
+) -> None:
+    outer: dict[str, Any] = {"options": ROUTER_ALERT} if net is V4 else {"extensions": [EIGHT]}
+    packet = mtu_error(net, transport=transport, outer=outer if more else {})
+    found = pmtud.parse(packet + padding)
+    assert isinstance(found, pmtud.MtuError)
+    assert (
+        found.icmp
+        == packet[HEADER[net.family.name] + (len(packet) > 0 and more) * (4 if net is V4 else 8) :]
+    )
+
+
+@unit
+@given(nets, st.tuples(numbers, numbers), st.tuples(ports, ports), ports, st.booleans())
+def test_parse_agrees_with_scapy(
+    net: Plan, pair: tuple[bytes, ...], flow: Sequence[int], mtu: int, tcp: bool
+) -> None:
+    (sport, dport), size = flow, 4 if net is V4 else 16
+    router, host = (str(ip_address(number[:size])) for number in pair)
+    layer, upper = (
+        (IP, ICMP(type=3, code=4, nexthopmtu=mtu))
+        if net is V4
+        else (IPv6, ICMPv6PacketTooBig(mtu=mtu))
+    )
+    segment = (TCP if tcp else UDP)(sport=sport, dport=dport)
+    dropped = layer(src=host, dst=net.client) / segment / bytes(100)
+    found = pmtud.parse(bytes(layer(src=router, dst=host) / upper / dropped))
+    assert isinstance(found, pmtud.MtuError)
+    assert found[:11] == (
+        net.family,
+        packed(router),
+        packed(host),
+        packed(host),
+        packed(net.client),
+        6 if tcp else 17,
+        len(bytes(dropped)),
+        sport,
+        dport,
+        mtu,
+        found.icmp,
+    )
+
+
+@unit
+@given(nets, st.binary(min_size=2, max_size=200), st.booleans())
+def test_checksum_agrees_with_scapy(net: Plan, data: bytes, right: bool) -> None:
+    def summed(body: bytes) -> int:
+        if net is V4:
+            return int(scapy_checksum(body))
+        return int(in6_chksum(58, IPv6(src=net.router, dst=net.vip), body))  # type: ignore[no-untyped-call]
+
+    body = b"\x03" + data
+    if right:
+        body = body[:2] + struct.pack("!H", summed(body[:2] + bytes(2) + body[4:])) + body[4:]
+    holds = not pmtud.checksum_remainder(net.family, packed(net.router), packed(net.vip), body)
+    assert holds is (summed(body) in (0, 0xFFFF))  # RFC 2460: scapy turns a sum of 0 into 0xffff
+    assert holds or not right
+
+
+pauses = st.sampled_from([0.0, 0.01, 0.1, 0.3, 0.5, 1.0, 5.0])
+
+
+@unit
+@given(
+    st.sampled_from([0.25, 1.0, 3.0, 7.5]),
+    st.lists(st.tuples(pauses, st.sampled_from("abc")), max_size=80),
+)
+def test_no_key_gets_more_than_its_rate(rate: float, events: list[tuple[float, str]]) -> None:
+    """In any span of t seconds at most rate * t + burst, and never less than one for a key that
+    waited.
+    """
+    buckets, now = pmtud.TokenBuckets(rate), 100.0
+    passed: dict[str, list[float]] = {}
+    for pause, key in events:
+        now += pause
+        before = passed.setdefault(key, [])
+        if buckets.take(key, now):
+            before.append(now)
+        else:
+            assert before
+            assert now - before[-1] < 1 / rate + 1e-6
+    for times in passed.values():
+        for first in range(len(times)):
+            for last in range(first, len(times)):
+                assert (
+                    last - first + 1 <= rate * (times[last] - times[first]) + max(rate, 1.0) + 1e-6
+                )
+
+
+@unit
+@given(st.integers(1, 8), st.lists(st.tuples(pauses, st.integers(0, 12)), max_size=80))
+def test_recent_is_bounded_and_remembers_long_enough(
+    capacity: int, events: list[tuple[float, int]]
+) -> None:
+    """A key is there for `seconds` unless more than `capacity` others came since."""
+    recent, now, history = pmtud.Recent(1.0, capacity), 50.0, []
+    for pause, key in events:
+        now += pause
+        recent.put(key, now, now)
+        history.append((now, key))
+        assert len(recent) <= 2 * capacity
+        later: set[int] = set()
+        for when, old in reversed(history):
+            if now - when >= 1.0 or len(later) >= capacity:
+                break
+            newest = max(time_put for time_put, other_key in history if other_key == old)
+            assert recent.get(old) == newest
+            later.add(old)
+
+
+# -----------------------------------------------------------------------------
+# Section: structure -- what the charter promises about the source
+
+SOURCE = PROGRAM.read_text()
+TREE = ast.parse(SOURCE)
+FUNCTIONS = [
+    node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+]
+IMPURE = {
+    "socket",
+    "time",
+    "random",
+    "os",
+    "select",
+    "signal",
+    "threading",
+    "logging",
+    "http",
+    "sys",
+    "open",
+    "print",
+    "input",
+    "log",
+    "LOGGER",
+    "exec",
+    "eval",
+    "globals",
+    "__import__",
+    "Netlink",
+    "Nflog",
+    "ctypes",
+}
+PURE_ATTRIBUTES = re.compile(r"socket\.(AF|IPPROTO)_\w+|os\.strerror|sys\.byteorder")
+
+
+def section_lines(name: str) -> range:
+    """The line numbers of a section, found by its banner."""
+    banners = re.finditer(r"^# -{77}\n# Section: ([\w ]+) -- .+$", SOURCE, re.MULTILINE)
+    starts = [(match[1], SOURCE[: match.start()].count("\n") + 1) for match in banners]
+    names = [start[0] for start in starts]
+    after = [*starts, ("end", SOURCE.count("\n") + 2)][names.index(name) + 1]
+    return range(dict(starts)[name], after[1])
+
+
+def impurities(lines: range) -> Iterator[str]:
+    """What in these lines could touch a socket, a clock, a file, the log or chance."""
+    nodes = [
+        node
+        for node in ast.walk(TREE)
+        if isinstance(node, (ast.expr, ast.stmt)) and node.lineno in lines
+    ]
+    allowed = {
+        id(node.value)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and PURE_ATTRIBUTES.fullmatch(ast.unparse(node))
+    }
+    for node in nodes:
+        name = isinstance(node, ast.Name) and id(node) not in allowed and node.id in IMPURE
+        if name or isinstance(node, (ast.Import, ast.ImportFrom, ast.Global)):
+            yield f"{ast.unparse(node)} in line {node.lineno}"
+
+
+@unit
+def test_the_list_of_sections_is_theirs() -> None:
+    """In the docstring of this file, in their order."""
+    sections = re.findall(r"^# Section: (.+?) -- ", Path(__file__).read_text(), re.MULTILINE)
+    listed = " ".join(str(__doc__).partition("Sections: ")[2].split())
+    assert listed == f"{', '.join(sections)}."
+
+
+@unit
+@pytest.mark.parametrize("name", ["packets", "netlink codec", "rules", "policy"])
+def test_pure_sections_touch_nothing(name: str) -> None:
+    lines = section_lines(name)
+    assert len(lines) > 50
+    assert list(impurities(lines)) == []
+
+
+@unit
+def test_the_purity_scan_sees_what_it_looks_for() -> None:
+    assert any(text.startswith("socket in line") for text in impurities(section_lines("kernel")))
+    assert any(text.startswith("time in line") for text in impurities(section_lines("daemon")))
+
+
+@unit
+def test_sections_are_in_the_order_of_the_charter() -> None:
+    names = [
+        "constants",
+        "errors",
+        "options",
+        "packets",
+        "netlink codec",
+        "rules",
+        "policy",
+        "counters",
+        "log",
+        "kernel",
+        "peers",
+        "forwarder",
+        "daemon",
+        "doctor",
+        "command line",
+    ]
+    assert re.findall(r"^# Section: ([\w ]+) -- ", SOURCE, re.MULTILINE) == names
+
+
+@unit
+def test_importing_has_no_side_effect() -> None:
+    program = """if True:
+        import json, logging, os, signal, sys, threading
+        def state():
+            return [sorted(os.listdir("/proc/self/fd"))[:-1], threading.active_count(), repr(signal.getsignal(15)),
+                    len(logging.root.handlers), dict(os.environ), os.getcwd(), repr(sys.excepthook)]
+        import argparse, ctypes, http.server, ipaddress, socket  # their side effects are not ours
+        before = state()
+        import pmtud
+        print(json.dumps([before == state(), "prometheus_client" in sys.modules]))
+    """
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, cwd=PROGRAM.parent, text=True, capture_output=True, check=True)
+    assert (json.loads(done.stdout), done.stderr) == ([True, False], "")
+
+
+@unit
+def test_only_the_standard_library_at_the_top() -> None:
+    imports = [node for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    library = sysconfig.get_paths()["stdlib"]
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        origin = spec.origin or ""
+        assert origin in ("built-in", "frozen") or (
+            origin.startswith(library) and "-packages" not in origin
+        ), name
+
+
+FUNCTION_LINES_MAX = 60
+
+
+def long_functions(tree: ast.AST) -> Iterator[str]:
+    """The names of all functions over the limit, methods and functions in functions too."""
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES_MAX:
+            yield node.name
+
+
+@unit
+def test_functions_are_short() -> None:
+    assert set(long_functions(TREE)) <= {"add_options"}  # a table
+
+
+@unit
+@pytest.mark.parametrize(("lines", "found"), [(60, []), (61, ["run"])])
+def test_the_scan_for_long_functions_sees_each(lines: int, found: list[str]) -> None:
+    """Also one whose name a short one has, too."""
+    body = "        pass\n" * (lines - 1)
+    text = f"class A:\n    def run():\n{body}class B:\n    def run():\n        pass\n"
+    assert list(long_functions(ast.parse(text))) == found
+
+
+@unit
+def test_python_3_9_reads_it() -> None:
+    ast.parse(SOURCE, feature_version=(3, 9))
 
 
 # -----------------------------------------------------------------------------
@@ -14544,7 +14560,7 @@ def bench(argv: Sequence[str]) -> int:
 
 
 # -----------------------------------------------------------------------------
-# Section: command line -- all tests, the lab, or the bench
+# Section: test command -- all tests, the lab, or the bench
 
 
 class Verdict:
