@@ -130,6 +130,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9934,6 +9935,38 @@ def test_sections_are_in_the_order_of_the_charter() -> None:
         "command line",
     ]
     assert re.findall(r"^# Section: ([\w ]+) -- ", SOURCE, re.MULTILINE) == names
+
+
+def used_too_early(source: str) -> list[str]:
+    """The names that a section uses and only a later one defines."""
+    starts = [
+        number
+        for number, line in enumerate(source.splitlines(), 1)
+        if line.startswith("# Section: ")
+    ]
+    tree = ast.parse(source)
+    home: dict[str, int] = {}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names = [
+            name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+        ]
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        for name in names:
+            home.setdefault(name, bisect_right(starts, node.lineno))
+    return [
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and home.get(node.id, 0) > bisect_right(starts, node.lineno)
+    ]
+
+
+@unit
+def test_a_section_uses_only_what_stands_above_it() -> None:
+    assert used_too_early(SOURCE) == []
+    two = "# Section: a\ndef f():\n    g(h)\nh = 1\n# Section: b\ndef g(): f()\n"
+    assert used_too_early(two) == ["g"]
 
 
 @unit
