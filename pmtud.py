@@ -3905,7 +3905,7 @@ def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> Iterator[Ne
 
 
 def inside_address(
-    family: Family, local: Iterable[LocalAddress], uplinks: Sequence[int]
+    family: Family, local: Iterable[LocalAddress], ifindexes: Sequence[int]
 ) -> Optional[LocalAddress]:
     """The own address at which deliveries come in.
 
@@ -3914,7 +3914,7 @@ def inside_address(
     """
     found = [one for one in local if len(one.packed) == family.address_len]
     found = [one for one in found if not is_martian(one.packed) and not is_link_local(one.packed)]
-    for ifindex in uplinks:
+    for ifindex in ifindexes:
         for address in found:
             if address.ifindex == ifindex:
                 return address
@@ -3934,7 +3934,7 @@ def arrange(
     removed = tuple(peer for peer in everyone if peer.packed in own)
     targets = [peer for peer in everyone if peer.packed not in own]
     groups = [peer for peer in targets if peer.packed in broadcasts or peer.is_multicast]
-    uplinks = [number for number, name in socket.if_nameindex() if name in ifaces]
+    ifindexes = [number for number, name in socket.if_nameindex() if name in ifaces]
     ways = {}
     node: set[bytes] = set()
     for family in FAMILIES:
@@ -3943,7 +3943,7 @@ def arrange(
         theirs = tuple(peer for peer in targets if family_of(peer.packed) is family)
         source, known = own_source(mine, theirs)
         node |= known
-        ways[family] = Ways(theirs, source, inside_address(family, local, uplinks))
+        ways[family] = Ways(theirs, source, inside_address(family, local, ifindexes))
     view = View(
         own=frozenset(own),
         node=frozenset(node),
