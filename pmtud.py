@@ -674,7 +674,7 @@ class Option(NamedTuple):
         return self.renamed or self.dest
 
 
-def shown(value: Any) -> str:
+def default_text(value: Any) -> str:
     """A default as --help and people write it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
@@ -6741,7 +6741,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         described = [option.help] if option.help else []
         if option.repeatable:
             described.append("repeatable")
-        default = option.default or shown(Config._field_defaults[option.field])
+        default = option.default or default_text(Config._field_defaults[option.field])
         parser.add_argument(
             option.flag,
             action="append" if option.repeatable else "store",

@@ -9958,7 +9958,9 @@ def used_too_early(source: str) -> list[str]:
     return [
         node.id
         for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and home.get(node.id, 0) > bisect_right(starts, node.lineno)
+        if isinstance(node, ast.Name)
+        and isinstance(node.ctx, ast.Load)
+        and home.get(node.id, 0) > bisect_right(starts, node.lineno)
     ]
 
 
