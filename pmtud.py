@@ -4997,6 +4997,13 @@ IFLA_INFO_DATA = 2
 IFLA_IPTUN_LINK = 1
 IFLA_IPTUN_LOCAL = 2
 IFLA_IPTUN_REMOTE = 3
+IFLA_IPTUN_ENCAP_TYPE = 15
+IFLA_GRE_LINK = 1
+IFLA_GRE_LOCAL = 6
+IFLA_GRE_REMOTE = 7
+IFLA_GRE_ENCAP_TYPE = 14
+TUNNEL_ENCAP_FOU = 1
+TUNNEL_ENCAP_GUE = 2
 IFLA_VXLAN_GROUP = 2
 IFLA_VXLAN_LINK = 3
 IFLA_VXLAN_LOCAL = 4
@@ -5044,11 +5051,18 @@ class Tunnel(NamedTuple):
     overhead_ipv6: int
     link: int = 0
     addresses: tuple[int, ...] = ()
+    encap: int = 0  # the attribute that tells whether UDP is around it
 
 
+ENCAP_BYTES = {TUNNEL_ENCAP_FOU: 8, TUNNEL_ENCAP_GUE: 12}
+IPTUN_ADDRESSES = (IFLA_IPTUN_LOCAL, IFLA_IPTUN_REMOTE)
+GRE_ADDRESSES = (IFLA_GRE_LOCAL, IFLA_GRE_REMOTE)
 VXLAN_ADDRESSES = (IFLA_VXLAN_LOCAL, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_GROUP, IFLA_VXLAN_GROUP6)
 TUNNELS = {
-    "ipip": Tunnel(r"tunl\d+", 20, 20, IFLA_IPTUN_LINK, (IFLA_IPTUN_LOCAL, IFLA_IPTUN_REMOTE)),
+    "ipip": Tunnel(r"tunl\d+", 20, 20, IFLA_IPTUN_LINK, IPTUN_ADDRESSES, IFLA_IPTUN_ENCAP_TYPE),
+    # Without a key, checksum or number, which add four bytes each
+    "gre": Tunnel("", 24, 44, IFLA_GRE_LINK, GRE_ADDRESSES, IFLA_GRE_ENCAP_TYPE),
+    "gretap": Tunnel("", 38, 58, IFLA_GRE_LINK, GRE_ADDRESSES, IFLA_GRE_ENCAP_TYPE),
     "vxlan": Tunnel(
         r"vxlan(-v6)?\.calico|flannel(-v6)?\.\d+|cilium_vxlan",
         50,
@@ -5059,7 +5073,7 @@ TUNNELS = {
     "wireguard": Tunnel(r"wireguard\.cali|wg-v6\.cali|flannel-wg(-v6)?|cilium_wg0", 60, 80),
     "geneve": Tunnel(r"cilium_geneve", 50, 70, 0, (IFLA_GENEVE_REMOTE, IFLA_GENEVE_REMOTE6)),
 }
-OVERHEADS = {size for tunnel in TUNNELS.values() for size in tunnel[1:3]}
+OVERHEADS = {size for tunnel in TUNNELS.values() if tunnel.names for size in tunnel[1:3]}
 POD_NAMES = r"(cali|lxc|veth)[0-9a-f]+|cni0|cilium_(host|net)"
 NIC_KINDS = ("", "bond", "team", "vlan")
 VETH_NIC_NAMES = r"eth\d|en[opsx]|mgmt"  # in kind and containerlab NICs are veths
@@ -5130,6 +5144,8 @@ def read_link(attrs: dict[int, bytes], flags: int) -> Link:
     overhead = tunnel.overhead_ipv4
     if "-v6" in name or IPV6 in map(family_of, addresses):
         overhead = tunnel.overhead_ipv6
+    encap = int.from_bytes(data.get(tunnel.encap, b""), sys.byteorder)
+    overhead += ENCAP_BYTES.get(encap, 0)
     index = int.from_bytes(data.get(tunnel.link, b""), sys.byteorder)
     return Link(name, mtu, "tunnel", overhead, interface_under(index, addresses))
 
@@ -5817,6 +5833,8 @@ def check_tcp_probing() -> Finding:
 def check_min_pmtu() -> Finding:
     """net.ipv4.route.min_pmtu"""
     value = setting("ipv4/route/min_pmtu")
+    if value < 0:
+        return ok("min_pmtu", "only the first network namespace of this kernel tells it")
     if value <= IPV4_MIN_PMTU:
         return ok("min_pmtu", f"{value}: the smallest MTU believed")
     found = f"{value}: smaller reports count as this one, and cost DF"

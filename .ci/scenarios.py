@@ -577,6 +577,16 @@ def systemd_unit() -> str:
     return "23 of each; reload, watchdog, stop"
 
 
+# A bus without services that it could start; polkit would wait for a systemd
+BUS = """<busconfig>
+  <type>system</type> <listen>{}</listen> <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow user="*"/> <allow own="*"/> <allow send_destination="*"/> <allow receive_sender="*"/>
+  </policy>
+</busconfig>
+"""
+
+
 @scenario
 def firewalld() -> str:
     """A real firewalld, which filters IPv6 by reverse path; before and after its reload."""
@@ -585,8 +595,8 @@ def firewalld() -> str:
         bus = f"unix:path={folder}/bus"  # of its own: one of this machine is not disturbed
         on_bus = ("env", f"DBUS_SYSTEM_BUS_ADDRESS={bus}")
         config = f"--system-config={folder}"
-        t.execute("dbus-uuidgen", "--ensure")
-        node.start("dbus-daemon", "--system", f"--address={bus}", "--nofork", "--nopidfile")
+        Path(folder, "bus.conf").write_text(BUS.format(bus))
+        node.start("dbus-daemon", f"--config-file={folder}/bus.conf", "--nofork", "--nopidfile")
         assert t.poll(lambda: os.path.exists(f"{folder}/bus"), 10)
         interfaces = [f"--add-interface={name}" for name in ("eth0", "to-pod")]
         t.execute("firewall-offline-cmd", config, "--zone=trusted", *interfaces, timeout=60)
@@ -619,24 +629,27 @@ TUNNELS = {
 }
 
 
+def complaints(node: t.Host) -> list[str]:
+    """What is not OK, but for what every Linux before 5.12 lacks."""
+    found = [entry for entry in t.diagnose(node).checks if entry["status"] != "OK"]
+    return [entry["found"] for entry in found if "no table ownership" not in entry["found"]]
+
+
 @scenario
 def check() -> str:
     """All OK on a good node, also with tunnels of each kind; not once their MTU is too large."""
     with t.OneNode() as net:
         daemon = start_daemon(net.node)
-        good = t.diagnose(net.node)
-        assert good.code == 0, good.checks
+        assert complaints(net.node) == []
         t.execute("modprobe", "fou")
         net.node.ip(
             *(f"link add {name} {words}" for name, words in TUNNELS.items()),
             *(f"link set {name} up" for name in TUNNELS),
         )
-        still = t.diagnose(net.node)
-        assert still.code == 0, [entry for entry in still.checks if entry["status"] != "OK"]
+        assert complaints(net.node) == []
         net.node.ip(*(f"link set {name} mtu 1500" for name in TUNNELS if not name.endswith("x")))
-        found = "\n".join(
-            entry["found"] for entry in t.diagnose(net.node).checks if entry["status"] != "OK"
-        )
+        net.node.ip("link set fou9 mtu 1480")  # right without UDP around it
+        found = "\n".join(complaints(net.node))
         assert not [name for name in TUNNELS if not name.endswith("x") and name not in found], found
         assert daemon.stop() == 0
     return f"no false alarm with {len(TUNNELS)} tunnels"
