@@ -2031,7 +2031,7 @@ class Policy:
         """
         if error.quoted_protocol not in error.family.protocols:
             return Reason.QUOTED_PROTO
-        mtu = error.believed_mtu
+        mtu = error.mtu or error.believed_mtu  # mostly the first, which is faster
         if mtu < self._min_mtu[error.family.version]:
             return Reason.MTU_TOO_SMALL
         if mtu >= error.quoted_length and mtu >= error.quoted_length_max:
@@ -3245,12 +3245,13 @@ class DeliverySocket(Descriptor):
 
     def _send(self, packet: bytes, towards: str, ifindex: int) -> int:
         """Send, routed by this address, and by this interface if one is given; 0 or the errno."""
-        control = []
-        if ifindex and self._family is IPV4:  # IPv6 takes it from the address
-            where = IN_PKTINFO.pack(ifindex, bytes(4), bytes(4))
-            control.append((socket.IPPROTO_IP, IP_PKTINFO, where))
         try:
-            self.socket.sendmsg([packet], control, 0, (towards, 0))
+            if ifindex and self._family is IPV4:  # IPv6 takes it from the address
+                where = IN_PKTINFO.pack(ifindex, bytes(4), bytes(4))
+                control = [(socket.IPPROTO_IP, IP_PKTINFO, where)]
+                self.socket.sendmsg([packet], control, 0, (towards, 0))
+            else:
+                self.socket.sendto(packet, (towards, 0))
         except OSError as problem:
             return problem.errno or errno.EIO
         return 0
@@ -3988,6 +3989,7 @@ class Lane:
         self.counts = CopyCounts(())
         self.delivery: Optional[DeliverySocket] = None
         self.fanout: Optional[Fanout] = None  # None without peers
+        self.bodies: list[bytes] = []  # that are to go out to all peers
         self._stack = contextlib.ExitStack()
 
     def open(self, config: Config, arrangement: Arrangement) -> None:
@@ -4151,13 +4153,8 @@ def check_ifaces(names: Sequence[str]) -> None:
         )
 
 
-class Acted(NamedTuple):
-    """An error that is acted on."""
-
-    error: MtuError
-    origin: str
-    action: str  # one of ACTIONS
-    rpf: bool  # strict reverse path filtering drops it
+# An error that is acted on, its origin, one of ACTIONS, whether strict reverse path filtering drops it
+Acted = tuple[MtuError, str, str, bool]
 
 
 class Forwarder:
@@ -4271,8 +4268,8 @@ class Forwarder:
             one = self._judge(packet, rpf, now)
             if one:
                 acted.append(one)
+        self._replicate()
         if not self._config.dry_run:
-            self._replicate(acted)
             for error, origin, _, rpf in acted:
                 if origin is PEER or self._config.rescue:
                     self._deliver(error, rpf)
@@ -4297,27 +4294,25 @@ class Forwarder:
             self._counters.dropped[verdict.reason] += 1
             self._explain_drop(error, verdict.reason, now)
             return None
-        return Acted(error, verdict.origin, self._action(error, verdict), rpf)
-
-    def _action(self, error: MtuError, verdict: Verdict) -> str:
-        """What the verdict comes to with these peers and options."""
-        if verdict.action is REPLICATE and self._lanes[error.family.name].fanout:
-            return REPLICATE
-        if verdict.origin is PEER or self._config.rescue:
-            return DELIVER
-        return NOTHING
+        action = verdict.action
+        if action is REPLICATE:
+            lane = self._lanes[error.family.name]
+            if lane.fanout:
+                lane.bodies.append(error.icmp)
+                return error, verdict.origin, REPLICATE, rpf
+            action = DELIVER
+        if verdict.origin is ROUTER and not self._config.rescue:
+            action = NOTHING
+        return error, verdict.origin, action, rpf
 
     # -- copy
 
-    def _replicate(self, acted: Sequence[Acted]) -> None:
+    def _replicate(self) -> None:
         """Send the copies of all errors of a family together."""
         for lane in self._lanes.values():
-            bodies = []
-            for error, _, action, _ in acted:
-                if action is REPLICATE and error.family is lane.family:
-                    bodies.append(error.icmp)
-            if bodies and lane.fanout:
-                self.refusals.add(lane.fanout.send(bodies))
+            if lane.bodies and lane.fanout and not self._config.dry_run:
+                self.refusals.add(lane.fanout.send(lane.bodies))
+            lane.bodies.clear()
 
     # -- deliver
 
@@ -4347,16 +4342,17 @@ class Forwarder:
 
     def _account(self, acted: Sequence[Acted], now: float) -> None:
         """Count and log what was done, after all of it: a log line costs as much as ten copies."""
+        counters = self._counters
         told = LOGGER.isEnabledFor(logging.DEBUG)
         for error, origin, action, _ in acted:
             if origin is ROUTER:
                 self._tell_report(error, now)
             if self._config.dry_run:
-                self._counters.dropped[Reason.DRY_RUN] += 1
+                counters.dropped[Reason.DRY_RUN] += 1
                 log("info", f"dry run: would {action}", origin=origin, error=error)
                 continue
-            self._counters.acted[action] += 1
-            self._counters.reported_mtu.observe(error.believed_mtu)
+            counters.acted[action] += 1
+            counters.reported_mtu.observe(error.mtu or error.believed_mtu)
             if told:
                 log("debug", "error", origin=origin, what=action, error=error)
 
