@@ -441,6 +441,7 @@ def vrf_outside() -> str:
 
 ENDPOINTS = {
     "ipip": "type ipip local {local} remote {remote}",
+    "fou": "type ipip local {local} remote {remote} encap fou encap-sport auto encap-dport 5555",
     "gre": "type gre local {local} remote {remote}",
     "gretap": "type gretap local {local} remote {remote}",
     "vxlan": "type vxlan id {number} local {local} remote {remote} dstport 4789 df set",
@@ -450,7 +451,9 @@ ENDPOINTS = {
 
 def build_endpoints(cluster: t.Cluster) -> None:
     """On each node a tunnel of each kind, from the service address to a client of its own."""
+    t.execute("modprobe", "fou")
     for i, node in enumerate(cluster.nodes):
+        node.ip("fou add port 5555 ipproto 4")
         for n, (kind, form) in enumerate(ENDPOINTS.items()):
             number = 1 + 3 * n + i
             words = form.format(
@@ -461,7 +464,7 @@ def build_endpoints(cluster: t.Cluster) -> None:
                 f"link set {kind}9 up",
                 f"addr add 192.168.{number}.1/24 dev {kind}9",
             )
-            if kind not in ("ipip", "gre"):
+            if kind not in ("ipip", "fou", "gre"):
                 node.ip(f"neigh add 192.168.{number}.2 lladdr 02:00:00:00:00:02 dev {kind}9")
 
 
