@@ -164,6 +164,7 @@ NF_INET_LOCAL_OUT = 3
 # Of hooks with equal priority the one registered last runs first, so at the usual ones (raw -300,
 # mangle -150) others get before us: a filter that drops an error, a rule that overwrites our mark.
 NF_IP_PRI_BEFORE_RAW = -399  # directly behind defragmentation, NF_IP_PRI_CONNTRACK_DEFRAG
+NF_IP_PRI_BEHIND_RAW = -250
 NF_IP_PRI_BEHIND_CONNTRACK = -199  # NF_IP_PRI_CONNTRACK is -200, NAT of destinations -100
 
 # linux/netfilter/nf_tables.h: messages, then the attributes of each object and expression, which
@@ -201,7 +202,7 @@ ImmediateAttr = enum.IntEnum("ImmediateAttr", "DREG DATA")
 LimitAttr = enum.IntEnum("LimitAttr", "RATE UNIT BURST TYPE FLAGS")
 LogAttr = enum.IntEnum("LogAttr", "GROUP PREFIX")
 LookupAttr = enum.IntEnum("LookupAttr", "SET SREG")
-MetaAttr = enum.IntEnum("MetaAttr", "DREG KEY")
+MetaAttr = enum.IntEnum("MetaAttr", "DREG KEY SREG")
 PayloadAttr = enum.IntEnum("PayloadAttr", "DREG BASE OFFSET LEN")
 
 # linux/netfilter/nf_tables.h: values
@@ -252,6 +253,7 @@ RTM_GETNEXTHOP = 106
 RTMGRP_IPV4_IFADDR = 0x10
 RTMGRP_IPV6_IFADDR = 0x100
 RT_TABLE_MAIN = 254
+RTA_DST = 1
 RTA_OIF = 4
 RTA_GATEWAY = 5
 RTA_PRIORITY = 6
@@ -286,6 +288,7 @@ SO_MARK = 36
 SO_SNDBUFFORCE = 32
 SO_RCVBUFFORCE = 33
 IP_MTU_DISCOVER = 10
+IP_RECVERR = 11
 IPV6_MTU_DISCOVER = 23
 PMTUDISC_DONT = 0
 IP_TRANSPARENT = 19
@@ -368,6 +371,10 @@ USER_CAPS = struct.Struct(
 # On errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
 MARK_DELIVER = 0x2C
 MARK_COPY = 0x2E  # on copies on their way to a peer
+# Calico's eBPF data plane drops at tc egress what it takes for an error about no flow of its own,
+# but for what has exactly this mark of its own programs (3.30, 3.32)
+MARK_CALICO_BYPASS = 0x03000000
+CALICO_BPF_IFACE = "bpfin.cali"  # is there while that data plane is (3.24 and later)
 RPF_PREFIX = "pmtud rpf"  # log prefix of errors that strict reverse path filtering would drop
 CONNTRACK_COUNT = "/proc/sys/net/netfilter/nf_conntrack_count"
 NFLOG_INSTANCES = "/proc/net/netfilter/nfnetlink_log"
@@ -469,6 +476,7 @@ class Config(NamedTuple):
     metrics_addr: str = ""
     metrics_required: bool = False
     ttl: int = 10
+    copy_mark: Union[str, int] = "auto"
     ignore_networks: tuple[Network, ...] = ()
     rules: str = "auto"
     rescue: bool = True
@@ -538,6 +546,20 @@ def parse_min_mtu(text: str) -> tuple[int, int]:
     ipv4: int = number_between(IPV4_MIN_MTU, 65535)(items[0])
     ipv6: int = number_between(IPV6_MIN_MTU, 65535)(items[1]) if len(items) == 2 else IPV6_MIN_MTU
     return ipv4, ipv6
+
+
+def parse_copy_mark(text: str) -> Union[str, int]:
+    """auto, none or a mark of 32 bits, decimal or like 0x3000000."""
+    if text in ("auto", "none"):
+        return text
+    if not re.fullmatch("0[xX][0-9a-fA-F]{1,8}|[0-9]{1,10}", text):
+        raise ValueError(f"{text!r} is not auto, none or a mark like 0x3000000")
+    mark = int(text, 16 if text[1:2] in ("x", "X") else 10)
+    if mark > 0xFFFFFFFF:
+        raise ValueError(f"{text} has more than 32 bits")
+    if mark == MARK_DELIVER:
+        raise ValueError(f"{text} is the mark of deliveries, which the guard keeps on this node")
+    return mark
 
 
 def parse_nodename(text: str) -> str:
@@ -719,6 +741,13 @@ OPTIONS = (
     ),
     Option("--metrics-addr", "address to serve them on", parse_address, "ADDR", default="all"),
     Option("--ttl", "TTL or hop limit of copies", number_between(1, 255), "N"),
+    Option(
+        "--copy-mark",
+        "packet mark with which copies leave; auto: Calico's bypass mark while its eBPF data "
+        "plane is here, else none",
+        parse_copy_mark,
+        "auto|none|MARK",
+    ),
     Option(
         "--ignore-networks",
         "networks of the cluster besides the peers: errors from there are not replicated",
@@ -1381,6 +1410,7 @@ class Site(NamedTuple):
     senders: Senders = NOBODY
     conntrack: bool = True  # whether connections are tracked
     bursts: bool = True  # whether the kernel can tell bursts: Linux 5.11 with nft_hash
+    copy_mark: Optional[int] = None  # with which copies leave; none: with ours
 
 
 def expression(name: str, numbers: Mapping[Any, int], *attrs: bytes) -> bytes:
@@ -1459,6 +1489,14 @@ def immediate(code: int, chain: str = "") -> bytes:
 def equal(what: Part, value: Part) -> Part:
     """Goes on where the packet has this value."""
     return Part(f"{what.text} {value.text}", what.data + compare(NFT_CMP_EQ, value.data))
+
+
+def set_mark(mark: int) -> Part:
+    """Gives the packet this mark."""
+    value = nested(ImmediateAttr.DATA, attribute(DataAttr.VALUE, host32(mark)))
+    data = expression("immediate", {ImmediateAttr.DREG: NFT_REG_1}, value)
+    data += expression("meta", {MetaAttr.KEY: NFT_META_MARK, MetaAttr.SREG: NFT_REG_1})
+    return Part(f"meta mark set {mark:#x}", data)
 
 
 def unequal(what: Part, value: Part) -> Part:
@@ -1635,6 +1673,8 @@ CHAINS = (
     base_chain("prerouting", "prerouting", NF_INET_PRE_ROUTING, NF_IP_PRI_BEFORE_RAW),
     Chain("copies"),
     base_chain("output", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEFORE_RAW),
+    Chain("copies_out"),
+    base_chain("copy_mark", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEHIND_RAW),
     Chain("owned"),
     Chain("deliveries"),
     base_chain("guard", "output", NF_INET_LOCAL_OUT, NF_IP_PRI_BEHIND_CONNTRACK),
@@ -1706,6 +1746,8 @@ def guard_rules(site: Site) -> list[Rule]:
     copy may be the first packet that conntrack sees, and be dropped as INVALID.
     """
     rules = marked_rules("output", MARK_COPY, "copies", (NOTRACK, ACCEPT))
+    if site.copy_mark is not None:
+        rules += marked_rules("copy_mark", MARK_COPY, "copies_out", (set_mark(site.copy_mark),))
     rules += marked_rules("guard", MARK_DELIVER, "deliveries", (goto("owned"),))
     for parts in owned_flows(site):
         rules.append(Rule("owned", (*parts, ACCEPT)))
@@ -1871,7 +1913,10 @@ def iptables_guard(family: Family, site: Site) -> Iterator[str]:
     """The commands that do what guard_rules() does."""
     command = f"{family.nft}tables"
     error = IPTABLES_ERRORS[family]
-    yield f"{command} -t raw -A OUTPUT {error} -m mark --mark {MARK_COPY:#x} -j CT --notrack"
+    copy = f"{error} -m mark --mark {MARK_COPY:#x}"
+    yield f"{command} -t raw -A OUTPUT {copy} -j CT --notrack"
+    if site.copy_mark is not None:
+        yield f"{command} -t mangle -A OUTPUT {copy} -j MARK --set-mark {site.copy_mark:#x}"
     begin = f"{command} -t mangle -A OUTPUT {error} -m mark --mark {MARK_DELIVER:#x}"
     for vrf in site.vrfs:
         yield f"{begin} -o {shlex.quote(vrf)} -j ACCEPT"
@@ -2535,37 +2580,6 @@ class News:
         self._left = self.PER_MINUTE
 
 
-class Refusals:
-    """Copies that the kernel refused: a line each at debug, a warning for all once a minute."""
-
-    SECONDS = 60.0
-    SHOWN = 8
-
-    def __init__(self) -> None:
-        self._untold: Counter[tuple[PeerAddress, int]] = Counter()  # by peer and errno
-        self._tell_at = 0.0
-
-    def add(self, refused: Sequence[tuple[PeerAddress, int]]) -> None:
-        """Remember these (peer, errno)."""
-        self._untold.update(refused)
-        for peer, code in refused:
-            log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
-
-    def tell(self, now: float) -> None:
-        """Warn of those since the last warning."""
-        if not self._untold or now < self._tell_at:
-            return
-        shown = []
-        for (peer, code), count in self._untold.most_common(self.SHOWN):
-            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
-            shown.append(f"{peer}: {problem}, {count} times")
-        if len(self._untold) > len(shown):
-            shown.append(f"and {len(self._untold) - len(shown)} more")
-        log("warning", f"the kernel refused copies to {'; '.join(shown)}")
-        self._untold.clear()
-        self._tell_at = now + self.SECONDS
-
-
 # -----------------------------------------------------------------------------
 # Section: kernel -- one class per descriptor: netlink, NFLOG, nftables, raw sockets
 
@@ -2801,6 +2815,20 @@ def interfaces_of(hops: Iterable[Hop]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, list[Hop]]:
+    """The flags and hops of the route to an address, on this interface if one is given.
+
+    Raises NetlinkError.
+    """
+    query = RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags)
+    query += attribute(RTA_DST, packed)
+    if ifindex:
+        query += attribute(RTA_OIF, struct.pack("=I", ifindex))
+    with Netlink(NETLINK_ROUTE) as netlink:
+        route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
+    return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
+
+
 def default_route_interfaces() -> tuple[str, ...]:
     """The interfaces of the default routes with the lowest metric, IPv4 and IPv6."""
     hops: list[Hop] = []
@@ -3021,6 +3049,22 @@ class Nflog(Netlink):
         self._last = last
 
 
+def calico_bpf_is_here() -> bool:
+    """Whether Calico's eBPF data plane runs in this network namespace."""
+    with contextlib.suppress(OSError):
+        return socket.if_nametoindex(CALICO_BPF_IFACE) > 0
+    return False
+
+
+def copy_mark(config: Config) -> Optional[int]:
+    """The mark with which copies leave now, None for ours."""
+    if isinstance(config.copy_mark, int):
+        return config.copy_mark
+    if config.copy_mark == "auto" and calico_bpf_is_here():
+        return MARK_CALICO_BYPASS
+    return None
+
+
 def conntrack_in_use() -> bool:
     """Whether this network namespace tracks any connection now; asking does not start tracking."""
     with contextlib.suppress(OSError, ValueError), open(CONNTRACK_COUNT) as stream:
@@ -3044,6 +3088,7 @@ class Firewall(Netlink):
         super().__init__(NETLINK_NETFILTER)
         self.senders = senders
         self.conntrack = False
+        self.copy_mark: Optional[int] = None
         self.owned = owned
         self._bursts = owned
         self._config = config
@@ -3065,10 +3110,12 @@ class Firewall(Netlink):
         return PmtudError(f"nftables refused our table: {problem}; {advice}")
 
     def replace(self, ifaces: Sequence[str]) -> None:
-        """Put the table in place of what is there, in one transaction, with conntrack as it is used
-        now.
+        """Put the table in place of what is there, in one transaction.
+
+        Conntrack and the mark of copies are as they are now.
         """
         self.conntrack = self.conntrack or conntrack_in_use()
+        self.copy_mark = copy_mark(self._config)
         try:
             self._commit("replace table", self._requests(ifaces))
         except NetlinkError as problem:
@@ -3094,6 +3141,7 @@ class Firewall(Netlink):
             self.senders,
             self.conntrack,
             self._bursts,
+            self.copy_mark,
         )
         table = whole_table(self._config, site)
         if self._config.rules == "off":
@@ -3155,6 +3203,8 @@ class CopySocket(Descriptor):
     rewrite here.
     """
 
+    ERRORS_MAX = 64  # taken from the error queue at a time; the smallest buffer holds fewer
+
     def __init__(self, family: Family, ttl: int, source: bytes = b"") -> None:
         self.socket = open_socket(family.af, socket.SOCK_RAW, family.icmp_protocol)
         option = self.socket.setsockopt
@@ -3176,6 +3226,8 @@ class CopySocket(Descriptor):
     def _set_ipv4_options(self, ttl: int) -> None:
         option = self.socket.setsockopt
         option(SOL_RAW, ICMP_FILTER, b"\xff" * 4)
+        # Or what a program or a queue on the interface drops counts as sent; IPv6 tells it anyway
+        option(socket.IPPROTO_IP, IP_RECVERR, 1)
         option(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DONT)
         option(socket.IPPROTO_IP, socket.IP_TTL, ttl)
         # Or IPVS takes a copy for an error about a flow that it knows
@@ -3189,6 +3241,14 @@ class CopySocket(Descriptor):
         option(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
         option(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
         option(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
+
+    def forget_errors(self) -> None:
+        """Empty the error queue, in which the kernel keeps ICMP errors about earlier packets."""
+        for _ in range(self.ERRORS_MAX):
+            try:
+                self.socket.recvmsg(0, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+            except OSError:
+                return
 
     def join(self, peer: PeerAddress) -> None:
         """Receive packets sent to this IPv6 multicast group on its interface."""
@@ -3322,6 +3382,7 @@ class Fanout:
     ) -> None:
         self.peers = tuple(peers)
         self.counts = counts
+        self._sender = sender
         self._socket = sender.socket
         self._errors_in_a_call = max(1, self.COPIES_IN_A_CALL // len(self.peers))
         self._bodies = (iovec * self._errors_in_a_call)()
@@ -3362,8 +3423,25 @@ class Fanout:
                 try:
                     self._socket.sendto(body, address)
                 except OSError as problem:
-                    refused.append((number, problem.errno or errno.EIO))
+                    code = self._once_more(problem, body, number)
+                    if code:
+                        refused.append((number, code))
         return refused
+
+    def _once_more(self, problem: OSError, body: bytes, number: int) -> int:
+        """The errno of a copy that failed, 0 if it goes out now.
+
+        An ICMP error about an earlier packet fails a later one, which has nothing to do with it.
+        What a firewall (EPERM) or the interface (ENOBUFS) drops was this one.
+        """
+        if problem.errno in (errno.EPERM, errno.ENOBUFS):
+            return problem.errno
+        self._sender.forget_errors()
+        try:
+            self._socket.sendto(body, self._sockaddrs[number])
+        except OSError as again:
+            return again.errno or errno.EIO
+        return 0
 
     def _send_together(self, bodies: Sequence[bytes]) -> list[tuple[int, int]]:
         """The same, with as few system calls as possible."""
@@ -3388,7 +3466,10 @@ class Fanout:
             except InterruptedError:
                 continue
             except OSError as problem:  # the first of these failed: go on with the next
-                refused.append((done % len(self.peers), problem.errno or errno.EIO))
+                number = done % len(self.peers)
+                code = self._once_more(problem, bodies[done // len(self.peers)], number)
+                if code:
+                    refused.append((number, code))
                 done += 1
         return refused
 
@@ -3844,6 +3925,14 @@ def some(peers: Collection[PeerAddress], most: int = 8) -> str:
     return shown
 
 
+def way_out(peer: PeerAddress) -> str:
+    """The interface by which copies to a peer leave, for people."""
+    with contextlib.suppress(NetlinkError, OSError):
+        hop = find_route(peer.packed, sockaddr(peer)[-1] if peer.zone else 0)[1][0]
+        return socket.if_indextoname(hop.ifindex)
+    return "the way out"
+
+
 class Ways(NamedTuple):
     """Where the errors of one family go from here."""
 
@@ -4036,6 +4125,7 @@ class RuleKeeper:
         self.complaints = complaints
         self._config = config
         self._default_route: tuple[str, ...] = ()
+        self._marked = False  # copies leave with another mark than ours
 
     def choose_ifaces(self) -> None:
         """Where errors come in: --iface, or the default route; raises PmtudError."""
@@ -4059,6 +4149,7 @@ class RuleKeeper:
             if self._config.rules == "auto":
                 raise
             log("warning", "cannot install the guard", problem=str(problem))
+        self._tell_copy_mark()
         self.probe_guard()
 
     def replace(self) -> None:
@@ -4075,6 +4166,26 @@ class RuleKeeper:
         if self.firewall and self.firewall.senders != senders:
             self.firewall.senders = senders
             self.replace()
+
+    def follow_copy_mark(self) -> None:
+        """Calico's eBPF data plane comes and goes while we run."""
+        if self.firewall and self.firewall.copy_mark != copy_mark(self._config):
+            self.replace()
+            self._tell_copy_mark()
+
+    def _tell_copy_mark(self) -> None:
+        """One line wherever copies leave with another mark than ours, or no longer do."""
+        mark = None
+        if self.firewall:
+            mark = self.firewall.copy_mark
+        why = "--copy-mark"
+        if self._config.copy_mark == "auto":
+            why = f"Calico's eBPF data plane, interface {CALICO_BPF_IFACE}"
+        if mark is not None:
+            log("info", f"copies leave with mark {mark:#x} ({why})")
+        elif self._marked:
+            log("info", f"copies leave with our mark {MARK_COPY:#x} again (no {why})")
+        self._marked = mark is not None
 
     def follow_default_route(self) -> bool:
         """Whether it moved; the rules have followed then. One that is gone changes nothing."""
@@ -4151,6 +4262,48 @@ def check_ifaces(names: Sequence[str]) -> None:
             f"--iface: it belongs to the VRF {vrf}, and this process does not; start it with "
             f"`ip vrf exec {vrf}`"
         )
+
+
+class Refusals:
+    """Copies that the kernel refused: a line each at debug, a warning for all once a minute."""
+
+    SECONDS = 60.0
+    SHOWN = 8
+
+    def __init__(self) -> None:
+        self._untold: Counter[tuple[PeerAddress, int]] = Counter()  # by peer and errno
+        self._copies = 0  # sent or refused in the same time
+        self._tell_at = 0.0
+
+    def add(self, refused: Sequence[tuple[PeerAddress, int]], copies: int) -> None:
+        """Remember these (peer, errno) of so many copies."""
+        self._copies += copies
+        self._untold.update(refused)
+        for peer, code in refused:
+            log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
+
+    def tell(self, now: float) -> None:
+        """Warn of those since the last warning."""
+        if now < self._tell_at:
+            return
+        copies = self._copies
+        self._copies = 0
+        if not self._untold:
+            return
+        shown = []
+        for (peer, code), count in self._untold.most_common(self.SHOWN):
+            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+            shown.append(f"{peer}: {problem}, {count} times")
+        if len(self._untold) > len(shown):
+            shown.append(f"and {len(self._untold) - len(shown)} more")
+        text = f"the kernel refused copies to {'; '.join(shown)}"
+        codes = {code for _, code in self._untold}
+        if codes == {errno.ENOBUFS} and sum(self._untold.values()) >= copies:
+            peer = next(iter(self._untold))[0]
+            text += f"; all of them: a program or a queue on {way_out(peer)} drops copies"
+        log("warning", text)
+        self._untold.clear()
+        self._tell_at = now + self.SECONDS
 
 
 # An error that is acted on, its origin, one of ACTIONS, whether strict reverse path filtering drops it
@@ -4311,7 +4464,8 @@ class Forwarder:
         """Send the copies of all errors of a family together."""
         for lane in self._lanes.values():
             if lane.bodies and lane.fanout and not self._config.dry_run:
-                self.refusals.add(lane.fanout.send(lane.bodies))
+                copies = len(lane.bodies) * len(lane.fanout.peers)
+                self.refusals.add(lane.fanout.send(lane.bodies), copies)
             lane.bodies.clear()
 
     # -- deliver
@@ -4940,6 +5094,7 @@ class Daemon:
         """Housekeeping, once a second."""
         self._ticks += 1
         self.forwarder.tick(now)
+        self.keeper.follow_copy_mark()
         self.roster.tick()
         if self._ticks % self.SLOW_TICKS == 0:
             if self.keeper.follow_default_route():
@@ -4981,7 +5136,6 @@ NODE_PORTS = range(30000, 32768)  # of Kubernetes' Services
 OTHER_PORT = 23040  # what daemonset.yaml takes instead
 
 # linux/rtnetlink.h, linux/if.h
-RTA_DST = 1
 RTM_F_FIB_MATCH = 0x2000
 IFF_UP = 1
 IFF_LOOPBACK = 8
@@ -5098,20 +5252,6 @@ def setting(path: str) -> int:
     with contextlib.suppress(OSError, ValueError), open(f"/proc/sys/net/{path}") as stream:
         return int(stream.read())
     return -1
-
-
-def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, list[Hop]]:
-    """The flags and hops of the route to an address, on this interface if one is given.
-
-    Raises NetlinkError.
-    """
-    query = RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags)
-    query += attribute(RTA_DST, packed)
-    if ifindex:
-        query += attribute(RTA_OIF, struct.pack("=I", ifindex))
-    with Netlink(NETLINK_ROUTE) as netlink:
-        route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
-    return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
 
 
 # -- interfaces
@@ -6953,7 +7093,7 @@ def print_rules(config: Config) -> None:
     senders = arrange(
         {"static": config.peers, **listed}, local_addresses(), config.ignore_networks
     ).senders
-    site = Site(ifaces, uplinks(ifaces), vrfs_of(ifaces), senders)
+    site = Site(ifaces, uplinks(ifaces), vrfs_of(ifaces), senders, copy_mark=copy_mark(config))
     lines = [
         "# nftables: `pmtud.py rules | sed -n '1,/^}/p' | nft -f -`, "
         "then start pmtud.py with --rules off",

@@ -5667,6 +5667,148 @@ def test_peers_on_another_interface(cluster: Cluster, family: int) -> None:
         cluster.mgmt.ip(f"route del {cluster.vip('host', family)}", "addr flush dev mgmt")
 
 
+# Stands in for the program that Calico's eBPF data plane has at tc egress: it drops ICMP errors
+# whose mark is not exactly 0x03000000, but for those about flows that it knows, which here go to
+# pods: so only what goes to a node. Classic BPF: code, jumps if true and if false, value.
+EGRESS_FILTER = (
+    (0x28, 0, 0, 12),  # EtherType
+    (0x15, 0, 7, 0x0800),
+    (0x30, 0, 0, 23),  # IPv4: protocol
+    (0x15, 0, 14, 1),
+    (0x30, 0, 0, 34),  # type
+    (0x15, 0, 12, 3),
+    (0x20, 0, 0, 30),  # destination
+    (0x54, 0, 0, 0xFFFFFF00),
+    (0x15, 7, 9, 0x0A000000),
+    (0x15, 0, 8, 0x86DD),
+    (0x30, 0, 0, 20),  # IPv6: next header
+    (0x15, 0, 6, 58),
+    (0x30, 0, 0, 54),  # type
+    (0x15, 0, 4, 2),
+    (0x20, 0, 0, 38),  # destination
+    (0x15, 0, 2, 0xFD000000),
+    (0x20, 0, 0, 0xFFFFF014),  # the mark
+    (0x15, 0, 1, 0x03000000),
+    (0x06, 0, 0, 0xFFFFFFFF),  # TC_ACT_UNSPEC
+    (0x06, 0, 0, 2),  # TC_ACT_SHOT
+)
+
+
+@contextlib.contextmanager
+def egress_filters(nodes: Sequence[Host]) -> Iterator[None]:
+    """EGRESS_FILTER on eth0 of each node."""
+    code = ",".join(" ".join(map(str, row)) for row in EGRESS_FILTER)
+    for node in nodes:
+        node.run("tc", "qdisc", "add", "dev", "eth0", "clsact")
+        given = ("bpf", "da", "bytecode", f"{len(EGRESS_FILTER)},{code}")
+        node.run("tc", "filter", "add", "dev", "eth0", "egress", *given)
+    yield
+    for node in nodes:
+        node.run("tc", "qdisc", "del", "dev", "eth0", "clsact")
+
+
+@contextlib.contextmanager
+def calico_bpf(nodes: Sequence[Host]) -> Iterator[None]:
+    """The interface by which Calico's eBPF data plane is known, on each node."""
+    for node in nodes:
+        node.ip("link add bpfin.cali type bridge")
+    yield
+    for node in nodes:
+        node.ip("link del bpfin.cali")
+
+
+def know_each_other(cluster: Cluster, family: int) -> None:
+    """Each node resolves the addresses of the others."""
+    for node in cluster.nodes:
+        for number in range(1, cluster.size + 1):
+            node.run("ping", "-qnc1", "-W2", Cluster.node_address(number, family))
+
+
+def copies_counted(nodes: Sequence[Host]) -> tuple[int, int, int]:
+    """Copies sent, refused and heard, by all daemons together."""
+    received_in_the_end(nodes)
+    samples = [metrics(node) for node in nodes]
+    sent = sum(total(one, "pmtud_copies_sent_total") for one in samples)
+    refused = sum(total(one, "pmtud_copy_errors_total") for one in samples)
+    heard = sum(received_by_origin(node)["peer"] for node in nodes)
+    return sent, refused, heard
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_calicos_ebpf_data_plane(cluster: Cluster, family: int) -> None:
+    """Copies pass a program at tc egress that lets through what has Calico's mark.
+
+    Not without that interface; then each copy that it drops counts as refused.
+    """
+    worst_case(cluster)
+    peers = ("--peers", PEER_LISTS[family])
+    # What waits for its neighbour's address counts as sent, whatever becomes of it later
+    know_each_other(cluster, family)
+    with egress_filters(cluster.nodes):
+        with daemons(cluster.nodes, *peers) as processes:
+            for service in ("host", "pod"):
+                cluster.flush()
+                assert len(cluster.download(service, family, deadline=1.5)) < 20
+            sent, refused, heard = copies_counted(cluster.nodes)
+            assert sent == heard == 0 and refused > 2 * 2 * 10
+            blamed = "a program or a queue on eth0 drops copies"
+            assert poll(lambda: any(blamed in one.output() for one in processes), 5)
+            assert not any("copies leave" in one.output() for one in processes)
+        with calico_bpf(cluster.nodes), daemons(cluster.nodes, *peers) as processes:
+            for service in ("host", "pod"):
+                cluster.flush()
+                assert len(cluster.download(service, family)) == 23
+            sent, refused, heard = copies_counted(cluster.nodes)
+            assert sent == heard > 2 * 2 * 10 and refused == 0
+            cluster.flush()
+            assert len(cluster.download("cross", family)) == 23
+            for process in processes:
+                assert process.output().count("copies leave with mark 0x3000000") == 1
+        with calico_bpf(cluster.nodes), daemons(cluster.nodes, *peers, "--copy-mark", "none"):
+            cluster.flush()
+            assert len(cluster.download("host", family, deadline=1.5)) < 20
+            assert copies_counted(cluster.nodes)[2] == 0
+        with daemons(cluster.nodes, *peers, "--copy-mark", "0x3000000"):
+            cluster.flush()
+            assert len(cluster.download("host", family)) == 23
+
+
+def test_calicos_ebpf_data_plane_comes_and_goes(cluster: Cluster) -> None:
+    """The mark follows within seconds, without a restart; everything else in the table stays."""
+    worst_case(cluster)
+    again = "copies leave with our mark 0x2e again"
+    know_each_other(cluster, 4)
+    with egress_filters(cluster.nodes), daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as running:
+        plain = [ruleset(node) for node in cluster.nodes]
+        with calico_bpf(cluster.nodes):
+            for process in running:
+                process.wait_for("copies leave with mark 0x3000000 (Calico's eBPF data plane")
+            cluster.flush()
+            assert len(cluster.download("pod")) == 23
+        for process in running:
+            process.wait_for(again)
+        assert [ruleset(node) for node in cluster.nodes] == plain
+        sent, refused, heard = copies_counted(cluster.nodes)
+        assert sent == heard > 2 * 10 and refused == 0
+        inject(cluster.router, 4, flow_errors(4))
+        assert poll(lambda: copies_counted(cluster.nodes) == (sent, 2 * ERRORS, heard), 8)
+
+
+def test_an_icmp_error_about_somebody_elses_ping_costs_no_copy(cluster: Cluster) -> None:
+    """IP_RECVERR fails the next send of every raw ICMP socket; that copy goes out all the same."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    address = Cluster.node_address(cluster.nodes.index(node) + 1)
+    ping = IP(src=address, dst="10.9.0.1") / ICMP(id=7) / bytes(8)
+    unreachable = IP(src="10.8.0.1", dst=address) / ICMP(type=3, code=1) / ping
+    with daemons([node], "--peers", PEER_LISTS[4]):
+        for count, errors in enumerate((flow_errors(4), flow_errors(4, mtu=1300)), 1):
+            for one in errors:
+                inject(cluster.router, 4, [bytes(unreachable)] * 3 + [one])
+            samples = received(node, count * ERRORS)
+            assert total(samples, "pmtud_copy_errors_total") == 0
+            assert total(samples, "pmtud_copies_sent_total") == 2 * count * ERRORS
+
+
 def received_in_the_end(hosts: Sequence[Host]) -> int:
     """All errors that the hosts' daemons took, once the last ones on their way are counted."""
     totals = [-1]
