@@ -3203,8 +3203,6 @@ class CopySocket(Descriptor):
     rewrite here.
     """
 
-    ERRORS_MAX = 64  # taken from the error queue at a time; the smallest buffer holds fewer
-
     def __init__(self, family: Family, ttl: int, source: bytes = b"") -> None:
         self.socket = open_socket(family.af, socket.SOCK_RAW, family.icmp_protocol)
         option = self.socket.setsockopt
@@ -3226,7 +3224,9 @@ class CopySocket(Descriptor):
     def _set_ipv4_options(self, ttl: int) -> None:
         option = self.socket.setsockopt
         option(SOL_RAW, ICMP_FILTER, b"\xff" * 4)
-        # Or what a program or a queue on the interface drops counts as sent; IPv6 tells it anyway
+        # Or what a program or a queue on the interface drops counts as sent; IPv6 tells it anyway.
+        # ICMP errors about earlier packets fail no send of such a socket; the queue that they wait
+        # in has the size of the receive buffer.
         option(socket.IPPROTO_IP, IP_RECVERR, 1)
         option(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DONT)
         option(socket.IPPROTO_IP, socket.IP_TTL, ttl)
@@ -3241,14 +3241,6 @@ class CopySocket(Descriptor):
         option(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
         option(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, ttl)
         option(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
-
-    def forget_errors(self) -> None:
-        """Empty the error queue, in which the kernel keeps ICMP errors about earlier packets."""
-        for _ in range(self.ERRORS_MAX):
-            try:
-                self.socket.recvmsg(0, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
-            except OSError:
-                return
 
     def join(self, peer: PeerAddress) -> None:
         """Receive packets sent to this IPv6 multicast group on its interface."""
@@ -3382,7 +3374,6 @@ class Fanout:
     ) -> None:
         self.peers = tuple(peers)
         self.counts = counts
-        self._sender = sender
         self._socket = sender.socket
         self._errors_in_a_call = max(1, self.COPIES_IN_A_CALL // len(self.peers))
         self._bodies = (iovec * self._errors_in_a_call)()
@@ -3423,25 +3414,8 @@ class Fanout:
                 try:
                     self._socket.sendto(body, address)
                 except OSError as problem:
-                    code = self._once_more(problem, body, number)
-                    if code:
-                        refused.append((number, code))
+                    refused.append((number, problem.errno or errno.EIO))
         return refused
-
-    def _once_more(self, problem: OSError, body: bytes, number: int) -> int:
-        """The errno of a copy that failed, 0 if it goes out now.
-
-        An ICMP error about an earlier packet fails a later one, which has nothing to do with it.
-        What a firewall (EPERM) or the interface (ENOBUFS) drops was this one.
-        """
-        if problem.errno in (errno.EPERM, errno.ENOBUFS):
-            return problem.errno
-        self._sender.forget_errors()
-        try:
-            self._socket.sendto(body, self._sockaddrs[number])
-        except OSError as again:
-            return again.errno or errno.EIO
-        return 0
 
     def _send_together(self, bodies: Sequence[bytes]) -> list[tuple[int, int]]:
         """The same, with as few system calls as possible."""
@@ -3466,10 +3440,7 @@ class Fanout:
             except InterruptedError:
                 continue
             except OSError as problem:  # the first of these failed: go on with the next
-                number = done % len(self.peers)
-                code = self._once_more(problem, bodies[done // len(self.peers)], number)
-                if code:
-                    refused.append((number, code))
+                refused.append((done % len(self.peers), problem.errno or errno.EIO))
                 done += 1
         return refused
 
@@ -4183,6 +4154,9 @@ class RuleKeeper:
             why = f"Calico's eBPF data plane, interface {CALICO_BPF_IFACE}"
         if mark is not None:
             log("info", f"copies leave with mark {mark:#x} ({why})")
+            if calico_bpf_is_here() and self.firewall and self.firewall.senders.neighbours:
+                text = "Calico's eBPF data plane does not give pods what comes by broadcast"
+                log("warning", f"{text} or multicast; list the nodes in --peers")
         elif self._marked:
             log("info", f"copies leave with our mark {MARK_COPY:#x} again (no {why})")
         self._marked = mark is not None
@@ -5139,10 +5113,27 @@ OTHER_PORT = 23040  # what daemonset.yaml takes instead
 RTM_F_FIB_MATCH = 0x2000
 IFF_UP = 1
 IFF_LOOPBACK = 8
+RTM_NEWTFILTER = 44
+RTM_GETTFILTER = 46
+TCA_KIND = 1
+TCA_OPTIONS = 2
+TCA_BPF_NAME = 7
+TC_H_CLSACT_EGRESS = 0xFFFFFFF3
+TCMSG = struct.Struct("=BxxxiIII")  # struct tcmsg: family, interface index, handle, parent, info
+
+# linux/bpf.h
+BPF_PROG_QUERY = 16
+BPF_TCX_EGRESS = 47
+# union bpf_attr of BPF_PROG_QUERY: interface index, attach type, flags twice, where to put the ids,
+# and how many there are
+BPF_QUERY = struct.Struct("=IIIIQI4x40x")
+BPF_SYSCALLS = {"x86_64": 321, "aarch64": 280, "ppc64le": 361, "s390x": 351, "riscv64": 280}
 
 # linux/if_link.h, linux/if_tunnel.h
 IFLA_MTU = 4
 IFLA_LINK_NETNSID = 37
+IFLA_XDP = 43
+IFLA_XDP_ATTACHED = 2
 IFLA_INFO_DATA = 2
 IFLA_IPTUN_LINK = 1
 IFLA_IPTUN_LOCAL = 2
@@ -5237,6 +5228,7 @@ class Link(NamedTuple):
     role: str
     overhead: int = 0
     under: str = ""  # where a tunnel's packets leave, empty where the kernel does not say
+    xdp: bool = False  # a program sees its packets before all else
 
 
 class RunningDaemon(NamedTuple):
@@ -5274,7 +5266,8 @@ def read_link(attrs: dict[int, bytes], flags: int) -> Link:
     tunnel = TUNNELS.get(kind) or tunnel_named(name)
     if not tunnel:
         is_elsewhere = IFLA_LINK_NETNSID in attrs  # its other end
-        return Link(name, mtu, role_of(name, kind, flags, is_elsewhere))
+        xdp = any(attributes(attrs.get(IFLA_XDP, b"")).get(IFLA_XDP_ATTACHED, b""))
+        return Link(name, mtu, role_of(name, kind, flags, is_elsewhere), xdp=xdp)
     data = attributes(info.get(IFLA_INFO_DATA, b""))
     addresses = [data[key] for key in tunnel.addresses if any(data.get(key, b""))]
     overhead = tunnel.overhead_ipv4
@@ -5921,6 +5914,93 @@ def check_ipv6(link: Link) -> Finding:
 
 
 # -- checks: settings of the kernel
+
+
+# -- checks: programs on the interfaces, which see packets where no rule does
+
+
+def egress_filters(index: int) -> list[str]:
+    """The names of the classifiers at tc egress of an interface, as `tc filter show` lists them."""
+    query = TCMSG.pack(socket.AF_UNSPEC, index, 0, TC_H_CLSACT_EGRESS, 0)
+    names = []
+    for payload in dump("list filters", RTM_GETTFILTER, RTM_NEWTFILTER, query):
+        attrs = attributes(payload, TCMSG.size)
+        options = attributes(attrs.get(TCA_OPTIONS, b""))
+        name = options.get(TCA_BPF_NAME) or attrs.get(TCA_KIND, b"")
+        if TCA_OPTIONS in attrs:  # each priority is listed once more without them
+            names.append(os.fsdecode(name.rstrip(b"\0")))
+    return list(dict.fromkeys(names))
+
+
+def count_tcx(index: int) -> int:
+    """How many programs TCX runs at egress of an interface; `tc` does not show them.
+
+    Raises OSError: EPERM where bpf() is refused.
+    """
+    number = BPF_SYSCALLS.get(platform.machine())
+    if not number:
+        return 0
+    query = BPF_QUERY.pack(index, BPF_TCX_EGRESS, 0, 0, 0, 0)
+    asked = ctypes.create_string_buffer(query, len(query))
+    call = libc_function("syscall", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
+    try:
+        call(number, BPF_PROG_QUERY, asked, len(query))
+    except OSError as problem:
+        if problem.errno in (errno.EINVAL, errno.ENOSYS):  # before 6.6
+            return 0
+        raise
+    count: int = BPF_QUERY.unpack(asked.raw)[5]
+    return count
+
+
+def check_programs(node: Node) -> Iterator[Finding]:
+    """What programs at tc egress or XDP mean for errors and copies."""
+    if calico_bpf_is_here():
+        yield judge_calico(node)
+        return
+    if "cilium_host" in node.links and not any("KUBE-" in name for name in node.ruleset.hooks):
+        found = "Cilium without kube-proxy: pods behind it do not learn yet, sockets of the node do"
+        yield warn("programs", found)
+        return
+    names = dict(socket.if_nameindex())
+    for index, name in names.items():
+        if name in node.ifaces:
+            yield judge_programs(node, index, name)
+
+
+def judge_calico(node: Node) -> Finding:
+    """Calico's eBPF data plane: copies need its mark, and an address of a node each."""
+    found = "Calico's eBPF data plane"
+    groups = arrange({"": node.config.peers}, local_addresses(), ()).view.neighbours.networks
+    if groups:
+        text = f"{found} does not give pods what comes by broadcast or multicast; list the nodes"
+        return fail("programs", text)
+    mark = copy_mark(node.config)
+    if mark != MARK_CALICO_BYPASS:
+        text = f"{found} drops copies without mark {MARK_CALICO_BYPASS:#x}; use --copy-mark auto"
+        return fail("programs", text)
+    return ok("programs", f"{found}: copies leave with its mark {MARK_CALICO_BYPASS:#x}")
+
+
+def judge_programs(node: Node, index: int, name: str) -> Finding:
+    """Programs that nobody knows may drop copies, or take errors away."""
+    see = "see whether copies arrive: tcpdump -ni any 'icmp[0:2] == 0x304' on a peer"
+    found = egress_filters(index)
+    try:
+        count = count_tcx(index)
+    except OSError as problem:
+        text = f"programs on {name} cannot be seen, bpf() is refused: {problem.strerror}"
+        return warn("programs", f"{text} (in a pod seccomp does that); look on the node")
+    if count:
+        found.append(f"{count} by TCX")
+    if found:
+        return warn("programs", f"at egress of {name} ({', '.join(found)}) may drop copies; {see}")
+    link = node.links.get(name)
+    if link and link.xdp:
+        return warn(
+            "programs", f"XDP on {name} sees errors before the kernel; see whether they come"
+        )
+    return ok("programs", f"none at egress of {name}")
 
 
 def check_settings(_: Node) -> Iterator[Finding]:
@@ -6748,7 +6828,15 @@ def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
 REPORT_COLUMNS = 79
 STATUS_COLORS = {OK: "\033[32m", WARN: "\033[33m", FAIL: "\033[1;31m"}
 STATUS_COLUMNS = 5
-CHECKS = (check_kernel, check_http, check_interfaces, check_settings, check_peers, check_mtu)
+CHECKS = (
+    check_kernel,
+    check_http,
+    check_interfaces,
+    check_programs,
+    check_settings,
+    check_peers,
+    check_mtu,
+)
 
 
 def show(text: str) -> None:

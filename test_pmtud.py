@@ -5795,7 +5795,7 @@ def test_calicos_ebpf_data_plane_comes_and_goes(cluster: Cluster) -> None:
 
 
 def test_an_icmp_error_about_somebody_elses_ping_costs_no_copy(cluster: Cluster) -> None:
-    """IP_RECVERR fails the next send of every raw ICMP socket; that copy goes out all the same."""
+    """With IP_RECVERR the kernel notes it on every raw ICMP socket; no later send fails for it."""
     node = cluster.nodes[ingress(cluster, 4)]
     address = Cluster.node_address(cluster.nodes.index(node) + 1)
     ping = IP(src=address, dst="10.9.0.1") / ICMP(id=7) / bytes(8)
@@ -7714,6 +7714,7 @@ def test_a_good_node_is_all_ok(node: Host) -> None:
         "delivery",
         "rp_filter",
         "ipv6",
+        "programs",
         "ip_no_pmtu_disc",
         "tcp_mtu_probing",
         "min_pmtu",
@@ -7721,6 +7722,65 @@ def test_a_good_node_is_all_ok(node: Host) -> None:
         "peers",
         "mtu",
     ]
+
+
+# Loads a program of two instructions (r0 = TCX_NEXT, exit) and attaches it at TCX egress, for as
+# long as this process runs
+TCX_PROGRAM = """
+import ctypes, os, platform, struct, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+number = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+def bpf(command, given):
+    given = ctypes.create_string_buffer(given.ljust(128, b"\\0"), 128)
+    found = libc.syscall(number, command, given, 128)
+    if found < 0:
+        sys.exit(os.strerror(ctypes.get_errno()))
+    return found
+code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xb7, 0, 0, -1, 0x95, 0, 0, 0))
+license = ctypes.create_string_buffer(b"GPL")
+program = struct.pack("=IIQQ", 3, 2, ctypes.addressof(code), ctypes.addressof(license))
+link = bpf(28, struct.pack("=IIII", bpf(5, program), int(sys.argv[1]), 47, 0))
+print("attached", flush=True)
+time.sleep(600)
+"""
+
+
+def test_check_sees_programs(node: Host) -> None:
+    """Of tc, which `tc` shows, and of TCX, which it does not."""
+    found = diagnose(node).of("programs")
+    assert (found["status"], found["found"]) == ("OK", "none at egress of eth0")
+    with egress_filters([node]):
+        found = diagnose(node).of("programs")
+        assert found["status"] == "WARN"
+        assert found["found"].startswith("at egress of eth0 (bpf) may drop copies; see whether ")
+    index = node.inside(lambda: socket.if_nametoindex("eth0"))
+    program = node.start(sys.executable, "-c", TCX_PROGRAM, str(index))
+    program.wait_for("attached")
+    found = diagnose(node).of("programs")
+    assert found["status"] == "WARN"
+    assert found["found"].startswith("at egress of eth0 (1 by TCX) may drop copies; see whether ")
+    program.stop()
+    assert poll(lambda: diagnose(node).of("programs")["status"] == "OK", 5)
+
+
+def test_check_knows_ebpf_data_planes(node: Host) -> None:
+    """Calico's, which broadcast peers and other marks do not suit; Cilium's without kube-proxy."""
+    with calico_bpf([node]):
+        plain = diagnose(node).of("programs")
+        group = diagnose(node, "--peers", "10.0.0.255").of("programs")
+        unmarked = diagnose(node, "--copy-mark", "none").of("programs")
+        command = (sys.executable, SCRIPT, "--metrics-port", "0", "--peers", "10.0.0.255")
+        warned = node.start(*command)
+        warned.wait_for("Calico's eBPF data plane does not give pods what comes by broadcast")
+        assert warned.stop() == 0
+    assert plain["status"] == "OK" and plain["found"].endswith("with its mark 0x3000000")
+    assert group["status"] == "FAIL" and group["found"].endswith("multicast; list the nodes")
+    assert unmarked["status"] == "FAIL" and unmarked["found"].endswith("use --copy-mark auto")
+    node.ip("link add cilium_host type bridge", "link set cilium_host up")
+    assert diagnose(node).of("programs")["status"] == "WARN"
+    node.run("iptables", "-t", "nat", "-N", "KUBE-SERVICES")
+    assert diagnose(node).of("programs")["status"] == "OK"
+    node.ip("link del cilium_host")
 
 
 @pytest.mark.parametrize(
@@ -8783,7 +8843,7 @@ def test_report_fits_80_columns_and_has_no_colours_in_a_pipe(node: Host) -> None
         in text
     )
     assert "WARN rp_filter: eth0: strict (all 1, eth0 0); an error from" in text
-    assert text.splitlines()[-1] == "n1: 11 OK, 4 WARN, 0 FAIL"
+    assert text.splitlines()[-1] == "n1: 11 OK, 5 WARN, 0 FAIL"
 
 
 def test_report_of_names_that_are_too_long_or_evil(node: Host, tmp_path: Path) -> None:
@@ -9317,10 +9377,10 @@ def test_check_command_line() -> None:
             "10.0.0.2",
             check=False,
         )
-        assert text.endswith("\nn1: 15 OK, 1 WARN, 0 FAIL\n") and "\033" not in text
+        assert text.endswith("\nn1: 16 OK, 1 WARN, 0 FAIL\n") and "\033" not in text
         assert "OK   path: 10.0.0.2: path MTU 1500, all of eth0\n" in text
         answer = json.loads(host.run(sys.executable, str(PROGRAM), "check", "--json", check=False))
-        assert answer["summary"] == {"OK": 14, "WARN": 1, "FAIL": 0}
+        assert answer["summary"] == {"OK": 15, "WARN": 1, "FAIL": 0}
         assert run_to_end(host, "check")[0] == 1
         host.sysctl("net.ipv4.ip_no_pmtu_disc", 2)
         assert run_to_end(host, "check")[0] == 2
@@ -9337,6 +9397,7 @@ EXAMPLES = {  # two values for each option, neither the default
     "--metrics-port": ("9000", "0"),
     "--metrics-addr": ("127.0.0.1", "::1"),
     "--ttl": ("3", "4"),
+    "--copy-mark": ("none", "0x3000000"),
     "--ignore-networks": ("10.0.0.0/8", "fd00::/8"),
     "--rules": ("off", "auto"),
     "--service-networks": ("203.0.113.0/24", "2001:db8::/32"),
@@ -9458,6 +9519,17 @@ def test_defaults() -> None:
 
 BAD_COMMAND_LINES: tuple[tuple[list[str], dict[str, str], str], ...] = (
     (["--ttl", "0"], {}, "argument --ttl: 0 is not between 1 and 255"),
+    (
+        ["--copy-mark", "0x2c"],
+        {},
+        "argument --copy-mark: 0x2c is the mark of deliveries, which the guard keeps on this node",
+    ),
+    (["--copy-mark", "4294967296"], {}, "argument --copy-mark: 4294967296 has more than 32 bits"),
+    (
+        ["--copy-mark", "calico"],
+        {},
+        "argument --copy-mark: 'calico' is not auto, none or a mark like 0x3000000",
+    ),
     (
         ["--peers", ""],
         {},
