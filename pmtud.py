@@ -311,11 +311,13 @@ IPV4_HEADER = struct.Struct(
 )  # version+IHL, total length, flags+fragment offset, protocol, src, dst
 IPV4_HEADER_LEN = 20
 IPV4_HEADER_MAX = 60
+IPV4_TTL_AT = 8
 IPV4_PROTOCOL_AT = 9
 IPV4_OFFSET_MASK = 0x1FFF
 IPV4_MORE_FRAGMENTS = 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
+IPV6_HOP_LIMIT_AT = 7
 IPV4_HEAD = struct.Struct(
     "!BBHHHBBH4s4s"
 )  # all of it: TTL, protocol and checksum stand before the addresses
@@ -427,6 +429,7 @@ class Reason(str, enum.Enum):
     IGNORED_NETWORK = "ignored_network"
     OWN = "own"
     MISADDRESSED = "misaddressed"
+    CIRCLING = "circling"
     LIMITED_FLOW = "limited_flow"
     LIMITED_SOURCE = "limited_source"
     LIMITED_TOTAL = "limited_total"
@@ -885,6 +888,7 @@ class Family(NamedTuple):
     probe_address: str  # a documentation address: no flow of this node has it
     address_len: int
     src_offset: int  # of the source address in the header; the destination follows
+    ttl_at: int  # offset of the TTL or hop limit in the header
     uncounted: int  # bytes of the header that its length field leaves out
     unstated_mtu: int  # what Linux takes an MTU of 0 for; 0: such errors are wrong
     nft: str  # its name in nft
@@ -907,6 +911,7 @@ IPV4 = Family(
     probe_address="192.0.2.1",
     address_len=4,
     src_offset=12,
+    ttl_at=IPV4_TTL_AT,
     uncounted=0,
     unstated_mtu=IPV4_MIN_PMTU,
     nft="ip",
@@ -928,6 +933,7 @@ IPV6 = Family(
     probe_address="2001:db8::1",
     address_len=16,
     src_offset=8,
+    ttl_at=IPV6_HOP_LIMIT_AT,
     uncounted=IPV6_HEADER_LEN,
     unstated_mtu=0,
     nft="ip6",
@@ -968,6 +974,7 @@ class MtuError(NamedTuple):
     mtu: int
     icmp: bytes
     flow_id: int = 0  # of flow_id()
+    ttl: int = 0  # TTL or hop limit with which it came
 
     @property
     def believed_mtu(self) -> int:
@@ -1123,6 +1130,8 @@ def plain_ipv4_error(packet: bytes) -> Optional[MtuError]:
         destination_port,
         mtu,
         packet[IPV4_HEADER_LEN:end],
+        0,
+        packet[IPV4_TTL_AT],
     )
 
 
@@ -1179,6 +1188,7 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
         mtu,
         icmp,
         identifier,
+        packet[family.ttl_at],
     )
 
 
@@ -1954,6 +1964,11 @@ KNOWN_MAX = (
 REPLICATE, DELIVER, NOTHING = ACTIONS = ("replicate", "deliver", "none")
 
 
+CIRCLE_SECONDS = 1.0  # an error that circles is known again for so long; it takes milliseconds
+# What tells messages about one flow apart: checksum, MTU, and the start of the quoted header with
+# its length and IPv4's id, which the checksum does not cover (the header has its own)
+MESSAGE_ID = slice(2, 14)
+
 Addresses = tuple[bytes, bytes, bytes]  # source, destination, quoted source; packed
 
 
@@ -2048,7 +2063,7 @@ class Policy:
         self.services = Membership(config.service_networks) if config.service_networks else None
         self._limits = config.flow_interval or config.source_rate or config.rate
         self._interval = config.flow_interval
-        self._flows = Recent(config.flow_interval, capacity=32768)
+        self._flows = Recent(max(config.flow_interval, CIRCLE_SECONDS), capacity=32768)
         self._sources = TokenBuckets(config.source_rate)
         self._total = TokenBuckets(config.rate)
 
@@ -2088,7 +2103,8 @@ class Policy:
     def limited(self, error: MtuError, origin: str, now: float) -> Optional[Reason]:
         """The limit this error exceeds, None if it may pass.
 
-        Peers and routers have separate budgets.
+        Peers and routers have separate budgets. The same message once more with a lower TTL uses up
+        none: this node has forwarded it, and the fabric has sent it back.
         """
         if not self._limits:
             return None
@@ -2103,14 +2119,18 @@ class Policy:
             error.mtu,
         )
         last = self._flows.get(flow)
-        if last is not None and now - last < self._interval:
-            return Reason.LIMITED_FLOW
+        if last is not None:
+            passed, ttl, start = last
+            if error.ttl < ttl and error.icmp[MESSAGE_ID] == start:
+                return Reason.CIRCLING
+            if now - passed < self._interval:
+                return Reason.LIMITED_FLOW
         if not self._sources.take(error.src, now):
             return Reason.LIMITED_SOURCE
         if not self._total.take(origin, now):
             return Reason.LIMITED_TOTAL
         if self._interval:
-            self._flows.put(flow, now, now)
+            self._flows.put(flow, (now, error.ttl, error.icmp[MESSAGE_ID]), now)
         return None
 
 
@@ -4284,6 +4304,14 @@ class Refusals:
 Acted = tuple[MtuError, str, str, bool]
 
 
+def explain_circle(service: str) -> str:
+    """What it means that a node forwards an error to the fabric, which returns it."""
+    return (
+        f"errors about {service} circle between the fabric and this node until their TTL ends; "
+        "give the service network a discard route: ip route add blackhole NETWORK"
+    )
+
+
 class Forwarder:
     """The packet's way: read what NFLOG has, decide on each error, copy, deliver, count."""
 
@@ -4293,6 +4321,7 @@ class Forwarder:
     # Errors and copies a turn then, so that no flood starves signals and timers.
     BATCH = 40
     BATCH_COPIES = 6400
+    CIRCLING_MAX = 16  # service addresses
 
     def __init__(self, config: Config, counters: Counters, keeper: RuleKeeper) -> None:
         self.news = News()
@@ -4303,6 +4332,7 @@ class Forwarder:
         self._policy = Policy(config, View())
         self._lanes = {family.name: Lane(family) for family in FAMILIES}
         self._nflog: Optional[Nflog] = None
+        self._circling: dict[bytes, float] = {}  # service addresses, and when last heard of
         self._recent = 0  # errors since the last tick
         self._gathering = 1  # how many the kernel hands over at a time
 
@@ -4495,8 +4525,23 @@ class Forwarder:
                 mtu=error.mtu,
             )
 
+    def circling(self) -> list[str]:
+        """The service addresses about which errors have circled in the last hour."""
+        long_ago = time.monotonic() - News.SECONDS
+        known = list(self._circling.items())
+        return [str(ipaddress.ip_address(packed)) for packed, at in known if at > long_ago]
+
+    def _note_circle(self, service: bytes, now: float) -> None:
+        """An error about this address was forwarded by this node, and came back."""
+        if service in self._circling or len(self._circling) < self.CIRCLING_MAX:
+            self._circling[service] = now
+        if self.news.is_due(("circling", service), now):
+            log("warning", explain_circle(str(ipaddress.ip_address(service))))
+
     def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
         """One line for each dropped error at debug, and one for a peer that is not listed."""
+        if reason is Reason.CIRCLING:
+            self._note_circle(error.quoted_src, now)
         if LOGGER.isEnabledFor(logging.DEBUG):
             log("debug", "dropped", reason=reason.value, error=error)
         if reason is Reason.MISADDRESSED and self.news.is_due(error.src, now):
@@ -4542,8 +4587,10 @@ class StatusServer(socketserver.ThreadingTCPServer):
         render: Callable[[], bytes],
         unhealthy: Callable[[], list[str]],
         unready: Callable[[], list[str]],
+        notes: Callable[[], list[str]],
     ) -> None:
         self.render, self.unhealthy, self.unready = render, unhealthy, unready
+        self.notes = notes
         # only one process in the cluster says this: `check` knows by it who answers
         self.name = f"pmtud/{__version__} ({config.nodename}, NFLOG group {config.nflog_group})"
         self._started: dict[Any, float] = {}  # open connections, by socket, the oldest first
@@ -4640,12 +4687,13 @@ class StatusHandler(socketserver.StreamRequestHandler):
             self._answer("200 OK", body, "text/plain; version=0.0.4; charset=utf-8")
 
     def _answer_verdict(self, problems: list[str]) -> None:
-        """What is wrong, one thing a line, or that all is well."""
+        """What is wrong, one thing a line; or that all is well, and what is worth a look."""
         if problems:
             body = "".join(f"{problem}\n" for problem in problems)
             self._answer("503 Service Unavailable", body.encode("utf-8", "replace"))
         else:
-            self._answer("200 OK", b"ok\n")
+            body = "".join(f"{line}\n" for line in ["ok", *self.server.notes()])
+            self._answer("200 OK", body.encode())
 
     def _answer(self, status: str, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         head = [
@@ -4916,7 +4964,8 @@ class Daemon:
             return
         try:
             render = partial(render_metrics, self.counters)
-            self._server = open_status_server(config, render, self.unhealthy, self.unready)
+            asked = (render, self.unhealthy, self.unready, self.notes)
+            self._server = open_status_server(config, *asked)
             stack.callback(self._server.server_close)
         except OSError as problem:
             where = f"{config.metrics_addr or '*'} port {config.metrics_port}"
@@ -4991,6 +5040,10 @@ class Daemon:
                 if not holds:
                     missing.append(f"{name}: our rules are not in force")
         return missing + self.roster.unanswered()
+
+    def notes(self) -> list[str]:
+        """What the operator can do better, though all is well with the daemon."""
+        return [explain_circle(service) for service in self.forwarder.circling()]
 
     # -- the loop
 
@@ -5775,8 +5828,9 @@ def check_http(node: Node) -> Iterator[Finding]:
     says = rf"pmtud/\S+ \({name}, NFLOG group {node.config.nflog_group}\)"
     given = option_of(options, "metrics-addr") or node.config.metrics_addr
     addresses = served_addresses(node, given)
+    notes: list[str] = []
     for address in addresses:
-        problem = judge_answer(address, port, says)
+        problem = judge_answer(address, port, says, notes)
         if not problem:
             continue
         fix = f"ss -Htlnp sport = :{port}"
@@ -5787,6 +5841,8 @@ def check_http(node: Node) -> Iterator[Finding]:
         yield fail("http", f"{address} port {port}: {problem}", fix)
         return
     yield ok("http", f"the daemon answers on {', '.join(addresses)} port {port}")
+    for note in dict.fromkeys(notes):
+        yield warn("daemon_says", note)
 
 
 def served_addresses(node: Node, address: str) -> list[str]:
@@ -5806,10 +5862,10 @@ def served_addresses(node: Node, address: str) -> list[str]:
     return own[:16] or ["127.0.0.1"]
 
 
-def judge_answer(address: str, port: int, says: str) -> str:
+def judge_answer(address: str, port: int, says: str, notes: list[str]) -> str:
     """What is wrong with the answer of /healthz, empty if all is well.
 
-    `says`: what the daemon calls itself there.
+    `says`: what the daemon calls itself there. `notes` gets what else it has to say.
     """
     try:
         with socket.create_connection((address, port), timeout=2.0) as connection:
@@ -5828,7 +5884,8 @@ def judge_answer(address: str, port: int, says: str) -> str:
             guess = f"a Service with nodePort {port}?"
         return f"somebody else answers, {name[:60]} ({guess})"
     body = answer.partition("\r\n\r\n")[2].strip()
-    if body == "ok":
+    notes += body.splitlines()[1:]
+    if body.startswith("ok"):
         return ""
     return body
 

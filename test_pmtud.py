@@ -244,6 +244,7 @@ def ipv4(
     length: Optional[int] = None,
     fragment: int = DF,
     first: Optional[int] = None,
+    ttl: int = 64,
 ) -> bytes:
     """RFC 791 section 3.1; `first` is the byte of version and header length, `length` the total
     length.
@@ -251,7 +252,7 @@ def ipv4(
     size = 20 + len(options)
     total = size + len(payload) if length is None else length
     version_ihl = 0x40 | size // 4 if first is None else first
-    start = struct.pack("!BBHHHBB", version_ihl, 0, total, 0x1234, fragment, 64, protocol)
+    start = struct.pack("!BBHHHBB", version_ihl, 0, total, 0x1234, fragment, ttl, protocol)
     end = packed(src) + packed(dst) + options
     return start + struct.pack("!H", internet_checksum(start + bytes(2) + end)) + end + payload
 
@@ -265,6 +266,7 @@ def ipv6(
     extensions: Sequence[Extension] = (),
     length: Optional[int] = None,
     first: int = 0x60,
+    ttl: int = 64,
 ) -> bytes:
     """RFC 8200 section 3; `length` is what IPv4 calls total length, the header included."""
     kinds = [kind for kind, _ in extensions] + [protocol]
@@ -275,7 +277,7 @@ def ipv6(
         + payload
     )
     size = len(chain) if length is None else length - 40
-    return struct.pack("!B3xHBB", first, size, kinds[0], 64) + packed(src) + packed(dst) + chain
+    return struct.pack("!B3xHBB", first, size, kinds[0], ttl) + packed(src) + packed(dst) + chain
 
 
 def fragment_header(offset: int, more: bool) -> Extension:
@@ -1622,6 +1624,7 @@ def test_errors_made_by_a_real_kernel(
         443,
         1400,
         golden[20 if net is V4 else 40 :],
+        ttl=64,
     )
 
 
@@ -1834,7 +1837,8 @@ def test_parse_refuses(case: Broken, net: Plan) -> None:
 @unit
 @both_families
 def test_parse_gives_every_field(net: Plan) -> None:
-    packet = mtu_error(net, mtu=1371, transport=tcp_start(8443, 51234), quoted_length=1477)
+    start = tcp_start(8443, 51234)
+    packet = mtu_error(net, mtu=1371, transport=start, quoted_length=1477, outer={"ttl": 63})
     assert pmtud.parse(packet) == pmtud.MtuError(
         net.family,
         packed(net.router),
@@ -1847,6 +1851,7 @@ def test_parse_gives_every_field(net: Plan) -> None:
         51234,
         1371,
         packet[HEADER[net.family.name] :],
+        ttl=63,
     )
 
 
@@ -2566,6 +2571,8 @@ NO_IDENTIFIERS = (
 )
 OTHER_FLOW = {"transport": tcp_start(443, 40001)}
 COPY = {"src": "peer", "dst": "node"}
+CAME = {"outer": {"ttl": 62}}
+CAME_AGAIN = {"outer": {"ttl": 60}}
 LIMIT_CASES = {
     "once per flow and interval": LimitCase(
         {"flow_interval": 1.0},
@@ -2594,6 +2601,19 @@ LIMIT_CASES = {
         ((10.0, {}, None), (10.0, COPY, None), (10.1, COPY, Reason.LIMITED_FLOW)),
     ),
     "interval 0": LimitCase({}, ((10.0, {}, None),) * 50),
+    "what circles uses up nothing": LimitCase(
+        {"flow_interval": 0.1, "source_rate": 2.0, "rate": 2.0},
+        (
+            (10.0, CAME, None),
+            (10.01, CAME_AGAIN, Reason.CIRCLING),
+            (10.2, CAME_AGAIN, Reason.CIRCLING),
+            (10.9, CAME_AGAIN, Reason.CIRCLING),
+            (10.9, {**CAME_AGAIN, "mtu": 1399}, None),
+            (10.91, {**CAME_AGAIN, "mtu": 1399}, Reason.LIMITED_FLOW),
+            # Another packet of the same flow, the same router
+            (10.95, {**CAME_AGAIN, "quoted_length": 1499}, None),
+        ),
+    ),
     "per source": LimitCase(
         {"source_rate": 2.0},
         (
@@ -5809,6 +5829,34 @@ def test_an_icmp_error_about_somebody_elses_ping_costs_no_copy(cluster: Cluster)
             assert total(samples, "pmtud_copies_sent_total") == 2 * count * ERRORS
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_errors_that_circle(cluster: Cluster, family: int) -> None:
+    """They use up nobody's limits, and log and doctor say what stops them; a discard route does."""
+    node = cluster.nodes[ingress(cluster, family, "pod")]
+    options = ("--source-rate", str(ERRORS + 2), "--flow-interval", "0.0001")
+    advice = f"errors about {cluster.vip('pod', family)} circle between the fabric and this node"
+
+    def dropped(reason: str) -> int:
+        return int(metrics(node)[f'pmtud_dropped_total{{reason="{reason}"}}'])
+
+    with daemons([node], "--peers", PEER_LISTS[family], *options) as [process]:
+        inject(cluster.router, family, flow_errors(family, "pod"))
+        received_in_the_end([node])
+        circled = dropped("circling")
+        assert circled > 10 * ERRORS and dropped("limited_source") == dropped("limited_flow") == 0
+        assert metrics(node)['pmtud_acted_total{action="replicate"}'] == ERRORS
+        assert process.output().count(advice) == 1
+        found = diagnose(node).of("daemon_says")
+        assert found["status"] == "WARN" and found["found"].startswith(advice)
+        time.sleep(1.1)
+        add_discard_route(node, "blackhole")
+        inject(cluster.router, family, flow_errors(family, "pod"))
+        received_in_the_end([node])
+        assert dropped("circling") == circled
+        assert metrics(node)['pmtud_acted_total{action="replicate"}'] == 2 * ERRORS
+        node.ip("route del blackhole 10.96.0.0/24", "route del blackhole fd96::/64")
+
+
 def received_in_the_end(hosts: Sequence[Host]) -> int:
     """All errors that the hosts' daemons took, once the last ones on their way are counted."""
     totals = [-1]
@@ -8843,7 +8891,7 @@ def test_report_fits_80_columns_and_has_no_colours_in_a_pipe(node: Host) -> None
         in text
     )
     assert "WARN rp_filter: eth0: strict (all 1, eth0 0); an error from" in text
-    assert text.splitlines()[-1] == "n1: 11 OK, 5 WARN, 0 FAIL"
+    assert text.splitlines()[-1] == "n1: 12 OK, 4 WARN, 0 FAIL"
 
 
 def test_report_of_names_that_are_too_long_or_evil(node: Host, tmp_path: Path) -> None:
