@@ -4672,7 +4672,7 @@ class StatusHandler(socketserver.StreamRequestHandler):
         elif path == b"/metrics":
             self._answer_metrics()
         elif path == b"/healthz":
-            self._answer_verdict(self.server.unhealthy())
+            self._answer_verdict(self.server.unhealthy(), self.server.notes())
         elif path == b"/readyz":
             self._answer_verdict(self.server.unready())
         else:
@@ -4686,13 +4686,13 @@ class StatusHandler(socketserver.StreamRequestHandler):
         else:
             self._answer("200 OK", body, "text/plain; version=0.0.4; charset=utf-8")
 
-    def _answer_verdict(self, problems: list[str]) -> None:
+    def _answer_verdict(self, problems: list[str], notes: Sequence[str] = ()) -> None:
         """What is wrong, one thing a line; or that all is well, and what is worth a look."""
         if problems:
             body = "".join(f"{problem}\n" for problem in problems)
             self._answer("503 Service Unavailable", body.encode("utf-8", "replace"))
         else:
-            body = "".join(f"{line}\n" for line in ["ok", *self.server.notes()])
+            body = "".join(f"{line}\n" for line in ["ok", *notes])
             self._answer("200 OK", body.encode())
 
     def _answer(self, status: str, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:

@@ -68,8 +68,8 @@ from typing import Any, Callable, NamedTuple, Optional
 
 sys.path.insert(0, str(ROOT))
 from test_pmtud import (
-    CLIENT, DOWNLOAD_BYTES, SERVER, V4, Cluster, CommandFailed, Host, Process, execute, inject, mtu_error, poll,
-    tcp_start)  # fmt: skip
+    CLIENT, DOWNLOAD_BYTES, SERVER, V4, Cluster, CommandFailed, Host, Process, calico_bpf, egress_filters, execute,
+    inject, mtu_error, poll, tcp_start)  # fmt: skip
 
 KUBERNETES = "1.34.4"
 COREDNS = "1.14.7"
@@ -1289,6 +1289,23 @@ def kube_nodes(bed: Bed) -> None:
     bed.row("peers of each node", str(found), found == [peers] * bed.cluster.size)
 
 
+@scenario("calico ebpf")
+def calico_ebpf(bed: Bed) -> None:
+    """What stands in for Felix: its interface, and a program at tc egress that wants its mark on errors."""
+    bed.want("dns")
+    nodes, service = bed.cluster.nodes, SERVICES[0]
+    with egress_filters(nodes):
+        for family in (4, 6):
+            bed.cluster.flush()
+            done = len(download(bed.cluster, service.address(family), 80))
+            bed.row(f"without its mark, IPv{family}", f"{done} of {FLOWS}", done < FLOWS - 3)
+        with calico_bpf(nodes):
+            time.sleep(3)  # the daemons look once a second
+            for family in (4, 6):
+                act = partial(download, bed.cluster, service.address(family), 80)
+                bed.transfers(f"with its mark, IPv{family}", act, FLOWS)
+
+
 ALTER = """table inet uploads {{
   chain out {{ type nat hook postrouting priority srcnat - 1;
     ip saddr 10.244.0.0/16 ip daddr 10.9.0.0/24 {rule4}
@@ -1779,7 +1796,13 @@ def flood(bed: Bed) -> None:
     )
 
 
-SHORT = ("services", "kube:nodes", "nodeport 30040", "exec check")  # what .ci/run has time for
+SHORT = (
+    "services",
+    "kube:nodes",
+    "calico ebpf",
+    "nodeport 30040",
+    "exec check",
+)  # what .ci/run has time for
 
 
 def run_scenarios(word: str, tree: Path, short: bool) -> int:
