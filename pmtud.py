@@ -1913,7 +1913,9 @@ def iptables_nflog(family: Family, group: int, site: Site) -> Iterator[str]:
         begin = f"{command} -i {shlex.quote(iface)} {error}"
         yield f'{begin} -m rpfilter --invert {target} --nflog-prefix "{RPF_PREFIX}"'
         yield f"{begin} -m rpfilter {target}"
-    if len(site.ifaces) == 1:  # `! -i` cannot be given twice
+    if len(site.ifaces) > 1 and site.senders != NOBODY:
+        yield "# copies on further interfaces are not heard: `! -i` cannot be given twice"
+    if len(site.ifaces) == 1:
         begin = f"{command} ! -i {shlex.quote(site.ifaces[0])} {error}"
         for sender in iptables_senders(family, site.senders):
             yield f"{begin} {sender} {target}"
@@ -2673,8 +2675,8 @@ class Netlink(Descriptor):
                         return found
                     if sequence:
                         found.append((kind, payload))
-        except socket.timeout:  # no TimeoutError before Python 3.10
-            raise NetlinkError(operation, errno.ETIMEDOUT) from None
+        except OSError as problem:  # a timeout has no errno
+            raise NetlinkError(operation, problem.errno or errno.ETIMEDOUT) from problem
 
     def request(
         self, operation: str, kind: int, flags: int, payload: bytes
@@ -3574,7 +3576,7 @@ class FileSource(PeerSource):
     def __init__(self, path: str) -> None:
         super().__init__(f"file:{path}")
         self._path = path
-        self._content = b""
+        self._content: Optional[bytes] = None
 
     def prepare(self) -> None:
         """Read it for the first time."""
@@ -4117,6 +4119,7 @@ class RuleKeeper:
         self._config = config
         self._default_route: tuple[str, ...] = ()
         self._marked = False  # copies leave with another mark than ours
+        self._refused = False  # the kernel did not take the rules as they should be now
 
     def choose_ifaces(self) -> None:
         """Where errors come in: --iface, or the default route; raises PmtudError."""
@@ -4147,10 +4150,15 @@ class RuleKeeper:
         """Install our table again, with what is known now."""
         if not self.firewall:
             return
+        self._refused = True
         try:
             self.firewall.replace(self.ifaces)
         except PmtudError as problem:
-            log("warning", "cannot replace our rules", problem=str(problem))
+            text = "cannot replace our rules, trying again each second"
+            self.complaints.say("rules", text, problem=str(problem))
+            return
+        self._refused = False
+        self.complaints.withdraw("rules")
 
     def follow_senders(self, senders: Senders) -> None:
         """From now on copies come from these."""
@@ -4158,8 +4166,10 @@ class RuleKeeper:
             self.firewall.senders = senders
             self.replace()
 
-    def follow_copy_mark(self) -> None:
-        """Calico's eBPF data plane comes and goes while we run."""
+    def tick(self) -> None:
+        """Once a second: try again what was refused; follow Calico's eBPF data plane."""
+        if self._refused:
+            self.replace()
         if self.firewall and self.firewall.copy_mark != copy_mark(self._config):
             self.replace()
             self._tell_copy_mark()
@@ -4354,9 +4364,9 @@ class Forwarder:
 
     def follow(self, arrangement: Arrangement) -> None:
         """From now on judge and send by this arrangement; raises PmtudError."""
+        self.open_lanes(arrangement)
         self._policy.set_view(arrangement.view)
         self._counters.peers = arrangement.per_source
-        self.open_lanes(arrangement)
         self.gather()  # with more peers fewer errors a turn
 
     def open_lanes(self, arrangement: Arrangement) -> None:
@@ -4507,7 +4517,8 @@ class Forwarder:
                 self._tell_report(error, now)
             if self._config.dry_run:
                 counters.dropped[Reason.DRY_RUN] += 1
-                log("info", f"dry run: would {action}", origin=origin, error=error)
+                would = "do nothing" if action is NOTHING else action
+                log("info", f"dry run: would {would}", origin=origin, error=error)
                 continue
             counters.acted[action] += 1
             counters.reported_mtu.observe(error.mtu or error.believed_mtu)
@@ -4797,7 +4808,7 @@ def describe_limits(config: Config, senders: Senders) -> str:
     """How much is acted on, and what is believed."""
     total = describe_rate(config.rate)
     passed = senders.rate(config.rate)
-    if passed < config.rate:
+    if passed < config.rate and senders.addresses:
         total += f", {passed}/s for so many peers"
     ipv4, ipv6 = config.min_mtu
     text = (
@@ -4830,14 +4841,14 @@ class Roster:
 
     def rearrange(self, config: Config) -> None:
         """Work out peers and addresses anew and put them in force; raises PmtudError, OSError."""
-        before = self.arrangement
         listed = self._peers.listed()
         ifaces = self._keeper.ifaces
-        self.arrangement = arrange(listed, local_addresses(), config.ignore_networks, ifaces)
+        arrangement = arrange(listed, local_addresses(), config.ignore_networks, ifaces)
         # Pods come and go, and addresses with them: mostly nothing changes for us.
-        if self.arrangement.needs_sockets_after(before):
+        if arrangement.needs_sockets_after(self.arrangement):
             self._forwarder.close_lanes()
-        self._forwarder.follow(self.arrangement)
+        self._forwarder.follow(arrangement)
+        self.arrangement = arrangement
         self._keeper.follow_senders(self.arrangement.senders)
 
     def refresh(self, config: Config) -> None:
@@ -4942,9 +4953,9 @@ class Daemon:
                 self._drop_privileges()  # of this thread, so before any other starts
             self.peers.follow()
             if self._server:
-                stack.callback(self._server.shutdown)
                 serve = self._server.serve_forever
                 threading.Thread(target=serve, name="http", daemon=True).start()
+                stack.callback(self._server.shutdown)  # which waits for that thread
             self._stack = stack.pop_all()
         self._announce()
         self._manager.tell("READY=1", self._status())
@@ -5121,7 +5132,7 @@ class Daemon:
         """Housekeeping, once a second."""
         self._ticks += 1
         self.forwarder.tick(now)
-        self.keeper.follow_copy_mark()
+        self.keeper.tick()
         self.roster.tick()
         if self._ticks % self.SLOW_TICKS == 0:
             if self.keeper.follow_default_route():

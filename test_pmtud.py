@@ -5831,6 +5831,39 @@ def test_an_icmp_error_about_somebody_elses_ping_costs_no_copy(cluster: Cluster)
             assert total(samples, "pmtud_copies_sent_total") == 2 * count * ERRORS
 
 
+REFUSES_TWICE = """
+commit, left = pmtud.Firewall._commit, 2
+def refuse(self, operation, requests):
+    global left
+    if b"peers_ipv4" in b"".join(data for _, data in requests) and left:
+        left -= 1
+        raise pmtud.NetlinkError(operation, 12)
+    commit(self, operation, requests)
+pmtud.Firewall._commit = refuse
+"""
+
+
+def test_rules_that_the_kernel_refuses_are_tried_again(cluster: Cluster, tmp_path: Path) -> None:
+    """New peers are heard all the same, a second or two later; one line says what failed."""
+    node = cluster.nodes[0]
+    file = tmp_path / "peers"
+    file.write_text("fd00::12\n")
+    with daemons([node], "--peers", f"file:{file}", patch=REFUSES_TWICE) as [process]:
+        file.write_text("10.0.0.12\n")
+        process.wait_for("cannot replace our rules, trying again each second")
+        assert poll(lambda: "10.0.0.12" in node.run("nft", "list", "ruleset"), 5)
+    assert process.output().count("cannot replace our rules") == 1
+
+
+def test_a_peer_file_that_is_empty(cluster: Cluster, tmp_path: Path) -> None:
+    """Exit 2 as for one with a blank line, not a daemon that waits for an answer."""
+    for content in ("", "\n"):
+        file = tmp_path / "peers"
+        file.write_text(content)
+        code, told = run_to_end(cluster.nodes[0], "--peers", f"file:{file}")
+        assert code == 2 and "0 peers; there must be 1 to" in told
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_errors_that_circle(cluster: Cluster, family: int) -> None:
     """They use up nobody's limits, and log and doctor say what stops them; a discard route does."""
