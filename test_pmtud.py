@@ -7807,9 +7807,9 @@ def test_a_good_node_is_all_ok(node: Host) -> None:
     ]
 
 
-# Loads a program of two instructions (r0 = TCX_NEXT, exit) and attaches it at TCX egress, for as
-# long as this process runs
-TCX_PROGRAM = """
+# Loads a program of two instructions (r0 = what lets packets pass, exit) and attaches it to an
+# interface, for as long as this process runs; arguments: index, kinds of program and of attachment
+BPF_PROGRAM = """
 import ctypes, os, platform, struct, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 number = {"x86_64": 321, "aarch64": 280}[platform.machine()]
@@ -7819,10 +7819,12 @@ def bpf(command, given):
     if found < 0:
         sys.exit(os.strerror(ctypes.get_errno()))
     return found
-code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xb7, 0, 0, -1, 0x95, 0, 0, 0))
+index, kind, attach = map(int, sys.argv[1:])
+passes = {3: -1, 6: 2}[kind]
+code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xb7, 0, 0, passes, 0x95, 0, 0, 0))
 license = ctypes.create_string_buffer(b"GPL")
-program = struct.pack("=IIQQ", 3, 2, ctypes.addressof(code), ctypes.addressof(license))
-link = bpf(28, struct.pack("=IIII", bpf(5, program), int(sys.argv[1]), 47, 0))
+program = struct.pack("=IIQQ", kind, 2, ctypes.addressof(code), ctypes.addressof(license))
+link = bpf(28, struct.pack("=IIII", bpf(5, program), index, attach, 0))
 print("attached", flush=True)
 time.sleep(600)
 """
@@ -7836,14 +7838,24 @@ def test_check_sees_programs(node: Host) -> None:
         found = diagnose(node).of("programs")
         assert found["status"] == "WARN"
         assert found["found"].startswith("at egress of eth0 (bpf) may drop copies; see whether ")
-    index = node.inside(lambda: socket.if_nametoindex("eth0"))
-    program = node.start(sys.executable, "-c", TCX_PROGRAM, str(index))
-    program.wait_for("attached")
-    found = diagnose(node).of("programs")
-    assert found["status"] == "WARN"
-    assert found["found"].startswith("at egress of eth0 (1 by TCX) may drop copies; see whether ")
-    program.stop()
-    assert poll(lambda: diagnose(node).of("programs")["status"] == "OK", 5)
+    index = str(node.inside(lambda: socket.if_nametoindex("eth0")))
+    tcx = ("3", "47"), "at egress of eth0 (1 by TCX) may drop copies; see whether copies arrive"
+    xdp = ("6", "37"), "XDP on eth0 sees errors before the kernel; see whether they come"
+    for kinds, says in (tcx, xdp):
+        program = node.start(sys.executable, "-c", BPF_PROGRAM, index, *kinds)
+        program.wait_for("attached")
+        found = diagnose(node).of("programs")
+        assert found["status"] == "WARN" and found["found"].startswith(says)
+        program.stop()
+        assert poll(lambda: diagnose(node).of("programs")["status"] == "OK", 5)
+
+
+def test_check_says_where_programs_cannot_be_seen(node: Host) -> None:
+    """A container's seccomp profile refuses bpf(), as the kernel does without privileges."""
+    found = diagnose(node, before=("setpriv", "--bounding-set=-net_admin,-sys_admin,-bpf"))
+    said = found.of("programs")
+    assert said["status"] == "WARN"
+    assert said["found"].startswith("programs on eth0 cannot be seen, bpf() is refused: Operation ")
 
 
 def test_check_knows_ebpf_data_planes(node: Host) -> None:
