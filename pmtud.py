@@ -6785,6 +6785,9 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
             handshake = f"; TCP port {port}: {problem.strerror or problem}"
             is_refused = True
     host = prober.host
+    if prober.hop.ifindex == socket.if_nametoindex("lo"):
+        found = f"{host}: this node itself, no router is on the way{handshake}"
+        return ok("path", f"{found}; name a client, or another node")
     if measured.error:
         fix = f"ip route get {prober.host_alone}"
         return fail("path", f"{host}: unreachable, {measured.error}{handshake}", fix)
