@@ -4314,10 +4314,11 @@ class Refusals:
 Acted = tuple[MtuError, str, str, bool]
 
 
-def explain_circle(service: str) -> str:
+def explain_circle(service: bytes) -> str:
     """What it means that a node forwards an error to the fabric, which returns it."""
+    address = ipaddress.ip_address(service)
     return (
-        f"errors about {service} circle between the fabric and this node until their TTL ends; "
+        f"errors about {address} circle between the fabric and this node until their TTL ends; "
         "give the service network a discard route: ip route add blackhole NETWORK"
     )
 
@@ -4536,18 +4537,18 @@ class Forwarder:
                 mtu=error.mtu,
             )
 
-    def circling(self) -> list[str]:
-        """The service addresses about which errors have circled in the last hour."""
+    def notes(self) -> list[str]:
+        """What the operator can do better: about which services errors circled in the last hour."""
         long_ago = time.monotonic() - News.SECONDS
         known = list(self._circling.items())
-        return [str(ipaddress.ip_address(packed)) for packed, at in known if at > long_ago]
+        return [explain_circle(service) for service, at in known if at > long_ago]
 
     def _note_circle(self, service: bytes, now: float) -> None:
         """An error about this address was forwarded by this node, and came back."""
         if service in self._circling or len(self._circling) < self.CIRCLING_MAX:
             self._circling[service] = now
         if self.news.is_due(("circling", service), now):
-            log("warning", explain_circle(str(ipaddress.ip_address(service))))
+            log("warning", explain_circle(service))
 
     def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
         """One line for each dropped error at debug, and one for a peer that is not listed."""
@@ -4975,7 +4976,7 @@ class Daemon:
             return
         try:
             render = partial(render_metrics, self.counters)
-            asked = (render, self.unhealthy, self.unready, self.notes)
+            asked = (render, self.unhealthy, self.unready, self.forwarder.notes)
             self._server = open_status_server(config, *asked)
             stack.callback(self._server.server_close)
         except OSError as problem:
@@ -5051,10 +5052,6 @@ class Daemon:
                 if not holds:
                     missing.append(f"{name}: our rules are not in force")
         return missing + self.roster.unanswered()
-
-    def notes(self) -> list[str]:
-        """What the operator can do better, though all is well with the daemon."""
-        return [explain_circle(service) for service in self.forwarder.circling()]
 
     # -- the loop
 

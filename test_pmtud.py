@@ -7865,10 +7865,18 @@ def test_check_knows_ebpf_data_planes(node: Host) -> None:
         group = diagnose(node, "--peers", "10.0.0.255").of("programs")
         unmarked = diagnose(node, "--copy-mark", "none").of("programs")
         command = (sys.executable, SCRIPT, "--metrics-port", "0", "--peers", "10.0.0.255")
+        printed = node.run(sys.executable, SCRIPT, "rules")
         warned = node.start(*command)
         warned.wait_for("Calico's eBPF data plane does not give pods what comes by broadcast")
         assert warned.stop() == 0
     assert plain["status"] == "OK" and plain["found"].endswith("with its mark 0x3000000")
+    assert "icmp code frag-needed meta mark set 0x3000000\n" in printed
+    assert (
+        "iptables -t mangle -A OUTPUT -p icmp -m icmp --icmp-type 3/4 -m mark --mark 0x2e"
+        in printed
+    )
+    assert printed.count("-j MARK --set-mark 0x3000000\n") == 2
+    assert "0x3000000" not in node.run(sys.executable, SCRIPT, "rules")
     assert group["status"] == "FAIL" and group["found"].endswith("multicast; list the nodes")
     assert unmarked["status"] == "FAIL" and unmarked["found"].endswith("use --copy-mark auto")
     node.ip("link add cilium_host type bridge", "link set cilium_host up")
