@@ -306,9 +306,8 @@ ICMP6_FILTER = 1
 ICMP_DEST_UNREACH = 3
 ICMP_FRAG_NEEDED = 4
 ICMPV6_PKT_TOOBIG = 2
-IPV4_HEADER = struct.Struct(
-    "!BxHxxHxBxx4s4s"
-)  # version+IHL, total length, flags+fragment offset, protocol, src, dst
+# Version+IHL, total length, flags+fragment offset, protocol, src, dst
+IPV4_HEADER = struct.Struct("!BxHxxHxBxx4s4s")
 IPV4_HEADER_LEN = 20
 IPV4_HEADER_MAX = 60
 IPV4_TTL_AT = 8
@@ -318,12 +317,10 @@ IPV4_MORE_FRAGMENTS = 0x2000
 IPV6_HEADER = struct.Struct("!B3xHBx16s16s")  # version+class, payload length, next header, src, dst
 IPV6_HEADER_LEN = 40
 IPV6_HOP_LIMIT_AT = 7
-IPV4_HEAD = struct.Struct(
-    "!BBHHHBBH4s4s"
-)  # all of it: TTL, protocol and checksum stand before the addresses
-IPV6_HEAD = struct.Struct(
-    "!IHBB16s16s"
-)  # version+class+label, payload length, next header, hop limit, addresses
+# All of it: TTL, protocol and checksum stand before the addresses
+IPV4_HEAD = struct.Struct("!BBHHHBBH4s4s")
+# Version+class+label, payload length, next header, hop limit, addresses
+IPV6_HEAD = struct.Struct("!IHBB16s16s")
 HOP_LIMIT = 64  # of deliveries, which go no further than a pod
 IPV6_EXTENSIONS_MAX = 8  # RFC 8200 section 4.1 recommends an order of at most 7 headers
 HOPOPTS = 0
@@ -332,9 +329,8 @@ FRAGMENT = 44
 AUTH = 51
 DSTOPTS = 60
 IPV6_FRAGMENT = struct.Struct("!BxH4x")  # next header, offset (13 bits) + reserved + more flag
-ICMPV4_FRAG_NEEDED = struct.Struct(
-    "!BBHxxH"
-)  # type, code, checksum, unused, next-hop MTU (RFC 1191 section 4)
+# Type, code, checksum, unused, next-hop MTU (RFC 1191 section 4)
+ICMPV4_FRAG_NEEDED = struct.Struct("!BBHxxH")
 ICMPV6_TOO_BIG = struct.Struct("!BBHI")  # type, code, checksum, MTU (RFC 4443 section 3.2)
 ICMP_HEADER_LEN = 8
 # All of an IPv4 error that has no options: the fields of IPV4_HEADER, ICMPV4_FRAG_NEEDED,
@@ -349,9 +345,8 @@ GRE = 47
 ESP = 50
 PROTOCOLS_QUOTED = PROTOCOLS_WITH_PORTS | {IPIP, SIT, GRE, ESP}  # and the family's own ICMP
 ICMP_ECHO = struct.Struct("!BxxxH")  # type, id (RFC 792, RFC 4443 section 4)
-GRE_HEADER = struct.Struct(
-    "!HxxI"
-)  # flags and version; with GRE_KEY and without GRE_CSUM the key (RFC 2890)
+# Flags and version; with GRE_KEY and without GRE_CSUM the key (RFC 2890)
+GRE_HEADER = struct.Struct("!HxxI")
 GRE_CSUM = 0x8000
 GRE_KEY = 0x2000
 ESP_HEADER = struct.Struct("!I")  # security parameters index (RFC 4303)
@@ -366,9 +361,8 @@ CAP_NET_RAW = 13
 CAPABILITIES_MAX = 64  # two __u32 of them
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
-USER_CAPS = struct.Struct(
-    "=IiIIIIII"
-)  # struct __user_cap_header_struct, then two of __user_cap_data_struct
+# struct __user_cap_header_struct, then two of __user_cap_data_struct
+USER_CAPS = struct.Struct("=IiIIIIII")
 
 # On errors given to this node's own stack; bits that Kubernetes, Calico and Cilium leave alone
 MARK_DELIVER = 0x2C
@@ -1692,20 +1686,23 @@ CHAINS = (
 
 
 def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
-    """The rules that feed the NFLOG group, with `rate` errors a second at most; 0: all."""
+    """The rules that feed the NFLOG group, with `rate` errors a second at most; 0: all.
+
+    Within a chain they stand in the order in which they are appended.
+    """
     rpf = (FAILS_RPF, to_group(group, RPF_PREFIX), RETURN)
     rules = [Rule("mtu_errors", rpf), Rule("mtu_errors", (to_group(group),))]
-    copies = "mtu_errors"
-    routers = "mtu_errors"
+    after_copies = "mtu_errors"  # where copies, and routers' errors, go next
+    after_routers = "mtu_errors"
     if rate:
-        copies = "copies_in"
-        routers = "shed"
-        rules.append(Rule(copies, (per_second(rate), goto("mtu_errors"))))
+        after_copies = "copies_in"
+        after_routers = "shed"
+        rules.append(Rule("copies_in", (per_second(rate), goto("mtu_errors"))))
         rules += shed_rules(rate, site.bursts)
     for parts in copy_senders(site.senders):
-        rules.append(Rule("senders", (*parts, goto(copies))))
+        rules.append(Rule("senders", (*parts, goto(after_copies))))
     for iface in site.ifaces:
-        rules.append(Rule("senders", (equal(IIFNAME, interface(iface)), goto(routers))))
+        rules.append(Rule("senders", (equal(IIFNAME, interface(iface)), goto(after_routers))))
     for family in FAMILIES:
         rules.append(Rule("prerouting", (is_error(family), goto("senders"))))
     return rules
@@ -1777,24 +1774,23 @@ def marked_rules(hook: str, mark: int, chain: str, action: tuple[Part, ...]) -> 
 def owned_flows(site: Site) -> Iterator[tuple[Part, ...]]:
     """What tells a delivery about a flow of this node's own; each of these alone.
 
-    A node owns what it translates (a pod behind NAT of either kind), its own addresses, and what it
-    routes elsewhere than where errors come in (a pod with a routed address; where connections are
-    tracked, this one too must be). A flow that it only forwards passes none of these, nor does what
-    goes to `lo` without a local address. A `ct` expression makes the kernel track connections:
-    without conntrack in use it is left out.
+    A flow that this node only forwards passes none of them. A `ct` expression makes the kernel
+    track connections, so there is none where conntrack is not in use.
     """
+    # A VRF's packets pass OUTPUT twice: with this device, untracked, and then with its member
     for vrf in site.vrfs:
-        # A packet passes OUTPUT twice: with this device, untracked, and then with its member
         yield (equal(OIFNAME, interface(vrf)),)
+    # What this node translates: pods behind NAT of either kind
     if site.conntrack:
         yield RELATED, TRANSLATED
+    # What it routes elsewhere than where errors come in: pods with routed addresses
     if site.uplinks:
         inward = tuple(unequal(OIFNAME, interface(name)) for name in ("lo", *site.uplinks))
         if site.conntrack:
             inward = (RELATED, *inward)
         yield inward
-    # To `lo` alone: where an address has just gone, what was meant for it would take the default
-    # route.
+    # Its own addresses. To `lo` alone: where an address has just gone, what was meant for it would
+    # take the default route.
     yield equal(OIFNAME, interface("lo")), TO_LOCAL
 
 
@@ -1958,9 +1954,8 @@ def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
 
 
 ROUTER, PEER = ORIGINS = ("router", "peer")  # who sent an error to this node
-KNOWN_MAX = (
-    4096  # verdicts on addresses that are remembered: 0.2 us instead of 0.6, and more with networks
-)
+# Verdicts on addresses that are remembered: 0.2 us instead of 0.6, and more with networks
+KNOWN_MAX = 4096
 # What becomes of an error: a copy to every peer and a delivery here, a delivery here only, nothing
 # (--no-rescue)
 REPLICATE, DELIVER, NOTHING = ACTIONS = ("replicate", "deliver", "none")
@@ -2265,7 +2260,7 @@ class CopyCounts:
     def __init__(self, peers: Sequence[str], before: Optional[CopyCounts] = None) -> None:
         self.rounds = 0
         self.refused = [0] * len(peers)
-        self._peers = tuple(peers)
+        self.peers = tuple(peers)
         self._sent_before = before.sent() if before else {}
         self._refused_before = before.errors() if before else {}
         self._totals_before = before.totals() if before else (0, 0)
@@ -2274,18 +2269,18 @@ class CopyCounts:
         """Copies sent and refused, those of peers that have left included."""
         sent, refused = self._totals_before
         refused_now = sum(self.refused)
-        return sent + self.rounds * len(self._peers) - refused_now, refused + refused_now
+        return sent + self.rounds * len(self.peers) - refused_now, refused + refused_now
 
     def sent(self) -> dict[str, int]:
         """Copies the kernel took, by peer."""
         return {
             p: self._sent_before.get(p, 0) + self.rounds - n
-            for p, n in zip(self._peers, self.refused)
+            for p, n in zip(self.peers, self.refused)
         }
 
     def errors(self) -> dict[str, int]:
         """Copies the kernel refused, by peer."""
-        return {p: self._refused_before.get(p, 0) + n for p, n in zip(self._peers, self.refused)}
+        return {p: self._refused_before.get(p, 0) + n for p, n in zip(self.peers, self.refused)}
 
 
 class Counters:
@@ -2518,6 +2513,13 @@ def log(level: str, text: str, **fields: object) -> None:
     LOGGER.log(number, text, extra={"fields": plain})
 
 
+def shortened(value: Any) -> Any:
+    """A text of 100 characters, which take 12 bytes each at most as JSON; numbers as they are."""
+    if isinstance(value, str) and len(value) > 100:
+        return f"{value[:100]} ..."
+    return value
+
+
 # Subscriptable from Python 3.11 on.
 class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes a line only where that cannot block.
@@ -2537,9 +2539,16 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
                 super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, cut to what a pipe takes."""
-        line = super().format(record).encode()
-        return line[: select.PIPE_BUF - 1].decode(errors="ignore")
+        """The line; its texts are cut where it is longer than what a pipe takes, so that it stays
+        JSON.
+        """
+        line = super().format(record)
+        if len(line.encode()) < select.PIPE_BUF:
+            return line
+        fields = getattr(record, "fields", {})
+        short = {name: shortened(value) for name, value in fields.items()}
+        cut = logging.makeLogRecord({**vars(record), "msg": shortened(record.msg), "fields": short})
+        return super().format(cut)
 
 
 def set_up_logging(level: str, form: str) -> None:
@@ -4413,7 +4422,7 @@ class Forwarder:
         """While errors are many, have the kernel hand over as many at a time as a turn may take."""
         errors = 1
         if self._recent > self.BUSY:
-            most = max(len(lane.counts.refused) for lane in self._lanes.values())
+            most = max(len(lane.counts.peers) for lane in self._lanes.values())
             errors = max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
         if self._nflog and errors != self._gathering:
             with contextlib.suppress(OSError):
@@ -4489,7 +4498,8 @@ class Forwarder:
         """Give the error to this node's own stack; the guard decides whether it is the owner."""
         lane = self._lanes[error.family.name]
         own = error.quoted_src in self._policy.view.own
-        result = "error"  # without a guard the error could leave this node towards the VIP
+        result = "error"
+        # Without a guard the error could leave this node towards the VIP
         if lane.delivery and (own or self._keeper.guarded[error.family.name]):
             code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
             if code and self._keeper.conntrack_appeared():

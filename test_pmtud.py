@@ -116,6 +116,7 @@ import errno
 import fcntl
 import inspect
 import json
+import logging
 import math
 import pty
 import re
@@ -6824,6 +6825,27 @@ def test_a_loopback_address_in_a_pod_is_pointed_out(node: Host) -> None:
                 == count
             )
             assert process.stop() == 0
+
+
+@unit
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_log_line_fits_into_a_pipe_and_stays_json(as_json: bool) -> None:
+    """Its long texts are cut, its numbers stay; a line that fits stays whole."""
+    handler = pmtud.PatientHandler()
+    handler.setFormatter(pmtud.Formatter(as_json))
+
+    def formatted(text: str, **fields: object) -> str:
+        extra = {"msg": text, "levelno": 20, "levelname": "INFO", "fields": fields}
+        return handler.format(logging.makeLogRecord(extra))
+
+    whole = formatted("x" * 3500, count=7)
+    assert "x" * 3500 in whole
+    for letter in ("x", "\u00e9", "\U0001f600"):
+        line = formatted(letter * 5000, problem=letter * 5000, count=7)
+        assert len(line.encode()) < 4096 and line.count(letter if not as_json else "...") >= 2
+        if as_json:
+            assert json.loads(line)["count"] == 7
+            assert json.loads(line)["message"] == letter * 100 + " ..."
 
 
 def test_json_log(cluster: Cluster) -> None:
