@@ -2548,7 +2548,7 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
         fields = getattr(record, "fields", {})
         short = {name: shortened(value) for name, value in fields.items()}
         cut = logging.makeLogRecord({**vars(record), "msg": shortened(record.msg), "fields": short})
-        return super().format(cut)
+        return super().format(cut).encode()[: select.PIPE_BUF - 1].decode(errors="ignore")
 
 
 def set_up_logging(level: str, form: str) -> None:
@@ -3927,12 +3927,17 @@ def some(peers: Collection[PeerAddress], most: int = 8) -> str:
     return shown
 
 
-def way_out(peer: PeerAddress) -> str:
-    """The interface by which copies to a peer leave, for people."""
+def interface_towards(packed: bytes, iface: str) -> str:
+    """The interface to an address; empty if there is no way.
+
+    `iface` is the one that an address of its link belongs to.
+    """
+    zone = 0
     with contextlib.suppress(NetlinkError, OSError):
-        hop = find_route(peer.packed, sockaddr(peer)[-1] if peer.zone else 0)[1][0]
-        return socket.if_indextoname(hop.ifindex)
-    return "the way out"
+        if is_link_local(packed) or PeerAddress(packed).is_multicast:
+            zone = socket.if_nametoindex(iface)
+        return socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
+    return ""
 
 
 class Ways(NamedTuple):
@@ -4128,7 +4133,6 @@ class RuleKeeper:
         self._config = config
         self._default_route: tuple[str, ...] = ()
         self._marked = False  # copies leave with another mark than ours
-        self._refused = False  # the kernel did not take the rules as they should be now
 
     def choose_ifaces(self) -> None:
         """Where errors come in: --iface, or the default route; raises PmtudError."""
@@ -4159,14 +4163,12 @@ class RuleKeeper:
         """Install our table again, with what is known now."""
         if not self.firewall:
             return
-        self._refused = True
         try:
             self.firewall.replace(self.ifaces)
         except PmtudError as problem:
             text = "cannot replace our rules, trying again each second"
             self.complaints.say("rules", text, problem=str(problem))
             return
-        self._refused = False
         self.complaints.withdraw("rules")
 
     def follow_senders(self, senders: Senders) -> None:
@@ -4177,7 +4179,7 @@ class RuleKeeper:
 
     def tick(self) -> None:
         """Once a second: try again what was refused; follow Calico's eBPF data plane."""
-        if self._refused:
+        if "rules" in self.complaints:
             self.replace()
         if self.firewall and self.firewall.copy_mark != copy_mark(self._config):
             self.replace()
@@ -4313,7 +4315,8 @@ class Refusals:
         codes = {code for _, code in self._untold}
         if codes == {errno.ENOBUFS} and sum(self._untold.values()) >= copies:
             peer = next(iter(self._untold))[0]
-            text += f"; all of them: a program or a queue on {way_out(peer)} drops copies"
+            where = interface_towards(peer.packed, peer.zone) or "the way out"
+            text += f"; all of them: a program or a queue on {where} drops copies"
         log("warning", text)
         self._untold.clear()
         self._tell_at = now + self.SECONDS
@@ -5197,7 +5200,7 @@ BPF_PROG_QUERY = 16
 BPF_TCX_EGRESS = 47
 # union bpf_attr of BPF_PROG_QUERY: interface index, attach type, flags twice, where to put the ids,
 # and how many there are
-BPF_QUERY = struct.Struct("=IIIIQI4x40x")
+BPF_QUERY = struct.Struct("=IIIIQI44x")
 BPF_SYSCALLS = {"x86_64": 321, "aarch64": 280, "ppc64le": 361, "s390x": 351, "riscv64": 280}
 
 # linux/if_link.h, linux/if_tunnel.h
@@ -5902,8 +5905,9 @@ def judge_answer(address: str, port: int, says: str, notes: list[str]) -> str:
             guess = f"a Service with nodePort {port}?"
         return f"somebody else answers, {name[:60]} ({guess})"
     body = answer.partition("\r\n\r\n")[2].strip()
-    notes += body.splitlines()[1:]
-    if body.startswith("ok"):
+    first, *more = body.splitlines() or [""]
+    if first == "ok":
+        notes += more
         return ""
     return body
 
@@ -5988,9 +5992,6 @@ def check_ipv6(link: Link) -> Finding:
     return ok("ipv6", f"{iface}: router advertisements and their MTU are believed")
 
 
-# -- checks: settings of the kernel
-
-
 # -- checks: programs on the interfaces, which see packets where no rule does
 
 
@@ -6037,8 +6038,7 @@ def check_programs(node: Node) -> Iterator[Finding]:
         found = "Cilium without kube-proxy: pods behind it do not learn yet, sockets of the node do"
         yield warn("programs", found)
         return
-    names = dict(socket.if_nameindex())
-    for index, name in names.items():
+    for index, name in socket.if_nameindex():
         if name in node.ifaces:
             yield judge_programs(node, index, name)
 
@@ -6076,6 +6076,9 @@ def judge_programs(node: Node, index: int, name: str) -> Finding:
             "programs", f"XDP on {name} sees errors before the kernel; see whether they come"
         )
     return ok("programs", f"none at egress of {name}")
+
+
+# -- checks: settings of the kernel
 
 
 def check_settings(_: Node) -> Iterator[Finding]:
@@ -6768,16 +6771,6 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
     if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
         return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
     return "a firewall rule", "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
-
-
-def interface_towards(packed: bytes, iface: str) -> str:
-    """The interface to an address, which came in on `iface`; empty if there is no way."""
-    zone = 0
-    with contextlib.suppress(NetlinkError, OSError):
-        if is_link_local(packed):
-            zone = socket.if_nametoindex(iface)
-        return socket.if_indextoname(find_route(packed, zone)[1][0].ifindex)
-    return ""
 
 
 def judge_path(node: Node, prober: Prober, port: int) -> Finding:

@@ -5723,9 +5723,11 @@ def egress_filters(nodes: Sequence[Host]) -> Iterator[None]:
         node.run("tc", "qdisc", "add", "dev", "eth0", "clsact")
         given = ("bpf", "da", "bytecode", f"{len(EGRESS_FILTER)},{code}")
         node.run("tc", "filter", "add", "dev", "eth0", "egress", *given)
-    yield
-    for node in nodes:
-        node.run("tc", "qdisc", "del", "dev", "eth0", "clsact")
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.run("tc", "qdisc", "del", "dev", "eth0", "clsact")
 
 
 @contextlib.contextmanager
@@ -5733,9 +5735,11 @@ def calico_bpf(nodes: Sequence[Host]) -> Iterator[None]:
     """The interface by which Calico's eBPF data plane is known, on each node."""
     for node in nodes:
         node.ip("link add bpfin.cali type bridge")
-    yield
-    for node in nodes:
-        node.ip("link del bpfin.cali")
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.ip("link del bpfin.cali")
 
 
 def know_each_other(cluster: Cluster, family: int) -> None:

@@ -1796,13 +1796,8 @@ def flood(bed: Bed) -> None:
     )
 
 
-SHORT = (
-    "services",
-    "kube:nodes",
-    "calico ebpf",
-    "nodeport 30040",
-    "exec check",
-)  # what .ci/run has time for
+# What .ci/run has time for
+SHORT = ("services", "kube:nodes", "calico ebpf", "nodeport 30040", "exec check")
 
 
 def run_scenarios(word: str, tree: Path, short: bool) -> int:
