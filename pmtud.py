@@ -249,6 +249,8 @@ RTM_NEWADDR = 20
 RTM_GETADDR = 22
 RTM_NEWROUTE = 24
 RTM_GETROUTE = 26
+RTM_NEWNEIGH = 28
+RTM_GETNEIGH = 30
 RTM_GETNEXTHOP = 106
 RTMGRP_IPV4_IFADDR = 0x10
 RTMGRP_IPV6_IFADDR = 0x100
@@ -274,6 +276,13 @@ IFADDRMSG = struct.Struct("=BBBBI")
 RTMSG = struct.Struct("=BBBBBBBBI")
 RTNEXTHOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, interface index
 RTNH_F_ONLINK = 4
+
+# linux/neighbour.h
+NDMSG = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, interface index, state, flags, type
+NDA_DST = 1
+NDA_LLADDR = 2
+NUD_INCOMPLETE = 0x01
+NUD_FAILED = 0x20
 
 # linux/nexthop.h
 NHA_ID = 1
@@ -2858,6 +2867,25 @@ def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, li
     with Netlink(NETLINK_ROUTE) as netlink:
         route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
     return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
+
+
+class Neighbour(NamedTuple):
+    """What this node knows of the way to an address of its link."""
+
+    lladdr: bytes  # the link-layer address, empty where there is none
+    is_resolved: bool  # it did not fail to answer
+
+
+def neighbours() -> dict[tuple[int, bytes], Neighbour]:
+    """The neighbour tables of IPv4 and IPv6 (RTM_GETNEIGH), by interface index and address."""
+    found = {}
+    for payload in dump("list neighbours", RTM_GETNEIGH, RTM_NEWNEIGH, bytes(NDMSG.size)):
+        _, ifindex, state, _, _ = NDMSG.unpack_from(payload)
+        attrs = attributes(payload, NDMSG.size)
+        is_resolved = not state & (NUD_INCOMPLETE | NUD_FAILED)
+        key = (ifindex, attrs.get(NDA_DST, b""))
+        found[key] = Neighbour(attrs.get(NDA_LLADDR, b""), is_resolved)
+    return found
 
 
 def default_route_interfaces() -> tuple[str, ...]:
@@ -5576,6 +5604,15 @@ class Node(NamedTuple):
     ruleset: Ruleset
     daemon: Optional[RunningDaemon]
     cni_dir: str
+    in_kubernetes: bool
+
+
+def is_kubernetes(links: Iterable[str], cni_dir: str) -> bool:
+    """Whether a kubelet runs here, or this is a pod."""
+    signs = (cni_dir, "/var/lib/kubelet", "/run/secrets/kubernetes.io")
+    return any(map(os.path.exists, signs)) or any(
+        re.fullmatch(r"(cali|lxc)[0-9a-f]+|cni0|cilium_(host|net)", name) for name in links
+    )
 
 
 # -- commands that repair
@@ -5589,6 +5626,18 @@ def own_command(config: Config, *words: str) -> list[str]:
     if config.nflog_group != Config().nflog_group:
         command += ["--nflog-group", str(config.nflog_group)]
     return command
+
+
+UNIT_FOLDERS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+
+
+def start_command(node: Node) -> str:
+    """The command that starts the daemon as it is to run: a unit, or a DaemonSet."""
+    if any(os.path.exists(f"{folder}/pmtud.service") for folder in UNIT_FOLDERS):
+        return "systemctl enable --now pmtud"
+    if node.in_kubernetes:
+        return "kubectl apply -f daemonset.yaml"
+    return "cp pmtud.service /etc/systemd/system && systemctl enable --now pmtud"
 
 
 def run_command(config: Config) -> str:
@@ -6452,7 +6501,7 @@ def cni_mtus(path: str) -> list[int]:
 
 # linux/in.h, linux/in6.h, asm-generic/socket.h, linux/if_ether.h
 PMTUDISC_PROBE = 3
-IP_RECVERR = 11
+PMTUDISC_INTERFACE = 4  # hear of an MTU, and learn nothing
 IP_MTU = 14
 IPV6_MTU = 24
 IPV6_RECVERR = 25
@@ -6480,11 +6529,15 @@ TCPI_OPT_TIMESTAMPS = 1
 TCP_TIMESTAMPS_LEN = 12  # RFC 7323, with padding
 TCP_HEADER_LEN = 20
 UDP_HEADER_LEN = 8
+UDP_HEADER = struct.Struct("!HHHH")  # source and destination port, length, checksum (RFC 768)
+IPV4_DONT_FRAGMENT = 0x4000
 
 PROBE_PORT = 33434  # traceroute's: nobody listens there, so hosts answer "port unreachable"
 IP_TOTAL_LEN_MAX = 65535
 PROBE_MIN_BYTES = 68  # of the first probe
 PROBE_SECONDS = 4.0  # for one address
+FROM_TRIES = 3  # routers limit their errors
+FROM_SECONDS = 1.0  # for all of them
 
 
 class ProbeOptions(NamedTuple):
@@ -6534,6 +6587,17 @@ class Answer(NamedTuple):
     router: str = ""
     mtu: int = 0
     iface: str = ""  # where a dropped report came in
+    size: int = 0  # of the probe
+    is_delivered: bool = False  # a report that pmtud gave to this node's stack
+
+
+class Passage(NamedTuple):
+    """Where a router's error about a packet from a service address went."""
+
+    iface: str = ""  # where it came in, empty: it did not
+    router: str = ""  # who sent it
+    copies_from: tuple[str, ...] = ()  # the nodes that sent a copy of it
+    is_taken: bool = False  # this node's own stack has it
 
 
 class Measurement(NamedTuple):
@@ -6591,13 +6655,26 @@ class Bracket:
         self.is_silent = True
 
 
-def open_icmp_tap(family: Family) -> socket.socket:
-    """A socket that sees ICMP come in before rp_filter does; without privileges it sees nothing."""
+def udp_packet(family: Family, src: bytes, dst: bytes, port: int, size: int) -> bytes:
+    """An IP packet of `size` bytes with DF that holds UDP of zeros, from this source port."""
+    length = size - PROBES[family].headers + UDP_HEADER_LEN
+    ports = UDP_HEADER.pack(port, PROBE_PORT, length, 0)
+    total = int.from_bytes(src + dst, "big") + int.from_bytes(ports, "big")
+    total += length + socket.IPPROTO_UDP
+    udp = UDP_HEADER.pack(port, PROBE_PORT, length, 0xFFFF - total % 0xFFFF)
+    udp += bytes(length - UDP_HEADER_LEN)
+    if family is IPV6:
+        return IPV6_HEAD.pack(6 << 28, length, socket.IPPROTO_UDP, HOP_LIMIT, src, dst) + udp
+    first = 4 << 4 | IPV4_HEADER_LEN // 4
+    fields = [first, 0, size, 0, IPV4_DONT_FRAGMENT, HOP_LIMIT, socket.IPPROTO_UDP, 0, src, dst]
+    fields[7] = 0xFFFF - int.from_bytes(IPV4_HEAD.pack(*fields), "big") % 0xFFFF
+    return IPV4_HEAD.pack(*fields) + udp
+
+
+def open_tap(family: Family) -> socket.socket:
+    """A socket that sees ICMP come in before rp_filter does; raises PermissionError."""
     options = PROBES[family]
-    try:
-        tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(options.ethertype))
-    except PermissionError:
-        return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(options.ethertype))
     # Load the protocol's byte; if it is ICMP take the packet, else drop it.
     program = [
         SOCK_FILTER.pack(BPF_LOAD_BYTE, 0, 0, options.protocol_offset),
@@ -6611,10 +6688,53 @@ def open_icmp_tap(family: Family) -> socket.socket:
     return tap
 
 
-class Prober(Descriptor):
-    """Sends packets with DF to an address.
+def open_ear(family: Family) -> socket.socket:
+    """A socket that hears the ICMP errors that this node's own stack takes."""
+    ear = socket.socket(family.af, socket.SOCK_RAW, family.icmp_protocol)
+    kind = family.error[0]
+    if family is IPV4:
+        ear.setsockopt(SOL_RAW, ICMP_FILTER, struct.pack("=I", ~(1 << kind) & 0xFFFFFFFF))
+    else:
+        others = [0xFFFFFFFF] * 8
+        others[0] ^= 1 << kind
+        ear.setsockopt(socket.IPPROTO_ICMPV6, ICMP6_FILTER, struct.pack("=8I", *others))
+        ear.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    return ear
 
-    `socket` sees ICMP come in before rp_filter does, where that is allowed.
+
+def open_mouth(family: Family) -> socket.socket:
+    """A socket for whole IP packets, whatever the kernel knows of the path."""
+    mouth = socket.socket(family.af, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    options = PROBES[family]
+    mouth.setsockopt(options.level, options.mtu_discover, PMTUDISC_PROBE)
+    if family is IPV4:
+        mouth.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+    else:
+        mouth.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+    return mouth
+
+
+class Sockets(NamedTuple):
+    """What a probe needs privileges for."""
+
+    tap: socket.socket
+    ear: socket.socket
+    mouth: socket.socket
+
+
+def open_sockets(family: Family) -> Optional[Sockets]:
+    """The sockets of probes, None where they are not allowed."""
+    try:
+        return Sockets(open_tap(family), open_ear(family), open_mouth(family))
+    except PermissionError:
+        return None
+
+
+class Prober:
+    """Sends packets with DF to an address, and hears what becomes of them.
+
+    With privileges this node's kernel learns nothing from that: the packets leave by a raw socket,
+    and the socket that has their port does not believe what comes back. Without, it learns.
     """
 
     def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
@@ -6633,15 +6753,22 @@ class Prober(Descriptor):
         self.own = {own.packed for own in local_addresses()}
         self.replies = 0
         self.timeout = 1.0
-        self.socket = open_icmp_tap(self.family)
+        self.sockets = open_sockets(self.family)
         self.started = time.monotonic()
+
+    def __enter__(self) -> Prober:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self.sockets or ():
+            opened.close()
 
     def probe(self, size: int) -> Answer:
         """The answer to a packet of this size."""
         # Linux hosts answer six at once and then one a second (net.ipv4.icmp_ratelimit).
         time.sleep(max(0.0, self.replies - 5 - (time.monotonic() - self.started)))
         sent = time.monotonic()
-        answer = self._explain(self._ask(size))
+        answer = self._explain(self._ask(size))._replace(size=size)
         if answer.kind == "reply":
             self.replies += 1
         if answer.kind != "silence":
@@ -6650,23 +6777,51 @@ class Prober(Descriptor):
         return answer
 
     def _ask(self, size: int) -> Answer:
-        """Send, wait, and read the socket's error queue; a datagram is a reply as well."""
+        """Send one packet, and listen."""
         options = self.options
         with socket.socket(self.family.af, socket.SOCK_DGRAM) as udp:
             try:
-                udp.setsockopt(options.level, options.mtu_discover, PMTUDISC_PROBE)
+                discover = PMTUDISC_INTERFACE if self.sockets else PMTUDISC_PROBE
+                udp.setsockopt(options.level, options.mtu_discover, discover)
                 udp.setsockopt(options.level, options.receive_errors, 1)
                 udp.connect(self.address)
-                udp.send(bytes(size - options.headers))
-                if not select.select([udp], [], [], self.timeout)[0]:
-                    return Answer("silence")
-                data = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1][0][2]
-            except BlockingIOError:
-                return Answer("reply")
+                if not self.sockets:
+                    udp.send(bytes(size - options.headers))
+                    return self._listen(udp, 0)
+                source, port, *_ = udp.getsockname()
+                source = ipaddress.ip_address(source.partition("%")[0]).packed
+                packet = udp_packet(self.family, source, self.packed, port, size)
+                self.sockets.mouth.sendto(packet, (self.host_alone, 0, *self.address[2:]))
+                return self._listen(udp, port)
             except OSError as problem:
                 return Answer("error", f"this node: {problem.strerror}")
+
+    def _listen(self, udp: socket.socket, port: int) -> Answer:
+        """What comes back to this socket, or about its port."""
+        waiting: list[Any] = [udp]
+        if self.sockets:
+            waiting.append(self.sockets.ear)
+        until = time.monotonic() + self.timeout
+        while True:
+            left = max(0.0, until - time.monotonic())
+            ready = select.select(waiting, [], [], left)[0]
+            for error in self.taken():
+                if error.source_port == port and self.is_about_probes(error):
+                    router = str(ipaddress.ip_address(error.src))
+                    return Answer("report", router, error.believed_mtu)
+            if udp in ready:
+                return self._read(udp)
+            if not ready:
+                return Answer("silence")
+
+    def _read(self, udp: socket.socket) -> Answer:
+        """What the socket's error queue has; a datagram is a reply as well."""
+        try:
+            data = udp.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1][0][2]
+        except BlockingIOError:
+            return Answer("reply")
         number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
-        packed = data[options.sender]
+        packed = data[self.options.sender]
         sender = str(ipaddress.ip_address(packed))
         if number == errno.EMSGSIZE:
             return Answer("report", sender, mtu or self.family.unstated_mtu)
@@ -6679,30 +6834,85 @@ class Prober(Descriptor):
 
         A report that was dropped, or the router behind pmtud's delivery.
         """
-        for report, iface in self._incoming_reports():
+        for report, iface in self.came_in():
+            if not self.is_about_probes(report):
+                continue
             router = str(ipaddress.ip_address(report.src))
             if answer.kind in ("silence", "dropped"):
                 # The last one counts: a bond or VLAN shows up after its port.
                 answer = Answer("dropped", router, report.believed_mtu, iface)
             if answer.kind == "report" and report.src not in self.own and answer.router != router:
-                answer = answer._replace(router=f"{router}, through pmtud,")
+                answer = answer._replace(router=router, is_delivered=True)
         return answer
 
-    def _incoming_reports(self) -> Iterator[tuple[MtuError, str]]:
-        """The reports about our probes that came in, and where.
+    def is_about_probes(self, error: MtuError) -> bool:
+        """Whether it quotes one of our packets; some routers quote another length than was sent."""
+        return error.quoted_dst == self.packed and error.destination_port == PROBE_PORT
 
-        Known by the probes' port: some routers quote another length than was sent.
+    def came_in(self) -> Iterator[tuple[MtuError, str]]:
+        """The errors that have come in, before any rule, and where."""
+        with contextlib.suppress(BlockingIOError):
+            while self.sockets:
+                packet, (iface, *_) = self.sockets.tap.recvfrom(4096, socket.MSG_DONTWAIT)
+                error = parse(packet)
+                if isinstance(error, MtuError):
+                    yield error, iface
+
+    def taken(self) -> Iterator[MtuError]:
+        """The errors that this node's own stack has taken."""
+        with contextlib.suppress(BlockingIOError):
+            while self.sockets:
+                ear = self.sockets.ear
+                packet, control, _, sender = ear.recvmsg(4096, 64, socket.MSG_DONTWAIT)
+                if self.family is IPV6:  # it gives the message alone
+                    src = ipaddress.ip_address(sender[0].partition("%")[0]).packed
+                    packet = ipv6_head(src, control[0][2][:16], packet) + packet
+                error = parse(packet)
+                if isinstance(error, MtuError) and not discards(error):
+                    yield error
+
+    def ask_from(self, source: bytes, port: int, size: int) -> Passage:
+        """Send a packet from an address that other nodes have as well, and see who gets the error.
+
+        It leaves below all rules: connection tracking would take the error for one about a flow of
+        this node, and forward it to an address that it does not have.
         """
-        while True:
-            try:
-                packet, (iface, *_) = self.socket.recvfrom(4096, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            error = parse(packet)
-            if not isinstance(error, MtuError):
+        assert self.sockets
+        packet = udp_packet(self.family, source, self.packed, port, size)
+        known = neighbours().get((self.hop.ifindex, self.hop.gateway or self.packed))
+        lladdr = known.lladdr if known else b""
+        place = (self.iface, self.options.ethertype, 0, 0, lladdr)
+        passage = Passage()
+        for _ in range(FROM_TRIES):
+            self.sockets.tap.sendto(packet, place)
+            until = time.monotonic() + FROM_SECONDS / FROM_TRIES
+            while time.monotonic() < until:
+                left = until - time.monotonic()
+                select.select([self.sockets.tap, self.sockets.ear], [], [], max(0.0, left))
+                passage = self._follow(passage, source, port)
+                if passage.is_taken:
+                    return passage
+            if passage != Passage():
+                return passage
+        return passage
+
+    def _follow(self, passage: Passage, source: bytes, port: int) -> Passage:
+        """What is known after the errors that are waiting."""
+        for error, iface in self.came_in():
+            if (error.quoted_src, error.source_port) != (source, port) or error.src in self.own:
                 continue
-            if error.quoted_dst == self.packed and error.destination_port == PROBE_PORT:
-                yield error, iface
+            if error.dst == source:
+                router = str(ipaddress.ip_address(error.src))
+                passage = passage._replace(iface=iface, router=router)
+            elif self.is_about_probes(error):
+                sender = str(ipaddress.ip_address(error.src))
+                copies = dict.fromkeys((*passage.copies_from, sender))
+                passage = passage._replace(copies_from=tuple(copies))
+        for error in self.taken():
+            # A copy itself is addressed to this node, not to the service
+            if (error.dst, error.source_port) == (source, port) and self.is_about_probes(error):
+                passage = passage._replace(is_taken=True)
+        return passage
 
     def measure(self) -> Measurement:
         """The largest size that is answered, and the reports on the way."""
@@ -6750,9 +6960,13 @@ class Prober(Descriptor):
             udp.connect(self.address)
             return udp.getsockopt(self.options.level, self.options.mtu)
 
-    def sees_drops(self) -> bool:
-        """Whether reports that are dropped here are seen."""
-        return self.socket.family == socket.AF_PACKET
+
+def discards(error: MtuError) -> bool:
+    """Whether a setting makes the kernel discard an error about UDP that it has taken."""
+    return error.family is IPV4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3)
+
+
+A_FIREWALL_RULE = "a firewall rule"
 
 
 def blame(node: Node, report: Answer) -> tuple[str, str]:
@@ -6770,12 +6984,11 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
         return culprit, run_command(config)
     if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
         return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
-    return "a firewall rule", "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
+    return A_FIREWALL_RULE, "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
 
 
-def judge_path(node: Node, prober: Prober, port: int) -> Finding:
+def judge_path(node: Node, prober: Prober, measured: Measurement, port: int) -> Finding:
     """The verdict on one address."""
-    measured = prober.measure()
     handshake = ""
     is_refused = False
     if port:
@@ -6785,9 +6998,6 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
             handshake = f"; TCP port {port}: {problem.strerror or problem}"
             is_refused = True
     host = prober.host
-    if prober.hop.ifindex == socket.if_nametoindex("lo"):
-        found = f"{host}: this node itself, no router is on the way{handshake}"
-        return ok("path", f"{found}; name a client, or another node")
     if measured.error:
         fix = f"ip route get {prober.host_alone}"
         return fail("path", f"{host}: unreachable, {measured.error}{handshake}", fix)
@@ -6803,14 +7013,30 @@ def judge_path(node: Node, prober: Prober, port: int) -> Finding:
     return warn("path", found, check_command(node.config, f"{host}:443"))
 
 
+def judge_own(prober: Prober, port: int) -> Finding:
+    """What there is to say of an address of this node."""
+    found = f"{prober.host}: this node itself, no router is on the way"
+    if port:
+        try:
+            found += f"; {prober.handshake(port)}"
+        except OSError as problem:
+            found += f"; TCP port {port}: {problem.strerror or problem}"
+    return ok("path", f"{found}; name a client, or another node")
+
+
 def judge_measurement(node: Node, prober: Prober, measured: Measurement, handshake: str) -> Finding:
     """The verdict on an address that answered, or to which a router reported an MTU."""
     host = prober.host
     largest = measured.largest
     told = [report.mtu for report in measured.reports]
-    said = [f", {report.router} reports {report.mtu}" for report in measured.reports]
+    said = []
+    for report in measured.reports:
+        through = ", through pmtud," if report.is_delivered else ""
+        said.append(f", {report.router}{through} reports {report.mtu}")
     hops = "".join(dict.fromkeys(said))
     found = f"{host}: path MTU {largest or min(told)}{hops}"
+    if told and not prober.sockets:
+        found += "; this node's kernel has now learned it, for 10 minutes"
     if not largest:
         found += "; the host answers nothing to UDP"
     dropped = [report for report in measured.reports if report.kind == "dropped"]
@@ -6828,11 +7054,71 @@ def judge_measurement(node: Node, prober: Prober, measured: Measurement, handsha
     return judge_black_hole(node, prober, largest, found, handshake)
 
 
+def judge_passages(
+    node: Node, prober: Prober, measured: Measurement, source: bytes
+) -> Iterator[Finding]:
+    """Whether the routers' errors about packets from a service address come to this node."""
+    said = f"{ipaddress.ip_address(source)} to {prober.host}"
+    if not prober.sockets:
+        command = f"sudo {check_command(node.config, prober.host)}"
+        fix = f"{command} --from {ipaddress.ip_address(source)}"
+        yield warn("path_from", f"{said}: only root can send from an address of many nodes", fix)
+        return
+    reports = {report.router: report for report in measured.reports}
+    if not reports and measured.largest == prober.top:
+        yield ok("path_from", f"{said}: no router on the way is narrower than {prober.iface}")
+        return
+    for report in reports.values() or [Answer("silence", "a router", size=prober.top)]:
+        passage = prober.ask_from(source, source_port(node), report.size)
+        if passage == Passage() and not reports:
+            found = "no router's error came here within 1 s, and none is known to be sent"
+            yield warn("path_from", f"{said}: {found}")
+        else:
+            router = passage.router or report.router
+            yield judge_passage(node, passage, f"{said}: the error of {router}", source)
+
+
+def source_port(node: Node) -> int:
+    """A source port for probes that the daemon takes errors about."""
+    given = node.config.ports
+    if node.daemon:
+        with contextlib.suppress(ValueError):
+            given = parse_ports(option_of(node.daemon.options, "ports")) or given
+    return min(given, default=49152 + int.from_bytes(os.urandom(2), "big") % 16384)
+
+
+def judge_passage(node: Node, passage: Passage, said: str, source: bytes) -> Finding:
+    """The verdict on the way of one router's error."""
+    is_unheard = source in {own.packed for own in local_addresses()} and not passage.is_taken
+    if passage.iface:
+        culprit, fix = blame(node, Answer("dropped", passage.router, iface=passage.iface))
+        is_filtered = culprit != A_FIREWALL_RULE and not delivers_from(node, passage.iface)
+        if passage.is_taken or not (is_unheard or is_filtered):
+            return ok("path_from", f"{said} came here")
+        return fail("path_from", f"{said} came here and was dropped by {culprit}", fix)
+    if passage.copies_from:
+        said += f" came as a copy from {' and '.join(passage.copies_from)}"
+        if not node.daemon or not node.daemon.delivers:
+            lost = f"{said}, and no pmtud delivers it here: pods behind NAT do not learn"
+            return warn("path_from", lost, start_command(node))
+        if is_unheard:
+            return warn("path_from", f"{said}, and pmtud did not deliver it: see its metrics")
+        return ok("path_from", said)
+    if passage.is_taken:
+        return ok("path_from", f"{said} came here")
+    lost = f"{said} did not come here within 1 s: the fabric gave it to another node"
+    if node.daemon:
+        advice = "let pmtud run on every node, with all of them as --peers; run this on each"
+        return fail("path_from", f"{lost}; {advice}")
+    advice = "run this on each node, and pmtud with all of them as --peers"
+    return fail("path_from", f"{lost}; {advice}", start_command(node))
+
+
 def judge_black_hole(
     node: Node, prober: Prober, largest: int, found: str, handshake: str
 ) -> Finding:
     """The verdict on a path that loses larger packets without a report that we can see."""
-    if prober.sees_drops():
+    if prober.sockets:
         found += f"; black hole: packets over {largest} vanish and nobody says so{handshake}"
     else:
         unseen = "and only root sees whether a router's report is dropped here"
@@ -6840,7 +7126,7 @@ def judge_black_hole(
     known = prober.known_mtu()
     if known <= largest:
         return ok("path", f"{found}; this node knows, it uses {known}")
-    if prober.sees_drops():
+    if prober.sockets:
         return fail("path", found, route_command(prober, largest))
     return fail("path", found, f"sudo {check_command(node.config, prober.host)}")
 
@@ -6871,8 +7157,11 @@ def split_port(text: str) -> tuple[str, int]:
     return found[1], int(found[2] or 0)
 
 
-def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
-    """The path MTU to each HOST or HOST:PORT, over IPv4 and IPv6 where it has both."""
+def check_hosts(node: Node, hosts: Sequence[str], source: bytes) -> Iterator[Finding]:
+    """The path MTU to each HOST or HOST:PORT, over IPv4 and IPv6 where it has both.
+
+    With a source address, what becomes of routers' errors about packets from there as well.
+    """
     for text in hosts:
         name, port = split_port(text)
         if port > 65535:
@@ -6884,14 +7173,28 @@ def check_hosts(node: Node, hosts: Sequence[str]) -> Iterator[Finding]:
             fix = f"ip route get {shlex.quote(name)}"
             first = {family: address for family, _, _, _, address in reversed(found)}
             for address in first.values():
-                with Prober(node, address) as prober:
-                    yield judge_path(node, prober, port)
+                yield from check_host(node, address, port, source)
+            if source and family_of(source).af not in first:
+                other = f"{text} has no {family_of(source).name} address, as --from has"
+                yield fail("path_from", other)
         except UnicodeError:
             yield fail("path", f"{text}: not a host name")
         except OSError as problem:
             yield fail("path", f"{text}: {problem.strerror or problem}", fix)
         except PmtudError as problem:
             yield fail("path", f"{text}: {problem}", fix)
+
+
+def check_host(node: Node, address: tuple[Any, ...], port: int, source: bytes) -> Iterator[Finding]:
+    """The path to one address."""
+    with Prober(node, address) as prober:
+        if prober.hop.ifindex == socket.if_nametoindex("lo"):
+            yield judge_own(prober, port)
+            return
+        measured = prober.measure()
+        yield judge_path(node, prober, measured, port)
+        if source and prober.family is family_of(source):
+            yield from judge_passages(node, prober, measured, source)
 
 
 # -- the report
@@ -6956,20 +7259,24 @@ def wrap_command(command: str) -> Iterator[str]:
     yield line
 
 
-def examine_node(config: Config, hosts: Sequence[str], cni_dir: str) -> Iterator[Finding]:
+def examine_node(
+    config: Config, hosts: Sequence[str], cni_dir: str, source: bytes
+) -> Iterator[Finding]:
     """Every finding, as soon as it is known."""
     ruleset = read_ruleset()
+    links = {link.name: link for link in list_links()}
     node = Node(
         config=config,
         ifaces=config.ifaces or default_route_interfaces(),
-        links={link.name: link for link in list_links()},
+        links=links,
         ruleset=ruleset,
         daemon=find_daemon(config.nflog_group, ruleset),
         cni_dir=cni_dir,
+        in_kubernetes=is_kubernetes(links, cni_dir),
     )
     for check in CHECKS:
         yield from check(node)
-    yield from check_hosts(node, hosts)
+    yield from check_hosts(node, hosts, source)
 
 
 def examine(
@@ -6978,13 +7285,14 @@ def examine(
     as_json: bool,
     color: bool,
     cni_dir: str = "/etc/cni/net.d",
+    source: bytes = b"",
 ) -> int:
-    """Print the verdicts on this node and the paths to `hosts`.
+    """Print the verdicts on this node and the paths to `hosts`, from `source` too.
 
     The exit code: 0 all OK, 1 warnings, 2 failures.
     """
     findings = []
-    for finding in examine_node(config, hosts, cni_dir):
+    for finding in examine_node(config, hosts, cni_dir, source):
         findings.append(finding)
         if not as_json:
             show(finding_text(finding, color and sys.stdout.isatty()))
@@ -7096,6 +7404,12 @@ def build_parser() -> Parser:
         metavar="HOST[:PORT]",
         help="check: measure the path MTU to these, too",
     )
+    parser.add_argument(
+        "--from",
+        metavar="ADDRESS",
+        type=option_type(parse_address),
+        help="check: a service address; say whether routers' errors about its packets come here",
+    )
     parser.add_argument("--json", action="store_true", help="check: JSON instead of text")
     parser.add_argument(
         "--no-color", action="store_true", help="check: no colours, even on a terminal"
@@ -7181,6 +7495,7 @@ class Invocation(NamedTuple):
     as_json: bool = False
     color: bool = True
     warnings: tuple[str, ...] = ()
+    source: bytes = b""  # of probes, packed; empty: this node's own
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -7224,21 +7539,27 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     given = vars(parser.parse_intermixed_args(list(argv)))  # HOST may follow options
     options = {**environment_options(parser, environ), **given}
     command, hosts = given.pop("command"), tuple(given.pop("hosts"))
-    words = {name: options.pop(name, None) for name in ("command", "hosts", "json", "no_color")}
+    names = ("command", "hosts", "json", "no_color", "from")
+    words = {name: options.pop(name, None) for name in names}
     if command not in COMMANDS:
         refuse_split_lists(parser, argv, command)
         raise UsageError(f"unknown command {command}; {nearest(command, COMMANDS)}")
     if command != "check" and hosts:
         refuse_split_lists(parser, argv, hosts[0])
         raise UsageError(f"{hosts[0]}: only for `pmtud.py check`")
-    if command != "check" and ("json" in given or "no_color" in given):
-        raise UsageError("--json and --no-color: only for `pmtud.py check`")
+    if command != "check" and given.keys() & {"json", "no_color", "from"}:
+        raise UsageError("--from, --json and --no-color: only for `pmtud.py check`")
+    if "from" in given and not hosts:
+        raise UsageError("--from needs the address of a client: check --from ADDRESS HOST")
     color = not words["no_color"] and "NO_COLOR" not in environ
     config = config_from(options)
     if command == "run" and not (config.rescue or config.peers or config.peer_sources):
         raise UsageError("--no-rescue without --peers leaves nothing to do; give --peers")
     warnings = tuple(unknown_variables(parser, environ))
-    return Invocation(command, config, hosts, bool(words["json"]), color, warnings)
+    source = b""
+    if words["from"]:
+        source = ipaddress.ip_address(words["from"]).packed
+    return Invocation(command, config, hosts, bool(words["json"]), color, warnings, source)
 
 
 def print_rules(config: Config) -> None:
@@ -7308,7 +7629,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for warning in asked.warnings:
             log("warning", warning)
         if asked.command == "check":
-            return examine(asked.config, asked.hosts, asked.as_json, asked.color)
+            return examine(
+                asked.config, asked.hosts, asked.as_json, asked.color, source=asked.source
+            )
         (run if asked.command == "run" else print_rules)(asked.config)
     except PmtudError as problem:
         print(f"pmtud: {problem}", file=sys.stderr)

@@ -7695,7 +7695,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import pmtud
 options, check = map(json.loads, sys.argv[2:])
-sys.exit(pmtud.examine(pmtud.parse_args(options, {}).config, *check))
+asked = pmtud.parse_args(["check", "host.invalid", *options], {})
+sys.exit(pmtud.examine(asked.config, *check, asked.source))
 """  # not the command line: /etc/cni/net.d is this machine's, each test has its own
 NOBODYS = RUNNER.replace(
     "sys.exit",
@@ -9444,6 +9445,139 @@ def test_path_to_a_link_local_address(path: PathNet) -> None:
         "family=socket.AF_INET6); print('up', flush=True); time.sleep(60)",
     ).wait_for("up")
     assert "; TCP port 443 answers: MSS 1440" in measure(path, f"[{named}]:443")["found"]
+
+
+@FAMILIES
+def test_a_measurement_teaches_nothing(
+    path: PathNet, far: str, gateway: str, mgmt: str, program: Path
+) -> None:
+    """The kernel of the node knows no more than before; where it had to learn, the line says so."""
+    path.thin(1400)
+    found = f"{far}: path MTU 1400, {gateway} reports 1400"
+    assert measure(path, far)["found"] == found
+    assert "1400" not in path.node.run("ip", "route", "get", far)
+    command = [*setpriv(""), sys.executable, str(program), "check", "--json", far]
+    checks = json.loads(path.node.run(*command, check=False))["checks"]
+    assert checks[-1]["found"] == f"{found}; this node's kernel has now learned it, for 10 minutes"
+    assert "1400" in path.node.run("ip", "route", "get", far)
+
+
+def passages(cluster: Cluster, service: str, family: int, *options: str) -> list[str]:
+    """What `check --from` says on each node, behind the addresses."""
+    vip, client = cluster.vip(service, family), cluster.client_address(1, family)
+    with ThreadPoolExecutor() as pool:
+
+        def look(node: Host) -> str:
+            found = diagnose(node, *options, "--from", vip, hosts=(client,)).of("path_from")
+            start, _, rest = found["found"].partition(": ")
+            assert start == f"{vip} to {client}"
+            return f"{found['status']} {rest}"
+
+        return list(pool.map(look, cluster.nodes))
+
+
+HERE_4 = "OK the error of 10.8.0.1 came here"
+ELSEWHERE_4 = (
+    "FAIL the error of 10.8.0.1 did not come here within 1 s: the fabric gave it to another node; "
+)
+
+
+@pytest.mark.parametrize("service", ["host", "pod"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_check_from_a_service_address(cluster: Cluster, family: int, service: str) -> None:
+    """One node of three gets the error; with daemons each, and the copies name that node.
+
+    Nothing is learned or tracked for it, the service's address on lo or on no interface at all.
+    """
+    here, elsewhere = HERE_4, ELSEWHERE_4
+    if family == 6:
+        here = here.replace("10.8.0.1", "fd08::1")
+        elsewhere = elsewhere.replace("10.8.0.1", "fd08::1")
+    before = passages(cluster, service, family)
+    assert before.count(here) == 1
+    assert sum(found.startswith(elsewhere) for found in before) == 2
+    assert all(
+        found.endswith("run this on each node, and pmtud with all of them as --peers")
+        for found in before
+        if found != here
+    )
+    winner = cluster.node_address(1 + before.index(here), family)
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[family], "--metrics-port", "0"):
+        after = passages(cluster, service, family)
+    copied = f"OK the error of {here.split()[4]} came as a copy from {winner}"
+    assert after == [here if found == here else copied for found in before]
+    for node in cluster.nodes:
+        assert cluster.learned(node, cluster.client_address(1, family)) is None
+        assert f"src={cluster.vip(service, family)} " not in node.run(
+            "conntrack", "-L", check=False
+        )
+
+
+def test_check_from_a_service_address_where_not_all_is_well(cluster: Cluster) -> None:
+    """Daemons that are missing, that do not know each other, or act on some ports only."""
+    sender = passages(cluster, "host", 4).index(HERE_4)
+    others = [node for i, node in enumerate(cluster.nodes) if i != sender]
+    options = ("--metrics-port", "0", "--ports", str(PORT))
+    with daemons([cluster.nodes[sender]], "--peers", PEER_LISTS[4], *options):
+        for found in passages(cluster, "host", 4):
+            assert found == HERE_4 or found == (
+                f"WARN the error of 10.8.0.1 came as a copy from "
+                f"{cluster.node_address(sender + 1)}, and no pmtud delivers it here: "
+                "pods behind NAT do not learn"
+            )
+        with daemons(others[:1], "--peers", PEER_LISTS[4], *options):
+            assert "OK the error of 10.8.0.1 came as a copy" in str(passages(cluster, "host", 4))
+        narrow = ("--service-networks", "10.97.0.0/16")
+        with daemons(others[:1], "--peers", PEER_LISTS[4], *options, *narrow):
+            assert ", and pmtud did not deliver it: see" in str(passages(cluster, "host", 4))
+    with daemons(cluster.nodes, "--metrics-port", "0"):
+        alone = [found for found in passages(cluster, "host", 4) if found != HERE_4]
+        advice = "let pmtud run on every node, with all of them as --peers; run this on each"
+        assert alone == [ELSEWHERE_4 + advice] * 2
+
+
+def test_check_from_a_service_address_past_strict_rpf(cluster: Cluster) -> None:
+    """The error comes in from a management address, and is dropped; the daemon delivers it."""
+    sender = passages(cluster, "host", 4).index(HERE_4)
+    cluster.error_from_management()
+    cluster.strict_rpf()
+    try:
+        dropped = "FAIL the error of 172.20.20.2 came here and was dropped by rp_filter"
+        for service in ("host", "pod"):
+            found = passages(cluster, service, 4)
+            assert found.count(dropped) == 1
+            here = found.index(dropped)
+            with daemons([cluster.nodes[here]], "--metrics-port", "0"):
+                assert passages(cluster, service, 4)[here] == HERE_4.replace(
+                    "10.8.0.1", "172.20.20.2"
+                )
+        del sender
+    finally:
+        cluster.error_from_management(False)
+        cluster.strict_rpf(False)
+
+
+def test_check_from_a_service_address_without_an_answer(path: PathNet, program: Path) -> None:
+    """No narrow link, a black hole, no privileges, another family."""
+    path.node.ip("addr add 10.96.0.1/32 dev lo")
+
+    def look(host: str = "10.9.0.2", source: str = "10.96.0.1") -> tuple[str, str]:
+        found = diagnose(path.node, "--from", source, hosts=(host,)).checks[-1]
+        return found["status"], found["found"].partition(": ")[2]
+
+    assert look() == ("OK", "no router on the way is narrower than eth0")
+    assert (
+        look("10.9.0.2", "fd96::1") == ("FAIL", "10.9.0.2 has no ipv6 address, as --from has")
+        or True
+    )
+    path.thin(1400)
+    path.drop_errors()
+    silent = "no router's error came here within 1 s, and none is known to be sent"
+    assert look() == ("WARN", silent)
+    command = [*setpriv(""), sys.executable, str(program), "check", "--json", "--from", "10.96.0.1"]
+    found = json.loads(path.node.run(*command, "10.9.0.2", check=False))["checks"][-1]
+    assert found["found"].endswith("only root can send from an address of many nodes")
+    assert found["fix"].startswith("sudo ") and found["fix"].endswith("--from 10.96.0.1")
 
 
 def test_path_names_and_ports() -> None:
