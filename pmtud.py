@@ -2955,12 +2955,10 @@ def describe_process(pid: int) -> str:
     """`pid 4711 (python3 pmtud.py)`, or what is known of it."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
-            words = " ".join(
-                stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace").split()
-            )
+            words = stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace")
     except OSError:
         return "a process not visible from here"
-    return f"pid {pid} ({words[:80]})"
+    return f"pid {pid} ({shortened(' '.join(words.split()))})"
 
 
 def is_pmtud(pid: int) -> bool:
@@ -5208,6 +5206,7 @@ class Daemon:
 OK = "OK"
 WARN = "WARN"
 FAIL = "FAIL"
+INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # linux/proc_ns.h, PROC_PID_INIT_INO
 NODE_PORTS = range(30000, 32768)  # of Kubernetes' Services
 OTHER_PORT = 23040  # what daemonset.yaml takes instead
 
@@ -5256,16 +5255,29 @@ IFLA_GENEVE_REMOTE = 2
 IFLA_GENEVE_REMOTE6 = 7
 
 
+class Step(NamedTuple):
+    """A command that repairs something and touches live traffic: what it risks comes first."""
+
+    command: str = ""
+    risk: str = ""
+
+
+NO_STEP = Step()
+
+
 class Finding(NamedTuple):
     """The answer of one check.
 
-    `fix` holds the commands that repair it, one a line, empty where there are none.
+    `fix` holds the commands that repair it or look further, one a line, and harm nothing; the next
+    step comes after them.
     """
 
     check: str
     status: str
     found: str
     fix: str = ""
+    next_step: str = ""
+    risk: str = ""
 
 
 def ok(check: str, found: str) -> Finding:
@@ -5273,14 +5285,14 @@ def ok(check: str, found: str) -> Finding:
     return Finding(check, OK, found)
 
 
-def warn(check: str, found: str, fix: str = "") -> Finding:
+def warn(check: str, found: str, fix: str = "", step: Step = NO_STEP) -> Finding:
     """Something is lost, or cannot be seen."""
-    return Finding(check, WARN, found, fix)
+    return Finding(check, WARN, found, fix, *step)
 
 
-def fail(check: str, found: str, fix: str = "") -> Finding:
+def fail(check: str, found: str, fix: str = "", step: Step = NO_STEP) -> Finding:
     """Errors, packets or copies vanish."""
-    return Finding(check, FAIL, found, fix)
+    return Finding(check, FAIL, found, fix, *step)
 
 
 class Tunnel(NamedTuple):
@@ -5334,11 +5346,14 @@ class Link(NamedTuple):
 
 
 class RunningDaemon(NamedTuple):
-    """The process that is pmtud."""
+    """The process that is pmtud, and what its rules tell of it."""
 
     pid: int
     options: bytes  # its command line and environment, empty where they cannot be read
     delivers: bool  # neither --dry-run nor --no-rescue
+    ifaces: tuple[str, ...] = ()  # where it takes errors, empty where that cannot be seen
+    peers: tuple[PeerAddress, ...] = ()  # of its sets
+    feeds_itself: bool = True  # not --rules off
 
 
 def setting(path: str) -> int:
@@ -5436,6 +5451,7 @@ class FirewallRule(NamedTuple):
     group: Optional[int]  # where it logs to
     packets: Optional[int]  # what it counted
     drops_by_path: bool  # it drops what comes in elsewhere than an answer would leave
+    is_conditional: bool = False  # it matches a mark, a set or addresses, too
 
     def hears(self, iface: str) -> bool:
         """Whether packets that come in on an interface can match."""
@@ -5453,6 +5469,7 @@ class Ruleset:
         self.rules: list[FirewallRule] = []
         self.hooks: dict[str, str] = {}  # where each chain begins, empty: where others jump to it
         self.jumps: dict[str, list[str]] = {}  # from each chain
+        self.sets: dict[str, list[str]] = {}  # the elements of each set of nftables
         self.unseen = ""  # why the rules of nftables are not here
 
     def read_nft(self, listing: list[dict[str, Any]]) -> None:
@@ -5466,6 +5483,9 @@ class Ruleset:
                     self.hooks[f"{table} {item['name']}"] = item.get("hook", "")
                 if kind == "rule":
                     self.rules.append(nft_rule(name, item))
+                if kind == "set":
+                    elements = [str(value) for _, value in leaves(item.get("elem", []))]
+                    self.sets[f"{table} {item['name']}"] = elements
                 for key, value in leaves(item):
                     if key in ("target", "data"):
                         self.jumps.setdefault(name, []).append(f"{table} {value}")
@@ -5487,7 +5507,10 @@ class Ruleset:
                 chain = f"{table} {options['-A']}"
                 target = options.get("-j", options.get("-g"))
                 self.jumps.setdefault(chain, []).append(f"{table} {target}")
-                self.rules.append(iptables_rule(chain, options, packets))
+                rule = iptables_rule(chain, options, packets)
+                if "! -" in line:
+                    rule = rule._replace(is_conditional=True)
+                self.rules.append(rule)
 
     def reached_from(self, *hooks: str) -> set[str]:
         """The chains that packets reach from these hooks, directly or by jumps."""
@@ -5528,13 +5551,34 @@ def nft_rule(chain: str, rule: Mapping[str, Any]) -> FirewallRule:
         values.get("group"),
         values.get("packets"),
         is_drop and any(map(is_path_check, conditions)),
+        not all(map(is_plain, matches)),
     )
+
+
+PLAIN_KEYS = {"iif", "iifname", "nfproto", "protocol", "l4proto"}
+
+
+def is_plain(match: Mapping[str, Any]) -> bool:
+    """Whether we know if this matches an error from an interface of ours."""
+    left = match["left"]
+    if not isinstance(left, dict):
+        return False
+    if "fib" in left:
+        return True
+    if match["op"] == "!=" or str(match["right"]).startswith("@"):
+        return False
+    if "meta" in left:
+        return left["meta"]["key"] in PLAIN_KEYS
+    return str(left.get("payload", {}).get("protocol")).startswith("icmp")
 
 
 def is_path_check(condition: Mapping[str, Any]) -> bool:
     """Whether this is `fib saddr . iif oif missing`: an answer would not leave where this came."""
     flags = condition["left"].get("fib", {}).get("flags", ())
     return {"saddr", "iif"}.issubset(flags) and condition["right"] in (False, "0")
+
+
+IPTABLES_CONDITIONS = ("-s", "-d", "--mark", "--match-set", "--ctstate", "--src-type")
 
 
 def iptables_rule(chain: str, options: Mapping[str, str], packets: int) -> FirewallRule:
@@ -5550,6 +5594,7 @@ def iptables_rule(chain: str, options: Mapping[str, str], packets: int) -> Firew
         group,
         packets,
         "--invert" in options and target in ("DROP", "REJECT"),
+        not options.keys().isdisjoint(IPTABLES_CONDITIONS),
     )
 
 
@@ -5610,9 +5655,13 @@ class Node(NamedTuple):
 def is_kubernetes(links: Iterable[str], cni_dir: str) -> bool:
     """Whether a kubelet runs here, or this is a pod."""
     signs = (cni_dir, "/var/lib/kubelet", "/run/secrets/kubernetes.io")
-    return any(map(os.path.exists, signs)) or any(
-        re.fullmatch(r"(cali|lxc)[0-9a-f]+|cni0|cilium_(host|net)", name) for name in links
-    )
+    if any(map(os.path.exists, signs)):
+        return True
+    for name in links:
+        is_cni = tunnel_named(name) and name != "tunl0"  # which comes with the kernel's module
+        if is_cni or re.fullmatch(r"(cali|lxc)[0-9a-f]+|cni0|cilium_(host|net)", name):
+            return True
+    return False
 
 
 # -- commands that repair
@@ -5638,16 +5687,6 @@ def start_command(node: Node) -> str:
     if node.in_kubernetes:
         return "kubectl apply -f daemonset.yaml"
     return "cp pmtud.service /etc/systemd/system && systemctl enable --now pmtud"
-
-
-def run_command(config: Config) -> str:
-    """The command that starts the daemon."""
-    command = own_command(config)
-    for peer in (*config.peers, *config.peer_sources):
-        command += ["--peers", str(peer)]
-    if config.rules == "off":
-        command += ["--rules", "off"]
-    return shlex.join(command)
 
 
 def check_command(config: Config, *hosts: str) -> str:
@@ -5700,7 +5739,20 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     idle = re.search(
         rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", options
     )
-    return RunningDaemon(pid, options, not idle)
+    table = f"inet pmtud_{group}"
+    ifaces = [rule.ifaces for rule in ruleset.rules if rule.chain == f"{table} senders"]
+    peers = []
+    for family in FAMILIES:
+        for text in ruleset.sets.get(f"{table} {peers_set(family)}", ()):
+            peers.append(PeerAddress(ipaddress.ip_address(text).packed))
+    return RunningDaemon(
+        pid,
+        options,
+        not idle,
+        tuple(dict.fromkeys(name for names in ifaces for name in names)),
+        tuple(peers),
+        f"{table}_guard guard" not in ruleset.hooks,
+    )
 
 
 def is_stopped(pid: int) -> bool:
@@ -5723,16 +5775,38 @@ def option_of(options: bytes, name: str) -> str:
     return ""
 
 
+def in_container() -> bool:
+    """Whether this is a container with processes of its own: what it sees is not the node's."""
+    signs = ("/.dockerenv", "/run/.containerenv", "/run/secrets/kubernetes.io")
+    is_one = "KUBERNETES_SERVICE_HOST" in os.environ or any(map(os.path.exists, signs))
+    return is_one and os.readlink("/proc/self/ns/pid") != INITIAL_PID_NAMESPACE
+
+
+def check_view(node: Node, is_privileged: bool) -> Iterator[Finding]:
+    """What cannot be seen from here, and so is not judged."""
+    unseen = []
+    if node.ruleset.unseen and is_privileged:
+        unseen.append(f"the rules of others ({node.ruleset.unseen})")
+    if in_container():
+        unseen.append("the node's processes (this is a container)")
+        if not os.path.exists(node.cni_dir):
+            unseen.append(f"the CNI's configuration ({node.cni_dir} is not here)")
+    if unseen:
+        yield warn("view", f"not seen from here: {'; '.join(unseen)}. Run it on the node as well")
+
+
 def check_kernel(node: Node) -> Iterator[Finding]:
     """What only root can ask: whether we get sockets, a table, the group; daemon, rules, guard."""
     privileges = check_privileges(node)
     yield privileges
+    yield from check_view(node, privileges.status == OK)
     if privileges.status != OK:
         return
     yield check_nftables()
     group = check_group(node)
     yield group
     yield check_daemon(node, group.status == OK)
+    yield from check_differences(node)
     yield check_nflog_rule(node)
     yield check_guard(node)
     yield check_delivery()
@@ -5768,8 +5842,8 @@ def check_group(node: Node) -> Finding:
     except PmtudError as problem:
         if group_holder(group) is None:
             return fail("nflog_group", str(problem), "modprobe nfnetlink_log")
-        other = node.config._replace(nflog_group=group + 1)
-        return fail("nflog_group", str(problem), run_command(other))
+        pid = netlink_holder(group_holder(group) or 0)
+        return fail("nflog_group", str(problem), f"ps -fp {pid}" if pid else "")
     return ok("nflog_group", f"group {group} is free")
 
 
@@ -5787,8 +5861,37 @@ def check_daemon(node: Node, can_start: bool) -> Finding:
     if any(chain.startswith(f"{table} ") for chain in node.ruleset.hooks):
         found += f"; SIGKILL left its table {table}, which the next start replaces"
     if can_start:
-        return warn("daemon", found, run_command(node.config))
+        return warn("daemon", found, start_command(node))
     return warn("daemon", found)
+
+
+def check_differences(node: Node) -> Iterator[Finding]:
+    """Whether the daemon does what the options say, or the default route."""
+    daemon = node.daemon
+    if not daemon:
+        return
+    if daemon.ifaces and set(daemon.ifaces) != set(node.ifaces):
+        theirs = ", ".join(daemon.ifaces)
+        ours = ", ".join(node.ifaces) or "no interface"
+        found = f"the daemon takes errors on {theirs}, not on {ours}"
+        if node.config.ifaces:
+            yield warn("daemon_iface", f"{found} as --iface says here; start it with the same")
+        else:
+            advice = "if they come in there too, give it both by --iface"
+            yield warn("daemon_iface", f"{found}, where the default route is; {advice}")
+    own = {address.packed for address in local_addresses()}
+    wanted = {peer.packed for peer in node.config.peers} - own
+    known = {peer.packed for peer in daemon.peers}
+    if wanted and wanted != known and daemon.ifaces and not node.config.peer_sources:
+        missing = some_addresses(wanted - known)
+        more = some_addresses(known - wanted)
+        found = f"the daemon lacks {missing} of --peers, and has {more} besides"
+        yield warn("daemon_peers", f"{found}; give all nodes the same list")
+
+
+def some_addresses(packed: Iterable[bytes]) -> str:
+    """The addresses of a few of them."""
+    return some([PeerAddress(one) for one in sorted(packed)]) or "none"
 
 
 def feeding_rules(node: Node) -> Iterator[FirewallRule]:
@@ -5812,8 +5915,11 @@ def check_nflog_rule(node: Node) -> Finding:
     feeding = {rule.chain: rule for rule in feeding_rules(node) if rule.chain in early | late}
     found = "; ".join(map(describe_rule, feeding.values()))
     if config.rules == "auto" and feeding:
-        twice = f"pmtud installs its own, and this one feeds every error in again: {found}"
-        return warn("nflog_rule", twice, run_command(config._replace(rules="off")))
+        twice = (
+            "pmtud installs its own, and this one feeds every error in again; remove it, or start "
+            f"pmtud with --rules off: {found}"
+        )
+        return warn("nflog_rule", twice, find_group_command(config))
     if config.rules == "auto" and node.daemon:
         return ok("nflog_rule", f"table inet pmtud_{config.nflog_group} of the daemon")
     if config.rules == "auto":
@@ -5828,6 +5934,12 @@ def check_nflog_rule(node: Node) -> Finding:
         return warn("nflog_rule", f"--rules off, and {unseen}")
     nothing = f"--rules off, and nothing feeds group {config.nflog_group}"
     return fail("nflog_rule", nothing, paste_command(config))
+
+
+def find_group_command(config: Config) -> str:
+    """The command that shows what logs to the group."""
+    every = "iptables-save; ip6tables-save; iptables-legacy-save; ip6tables-legacy-save"
+    return f"(nft -a list ruleset; {every}) 2>&1 | grep -w 'group {config.nflog_group}'"
 
 
 def describe_rule(rule: FirewallRule) -> str:
@@ -5903,12 +6015,9 @@ def check_http(node: Node) -> Iterator[Finding]:
         problem = judge_answer(address, port, says, notes)
         if not problem:
             continue
-        fix = f"ss -Htlnp sport = :{port}"
         if port in NODE_PORTS:
-            fix = f"{run_command(node.config)} --metrics-port {OTHER_PORT}"
-            if given:
-                fix += f" --metrics-addr {shlex.quote(given)}"
-        yield fail("http", f"{address} port {port}: {problem}", fix)
+            problem += f"; start the daemon with --metrics-port {OTHER_PORT}"
+        yield fail("http", f"{address} port {port}: {problem}", f"ss -Htlnp sport = :{port}")
         return
     yield ok("http", f"the daemon answers on {', '.join(addresses)} port {port}")
     for note in dict.fromkeys(notes):
@@ -5971,21 +6080,68 @@ def check_interfaces(node: Node) -> Iterator[Finding]:
     for iface in node.ifaces:
         if iface in node.links:
             yield check_rp_filter(node, iface)
+            yield from check_conditional(node, iface)
             yield check_ipv6(node.links[iface])
+            continue
+        names = [name for _, name in socket.if_nameindex()]
+        if iface in names:
+            command = f"ip link set dev {shlex.quote(iface)} up"
+            step = Step(command, "somebody may have set it down for a reason")
+            yield fail("interface", f"{iface} is not up", step=step)
         else:
-            fix = f"ip link set dev {shlex.quote(iface)} up"
-            yield fail("interface", f"{iface} is not there or not up", fix)
+            yield fail("interface", f"{iface} is not there, but {', '.join(names)}")
+
+
+def path_rules(node: Node, iface: str, version: int) -> Iterator[FirewallRule]:
+    """The rules that drop errors on this interface by reverse path, or perhaps do."""
+    reached = node.ruleset.reached_from("prerouting", "ingress", "input")
+    for rule in node.ruleset.rules:
+        is_for_it = rule.hears(iface) and not rule.words & OTHER_FAMILY[version]
+        if rule.drops_by_path and rule.chain in reached and is_for_it:
+            yield rule
 
 
 def path_filter(node: Node, iface: str, version: int) -> str:
-    """What drops errors on this interface by reverse path, empty if nothing does."""
+    """What drops errors on this interface by reverse path, empty if nothing does for certain."""
     names = ("all", iface)
     if version == 4 and max(setting(f"ipv4/conf/{name}/rp_filter") for name in names) == 1:
         return "rp_filter"
-    for rule in node.ruleset.rules:
-        if rule.drops_by_path and not rule.words & OTHER_FAMILY[version]:
+    for rule in path_rules(node, iface, version):
+        if not rule.is_conditional:
             return f"a rule in {rule.chain}"
     return ""
+
+
+def check_conditional(node: Node, iface: str) -> Iterator[Finding]:
+    """Reverse path rules that also ask for a mark, a set or an address: whether they count."""
+    rules = [rule for family in FAMILIES for rule in path_rules(node, iface, family.version)]
+    perhaps = dict.fromkeys(rule.chain for rule in rules if rule.is_conditional)
+    if not perhaps:
+        return
+    time.sleep(1.0)
+    later = read_ruleset()
+    for chain in perhaps:
+        before = packets_of(node.ruleset, chain)
+        found = f"{iface}: perhaps a rule in {chain} drops errors too, by more than the path; "
+        if before is None:
+            yield warn("rp_filter", f"{found}it has no counter")
+            continue
+        moved = (packets_of(later, chain) or 0) - before
+        found += f"it counts {before} packets, {moved} more a second later"
+        if moved > 0:
+            yield warn("rp_filter", found)
+        else:
+            yield ok("rp_filter", found)
+
+
+def packets_of(ruleset: Ruleset, chain: str) -> Optional[int]:
+    """What the conditional reverse path rules of a chain have counted, None without a counter."""
+    counts = [
+        rule.packets
+        for rule in ruleset.rules
+        if rule.chain == chain and rule.drops_by_path and rule.is_conditional
+    ]
+    return sum(count or 0 for count in counts) if None not in counts else None
 
 
 def delivers_from(node: Node, iface: str) -> bool:
@@ -6009,16 +6165,14 @@ def check_rp_filter(node: Node, iface: str) -> Finding:
         return ok("rp_filter", found)
     if delivers_from(node, iface):
         return ok("rp_filter", f"{found}; pmtud delivers what is dropped by {culprits}")
-    config = node.config
-    if node.daemon:
-        config = config._replace(ifaces=node.ifaces)
-    return warn(
-        "rp_filter",
+    lost = (
         f"{found}; an error from a router's address that is routed elsewhere is dropped by "
         f"{culprits}. Loosening it weakens anti-spoofing for all traffic; pmtud delivers the "
-        "error and leaves it strict",
-        run_command(config),
+        "error and leaves it strict"
     )
+    if node.daemon:
+        return warn("rp_filter", f"{lost}: let it take errors on {iface}, by --iface")
+    return warn("rp_filter", lost, start_command(node))
 
 
 def check_ipv6(link: Link) -> Finding:
@@ -6026,8 +6180,10 @@ def check_ipv6(link: Link) -> Finding:
     iface = link.name
     conf = f"ipv6/conf/{iface}"
     if link.mtu < IPV6_MIN_MTU:
-        fix = f"ip link set dev {shlex.quote(iface)} mtu {IPV6_MIN_MTU}"
-        return fail("ipv6", f"{iface}: cannot run, MTU {link.mtu} is under {IPV6_MIN_MTU}", fix)
+        command = f"ip link set dev {shlex.quote(iface)} mtu {IPV6_MIN_MTU}"
+        step = Step(command, "packets of that size must fit through what is behind it")
+        found = f"{iface}: cannot run, MTU {link.mtu} is under {IPV6_MIN_MTU}"
+        return fail("ipv6", found, step=step)
     if setting("ipv6/conf/all/disable_ipv6") or setting(f"{conf}/disable_ipv6"):
         return ok("ipv6", f"{iface}: switched off")
     forwarding = setting(f"{conf}/forwarding")
@@ -6202,10 +6358,17 @@ def check_conntrack() -> Finding:
 # -- checks: peers
 
 
+ICMP_ECHO_REQUEST = 8  # RFC 792
+ICMPV6_ECHO_REQUEST = 128  # RFC 4443
+PING_SECONDS = 1.0
+
+
 def check_peers(node: Node) -> Iterator[Finding]:
     """Whether each peer resolves, has a route, and is not an address shared with other nodes."""
     config = node.config
     listed = {"": config.peers}
+    if node.daemon and not config.peers and not config.peer_sources:
+        listed = {"": node.daemon.peers}
     failed = False
     for source in map(open_source, config.peer_sources):
         try:
@@ -6224,11 +6387,68 @@ def check_peers(node: Node) -> Iterator[Finding]:
     wrong = wrong_peers(arrangement, local)
     for name, peers in listed.items():
         if wrong.keys() & set(peers):
-            yield judge_peers(config, name, peers, wrong)
+            yield judge_peers(name, peers, wrong)
     if wrong or (failed and not arrangement.everyone):
         return
     removed = [f"{peer} is this node" for peer in arrangement.removed]
-    yield ok("peers", "; ".join([describe_peers(arrangement.everyone, local), *removed]))
+    found = "; ".join([describe_peers(node, arrangement.everyone, local), *removed])
+    silent = silent_peers(arrangement, local)
+    unresolved = {packed for (_, packed), one in neighbours().items() if not one.is_resolved}
+    dead = [peer for peer in silent if peer.packed in unresolved]
+    if dead:
+        text = f"{some(dead)} does not answer, nobody on its link has the address"
+        yield fail("peers", text, "ip neigh show nud failed nud incomplete")
+    far = [peer for peer in silent if not is_near(peer, local)]
+    if far:
+        text = f"{some(far)} does not answer to ping: nobody has the address, or ping is dropped"
+        yield warn("peers", text, f"tracepath -n {far[0]}")
+    if not dead and not far:
+        yield ok("peers", found)
+
+
+def echo_request(family: Family, number: int) -> bytes:
+    """An ICMP echo request with this identifier; the kernel adds the checksum of ICMPv6."""
+    kind = ICMP_ECHO_REQUEST
+    if family is IPV6:
+        kind = ICMPV6_ECHO_REQUEST
+    checksum = 0xFFFF - ((kind << 8) + number) % 0xFFFF
+    return struct.pack("!BBHHH", kind, 0, checksum, number, 0)
+
+
+def silent_peers(arrangement: Arrangement, local: Sequence[LocalAddress]) -> list[PeerAddress]:
+    """The peers that answer no ping within a second, all asked at once; needs privileges."""
+    waiting = {}
+    for peer in arrangement.everyone:
+        if peer.packed not in arrangement.view.groups:
+            waiting[peer.packed] = peer
+    number = os.getpid() & 0xFFFF
+    try:
+        pings = {
+            family: socket.socket(family.af, socket.SOCK_RAW, family.icmp_protocol)
+            for family in FAMILIES
+        }
+    except OSError:
+        return []
+    for peer in list(waiting.values()):
+        family = family_of(peer.packed)
+        with contextlib.suppress(OSError):  # a firewall may refuse it
+            pings[family].sendto(echo_request(family, number), sockaddr(peer))
+            hear_replies(pings, waiting, 0.0)
+    until = time.monotonic() + PING_SECONDS
+    while waiting and time.monotonic() < until:
+        hear_replies(pings, waiting, until - time.monotonic())
+    for ping in pings.values():
+        ping.close()
+    return list(waiting.values())
+
+
+def hear_replies(
+    pings: Mapping[Family, socket.socket], waiting: dict[bytes, PeerAddress], seconds: float
+) -> None:
+    """Take those who answer out of `waiting`; any ICMP message of theirs shows that they live."""
+    for ping in select.select(list(pings.values()), [], [], max(0.0, seconds))[0]:
+        _, sender = ping.recvfrom(0, socket.MSG_TRUNC)
+        waiting.pop(ipaddress.ip_address(sender[0].partition("%")[0]).packed, None)
 
 
 def look_into(source: str) -> str:
@@ -6267,18 +6487,19 @@ def wrong_peers(arrangement: Arrangement, local: Iterable[LocalAddress]) -> dict
 
 
 def judge_peers(
-    config: Config, source: str, peers: Sequence[PeerAddress], wrong: Mapping[PeerAddress, str]
+    source: str, peers: Sequence[PeerAddress], wrong: Mapping[PeerAddress, str]
 ) -> Finding:
     """The verdict on a source with wrong peers; `source` is empty for those of --peers itself."""
     found = "; ".join(f"{peer}: {wrong[peer]}" for peer in peers if peer in wrong)
     if source:
         return fail("peers", f"{found} (in {source})", look_into(source))
-    rest = tuple(peer for peer in peers if peer not in wrong)
-    return fail("peers", found, run_command(config._replace(peers=rest)))
+    return fail("peers", f"{found}; take it out of --peers")
 
 
-def describe_peers(peers: Sequence[PeerAddress], local: Sequence[LocalAddress]) -> str:
+def describe_peers(node: Node, peers: Sequence[PeerAddress], local: Sequence[LocalAddress]) -> str:
     """How many share a network with this node."""
+    if not peers and node.daemon and not node.daemon.ifaces:
+        return "none given here; what the daemon has cannot be seen"
     if not peers:
         return "none: standalone, local rescue only"
     near = sum(is_near(peer, local) for peer in peers)
@@ -6328,7 +6549,10 @@ def cilium_subtracts(name: str, mtu: int, under: Underlay) -> bool:
     return mtu > under.best and mtu <= under.nic.mtu
 
 
-def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, subject: str = "") -> Finding:
+CNI_RISK = "new pods get it, and the CNI's agents may start anew on every node"
+
+
+def judge_mtu(name: str, mtu: int, under: Underlay, step: Step, subject: str = "") -> Finding:
     """Whether the MTU of a pod or of a CNI's configuration suits what is under it."""
     found = f"{subject or name} {mtu}"
     spare = under.nic.mtu - mtu
@@ -6338,17 +6562,17 @@ def judge_mtu(name: str, mtu: int, under: Underlay, fix: str, subject: str = "")
         return ok("mtu", f"{found} is right: Cilium subtracts the {under.overhead} in its routes")
     if mtu > under.best:
         told = f"only ICMP errors from this node tell pods that {under.best} is all"
-        return warn("mtu", f"{found} > {under}: {told}", fix)
+        return warn("mtu", f"{found} > {under}: {told}", step=step)
     if under.overhead and spare == 2 * under.overhead:
         twice = f"{under} - {under.overhead}: the overhead is subtracted twice"
-        return warn("mtu", f"{found} = {twice}", fix)
+        return warn("mtu", f"{found} = {twice}", step=step)
     if spare in OVERHEADS:
         needless = f"{under.nic.name} {under.nic.mtu} - {spare}, where {under.overhead} would do"
         return ok("mtu", f"{found} = {needless}")
     unused = f"{under.best - mtu} bytes"
     if under.best >= 1.5 * mtu:
         unused = "jumbo frames"
-    return warn("mtu", f"{found} < {under} = {under.best}: {unused} left unused", fix)
+    return ok("mtu", f"{found} < {under} = {under.best}: {unused} left unused")
 
 
 def is_cni_tunnel(node: Node, link: Link) -> bool:
@@ -6361,16 +6585,17 @@ def is_cni_tunnel(node: Node, link: Link) -> bool:
 def check_tunnel(link: Link, nic: Link, is_cni: bool) -> Finding:
     """Whether a tunnel's MTU suits the NIC under it; a stranger's may be as small as it likes."""
     under = Underlay(nic, link.overhead)
-    fix = f"ip link set dev {shlex.quote(link.name)} mtu {under.best}"
+    command = f"ip link set dev {shlex.quote(link.name)} mtu {under.best}"
+    step = Step(command, "for a moment connections through the tunnel lose packets")
     if is_cni:
-        fix = cni_command(link.name, under)
+        step = Step(cni_command(link.name, under), CNI_RISK)
     fits = link.mtu <= under.best or cilium_subtracts(link.name, link.mtu, under)
     if fits and is_cni:
-        return judge_mtu(link.name, link.mtu, under, fix)
+        return judge_mtu(link.name, link.mtu, under, step)
     if fits:
         return ok("mtu", f"{link.name} {link.mtu} fits {under}")
     vanish = f"packets over {under.best} are fragmented or vanish (black hole)"
-    return fail("mtu", f"{link.name} {link.mtu} > {under}: {vanish}", fix)
+    return fail("mtu", f"{link.name} {link.mtu} > {under}: {vanish}", step=step)
 
 
 def check_mtu(node: Node) -> Iterator[Finding]:
@@ -6428,7 +6653,8 @@ def unequal_nics(nics: Sequence[Link]) -> Finding:
     resize = [
         f"ip link set dev {shlex.quote(nic.name)} mtu {best}" for nic in nics if nic.mtu < best
     ]
-    return warn("mtu", f"the NICs differ: {found}", "\n".join(resize))
+    step = Step("\n".join(resize), "where the switch does not take such frames, they vanish")
+    return warn("mtu", f"the NICs differ: {found}", step=step)
 
 
 def check_cni(node: Node, nic: Link, tunnels: Iterable[Link]) -> Iterator[Finding]:
@@ -6445,7 +6671,7 @@ def check_cni(node: Node, nic: Link, tunnels: Iterable[Link]) -> Iterator[Findin
         try:
             for mtu in cni_mtus(path):
                 is_given = True
-                yield judge_mtu(path, mtu, under, cni_command(path, under))
+                yield judge_mtu(path, mtu, under, Step(cni_command(path, under), CNI_RISK))
         except OSError as problem:
             yield unreadable(path, problem)
     yield from check_pods(node, under, is_given)
@@ -6458,15 +6684,18 @@ def check_pods(node: Node, under: Underlay, is_given: bool) -> Iterator[Finding]
         if link.role == "pod":
             groups.setdefault(link.mtu, []).append(link.name)
     host = shlex.quote(node.config.nodename)
-    remake = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
+    step = NO_STEP
+    if node.in_kubernetes:
+        remake = f"kubectl drain {host} --ignore-daemonsets && kubectl uncordon {host}"
+        step = Step(remake, "all pods leave this node, and others take their place")
     for mtu, names in groups.items():
-        fix = remake
-        if not is_given:
-            fix = f"{cni_command(names[0], under)}\n{remake}".strip()
+        if node.in_kubernetes and not is_given:
+            command = f"{cni_command(names[0], under)}\n{step.command}".strip()
+            step = step._replace(command=command)
         subject = names[0]
         if len(names) > 1:
             subject = f"{len(names)} pods ({names[0]}, ...)"
-        yield judge_mtu(names[0], mtu, under, fix, subject)
+        yield judge_mtu(names[0], mtu, under, step, subject)
 
 
 def pod_underlay(node: Node, nic: Link, tunnels: Iterable[Link]) -> Underlay:
@@ -6751,6 +6980,7 @@ class Prober:
         if self.iface in node.links:
             self.top = min(node.links[self.iface].mtu, IP_TOTAL_LEN_MAX)
         self.own = {own.packed for own in local_addresses()}
+        self.port = 0  # that the last probe came from
         self.replies = 0
         self.timeout = 1.0
         self.sockets = open_sockets(self.family)
@@ -6787,17 +7017,17 @@ class Prober:
                 udp.connect(self.address)
                 if not self.sockets:
                     udp.send(bytes(size - options.headers))
-                    return self._listen(udp, 0)
-                source, port, *_ = udp.getsockname()
+                    return self._listen(udp)
+                source, self.port, *_ = udp.getsockname()
                 source = ipaddress.ip_address(source.partition("%")[0]).packed
-                packet = udp_packet(self.family, source, self.packed, port, size)
+                packet = udp_packet(self.family, source, self.packed, self.port, size)
                 self.sockets.mouth.sendto(packet, (self.host_alone, 0, *self.address[2:]))
-                return self._listen(udp, port)
+                return self._listen(udp)
             except OSError as problem:
                 return Answer("error", f"this node: {problem.strerror}")
 
-    def _listen(self, udp: socket.socket, port: int) -> Answer:
-        """What comes back to this socket, or about its port."""
+    def _listen(self, udp: socket.socket) -> Answer:
+        """What comes back to this socket, or about its packet."""
         waiting: list[Any] = [udp]
         if self.sockets:
             waiting.append(self.sockets.ear)
@@ -6806,7 +7036,7 @@ class Prober:
             left = max(0.0, until - time.monotonic())
             ready = select.select(waiting, [], [], left)[0]
             for error in self.taken():
-                if error.source_port == port and self.is_about_probes(error):
+                if self.is_about_probe(error):
                     router = str(ipaddress.ip_address(error.src))
                     return Answer("report", router, error.believed_mtu)
             if udp in ready:
@@ -6835,7 +7065,7 @@ class Prober:
         A report that was dropped, or the router behind pmtud's delivery.
         """
         for report, iface in self.came_in():
-            if not self.is_about_probes(report):
+            if not self.is_about_probe(report):
                 continue
             router = str(ipaddress.ip_address(report.src))
             if answer.kind in ("silence", "dropped"):
@@ -6845,9 +7075,14 @@ class Prober:
                 answer = answer._replace(router=router, is_delivered=True)
         return answer
 
-    def is_about_probes(self, error: MtuError) -> bool:
-        """Whether it quotes one of our packets; some routers quote another length than was sent."""
-        return error.quoted_dst == self.packed and error.destination_port == PROBE_PORT
+    def is_about_probe(self, error: MtuError) -> bool:
+        """Whether it quotes the last probe.
+
+        Other nodes may be probing the same host. Some routers quote another length than was sent,
+        and where this node's packets are translated the quoted source is not what was sent either.
+        """
+        ports = (error.source_port, error.destination_port)
+        return error.quoted_dst == self.packed and ports == (self.port, PROBE_PORT)
 
     def came_in(self) -> Iterator[tuple[MtuError, str]]:
         """The errors that have come in, before any rule, and where."""
@@ -6878,6 +7113,7 @@ class Prober:
         this node, and forward it to an address that it does not have.
         """
         assert self.sockets
+        self.port = port
         packet = udp_packet(self.family, source, self.packed, port, size)
         known = neighbours().get((self.hop.ifindex, self.hop.gateway or self.packed))
         lladdr = known.lladdr if known else b""
@@ -6889,28 +7125,28 @@ class Prober:
             while time.monotonic() < until:
                 left = until - time.monotonic()
                 select.select([self.sockets.tap, self.sockets.ear], [], [], max(0.0, left))
-                passage = self._follow(passage, source, port)
+                passage = self._follow(passage, source)
                 if passage.is_taken:
                     return passage
             if passage != Passage():
                 return passage
         return passage
 
-    def _follow(self, passage: Passage, source: bytes, port: int) -> Passage:
+    def _follow(self, passage: Passage, source: bytes) -> Passage:
         """What is known after the errors that are waiting."""
         for error, iface in self.came_in():
-            if (error.quoted_src, error.source_port) != (source, port) or error.src in self.own:
+            if error.src in self.own or not self.is_about_probe(error):
                 continue
             if error.dst == source:
                 router = str(ipaddress.ip_address(error.src))
                 passage = passage._replace(iface=iface, router=router)
-            elif self.is_about_probes(error):
+            else:
                 sender = str(ipaddress.ip_address(error.src))
                 copies = dict.fromkeys((*passage.copies_from, sender))
                 passage = passage._replace(copies_from=tuple(copies))
         for error in self.taken():
             # A copy itself is addressed to this node, not to the service
-            if (error.dst, error.source_port) == (source, port) and self.is_about_probes(error):
+            if error.dst == source and self.is_about_probe(error):
                 passage = passage._replace(is_taken=True)
         return passage
 
@@ -6978,10 +7214,9 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
     version = family_of(packed).version
     culprit = path_filter(node, report.iface, version)
     if culprit and interface_towards(packed, report.iface) != report.iface:
-        config = node.config
         if report.iface not in node.ifaces:
-            config = config._replace(ifaces=(report.iface,))
-        return culprit, run_command(config)
+            culprit += f"; pmtud delivers it with --iface {report.iface}"
+        return culprit, "" if node.daemon else start_command(node)
     if version == 4 and setting("ipv4/ip_no_pmtu_disc") in (2, 3):
         return "ip_no_pmtu_disc", "sysctl -w net/ipv4/ip_no_pmtu_disc=0"
     return A_FIREWALL_RULE, "nft list ruleset | grep -E 'chain|icmp|drop|reject'"
@@ -7126,9 +7361,16 @@ def judge_black_hole(
     known = prober.known_mtu()
     if known <= largest:
         return ok("path", f"{found}; this node knows, it uses {known}")
-    if prober.sockets:
-        return fail("path", found, route_command(prober, largest))
-    return fail("path", found, f"sudo {check_command(node.config, prober.host)}")
+    if not prober.sockets:
+        return fail("path", found, f"sudo {check_command(node.config, prober.host)}")
+    fix = ""
+    if not setting("ipv4/tcp_mtu_probing"):
+        fix = "sysctl -w net/ipv4/tcp_mtu_probing=1"
+    step = Step(
+        route_command(prober, largest),
+        "this route keeps its gateway when others change; better ask who runs the router",
+    )
+    return fail("path", found, fix, step)
 
 
 def route_command(prober: Prober, mtu: int) -> str:
@@ -7235,17 +7477,23 @@ def finding_text(finding: Finding, color: bool) -> str:
     status = finding.status.ljust(STATUS_COLUMNS)
     words = printable(f"{status}{finding.check}: {finding.found}")
     lines = textwrap.wrap(words, REPORT_COLUMNS, subsequent_indent=" " * 7, break_on_hyphens=False)
+    label = "fix, on the node:" if in_container() else "fix:"
     for command in printable(finding.fix).splitlines():
-        lines += wrap_command(command)
+        lines += wrap_command(label, command)
+    if finding.next_step:
+        risk = f"{' ' * 7}next step ({finding.risk}):"
+        lines += textwrap.wrap(risk, REPORT_COLUMNS, subsequent_indent=" " * 7)
+        for command in printable(finding.next_step).splitlines():
+            lines += wrap_command("", command)
     text = "\n".join(lines)
     if not color:
         return text
     return f"{STATUS_COLORS[finding.status]}{status}\033[0m{text[STATUS_COLUMNS:]}"
 
 
-def wrap_command(command: str) -> Iterator[str]:
+def wrap_command(label: str, command: str) -> Iterator[str]:
     """The lines of a command, broken with backslashes: sh joins them again."""
-    line = "       fix:"
+    line = f"{' ' * 7}{label}"
     for word in re.findall(r"(?:'[^']*'|\S)+", command):
         if len(f"{line} {word} \\") > REPORT_COLUMNS:
             yield f"{line} \\"
@@ -7345,11 +7593,13 @@ examples:
   sudo python3 pmtud.py --peers dns:pmtud.example      all addresses of a name, asked every 10 s
   sudo python3 pmtud.py --dry-run --log-level debug    look, send nothing
   sudo python3 pmtud.py check                          the doctor: what is wrong, what repairs it
-  python3 pmtud.py check 10.9.0.2 [fd09::2]:443        measure paths, too
+  sudo python3 pmtud.py check 10.9.0.2 [fd09::2]:443   measure paths, too
+  sudo python3 pmtud.py check --from 10.96.0.1 10.9.0.2  where errors about a service's packets go
   python3 pmtud.py rules --iface eth0                  the rules it installs, for pasting
 
 Every option can come from the environment: --flow-interval from PMTUD_FLOW_INTERVAL, and so on.
-The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or configuration.
+The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or configuration;
+of check: 0 all OK, 1 warnings, 2 failures, 64 usage.
 """
 
 
@@ -7621,10 +7871,14 @@ def run(config: Config) -> None:
         daemon.close()
 
 
+EX_USAGE = 64  # sysexits.h; of `check`, where 2 says that something is broken
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program; the exit code. Unexpected exceptions keep their traceback."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        asked = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
+        asked = parse_args(argv, os.environ)
         set_up_logging(asked.config.log_level, asked.config.log_format)
         for warning in asked.warnings:
             log("warning", warning)
@@ -7635,6 +7889,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         (run if asked.command == "run" else print_rules)(asked.config)
     except PmtudError as problem:
         print(f"pmtud: {problem}", file=sys.stderr)
+        if isinstance(problem, UsageError) and "check" in argv:
+            return EX_USAGE
         return problem.exit_code
     except KeyboardInterrupt:
         return 130
