@@ -176,6 +176,8 @@ NFT_MSG_NEWCHAIN = 3
 NFT_MSG_NEWRULE = 6
 NFT_MSG_NEWSET = 9
 NFT_MSG_NEWSETELEM = 12
+NFT_MSG_NEWOBJ = 18
+NFT_MSG_GETOBJ = 19
 ListAttr = enum.IntEnum("ListAttr", "ELEM")
 DataAttr = enum.IntEnum("DataAttr", "VALUE VERDICT")
 VerdictAttr = enum.IntEnum("VerdictAttr", "CODE CHAIN")
@@ -203,6 +205,9 @@ LimitAttr = enum.IntEnum("LimitAttr", "RATE UNIT BURST TYPE FLAGS")
 LogAttr = enum.IntEnum("LogAttr", "GROUP PREFIX")
 LookupAttr = enum.IntEnum("LookupAttr", "SET SREG")
 MetaAttr = enum.IntEnum("MetaAttr", "DREG KEY SREG")
+ObjectAttr = enum.IntEnum("ObjectAttr", "TABLE NAME TYPE DATA")
+ObjrefAttr = enum.IntEnum("ObjrefAttr", "IMM_TYPE IMM_NAME")
+CounterAttr = enum.IntEnum("CounterAttr", "BYTES PACKETS")
 PayloadAttr = enum.IntEnum("PayloadAttr", "DREG BASE OFFSET LEN")
 
 # linux/netfilter/nf_tables.h: values
@@ -233,6 +238,7 @@ NFT_CT_STATUS = 2
 NFT_DYNSET_OP_UPDATE = 1
 NFT_DYNSET_F_EXPR = 2
 NFT_LIMIT_F_INV = 1
+NFT_OBJECT_COUNTER = 1
 NFT_TYPE_MARK = 19  # of nft, for its listing
 NF_CT_STATE_RELATED_BIT = 1 << 2
 IPS_SRC_NAT = 1 << 4  # linux/netfilter/nf_conntrack_common.h
@@ -1384,6 +1390,7 @@ class Table(NamedTuple):
     """A table of nftables' family inet."""
 
     name: str
+    counters: tuple[str, ...]
     sets: tuple[Set, ...]
     chains: tuple[Chain, ...]
     rules: tuple[Rule, ...]
@@ -1559,6 +1566,19 @@ ERROR_WORDS = {
 }
 
 
+def is_family(family: Family) -> Part:
+    """The packet is of this IP version."""
+    data = load_meta(NFT_META_NFPROTO) + compare(NFT_CMP_EQ, bytes([family.nfproto]))
+    return Part(f"meta nfproto {family.name}", data)
+
+
+def count(name: str) -> Part:
+    """Count the packet in a counter of the table."""
+    numbers = {ObjrefAttr.IMM_TYPE: NFT_OBJECT_COUNTER}
+    data = expression("objref", numbers, string(ObjrefAttr.IMM_NAME, name))
+    return Part(f'counter name "{name}"', data)
+
+
 def is_error(family: Family) -> Part:
     """The packet is an error of this family."""
     data = load_meta(NFT_META_L4PROTO) + compare(NFT_CMP_EQ, bytes([family.icmp_protocol]))
@@ -1708,6 +1728,9 @@ def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
         after_routers = "shed"
         rules.append(Rule("copies_in", (per_second(rate), goto("mtu_errors"))))
         rules += shed_rules(rate, site.bursts)
+        for family in FAMILIES:
+            for chain in ("copies_in", "shed"):
+                rules.append(Rule(chain, (is_family(family), count(shed_counter(family)))))
     for parts in copy_senders(site.senders):
         rules.append(Rule("senders", (*parts, goto(after_copies))))
     for iface in site.ifaces:
@@ -1715,6 +1738,11 @@ def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
     for family in FAMILIES:
         rules.append(Rule("prerouting", (is_error(family), goto("senders"))))
     return rules
+
+
+def shed_counter(family: Family) -> str:
+    """The name of the counter of errors that the kernel does not give to the daemon."""
+    return f"shed_{family.name}"
 
 
 def shed_rules(rate: int, bursts: bool) -> list[Rule]:
@@ -1819,13 +1847,15 @@ def make_table(name: str, sets: Iterable[Set], rules: Sequence[Rule]) -> Table:
     """A table with the chains that these rules are in."""
     used = {rule.chain for rule in rules}
     chains = tuple(chain for chain in CHAINS if chain.name in used)
-    return Table(name, tuple(sets), chains, tuple(rules))
+    counters = tuple(map(shed_counter, FAMILIES)) if "shed" in used else ()
+    return Table(name, counters, tuple(sets), chains, tuple(rules))
 
 
 def nft_text(table: Table) -> list[str]:
     """The lines with which nft puts this table in place of what is there, in one transaction."""
     name = f"table inet {table.name}"
     lines = [name, f"delete {name}", f"{name} {{"]
+    lines += [f"\tcounter {counter} {{ }}" for counter in table.counters]
     for one in table.sets:
         lines += [f"\tset {one.name} {{", f"\t\t{set_text(one)}", "\t}"]
     for chain in table.chains:
@@ -1860,6 +1890,8 @@ def replace_requests(table: Table, flags: int) -> list[Request]:
         (NFT_MSG_DELTABLE, name),
         (NFT_MSG_NEWTABLE, name + be32(TableAttr.FLAGS, flags)),
     ]
+    for counter in table.counters:
+        requests.append((NFT_MSG_NEWOBJ, counter_object(table.name, counter)))
     for number, one in enumerate(table.sets, 1):
         requests += set_requests(table.name, one, number)
     for chain in table.chains:
@@ -1871,6 +1903,12 @@ def replace_requests(table: Table, flags: int) -> list[Request]:
         payload = string(RuleAttr.TABLE, table.name) + string(RuleAttr.CHAIN, rule.chain)
         requests.append((NFT_MSG_NEWRULE, payload + nested(RuleAttr.EXPRESSIONS, rule.data)))
     return requests
+
+
+def counter_object(table: str, name: str) -> bytes:
+    """What names a counter of a table."""
+    names = string(ObjectAttr.TABLE, table) + string(ObjectAttr.NAME, name)
+    return names + be32(ObjectAttr.TYPE, NFT_OBJECT_COUNTER) + nested(ObjectAttr.DATA)
 
 
 def set_requests(table: str, one: Set, number: int) -> Iterator[Request]:
@@ -2292,6 +2330,9 @@ class CopyCounts:
         return {p: self._refused_before.get(p, 0) + n for p, n in zip(self.peers, self.refused)}
 
 
+OTHER = "other"
+
+
 class Counters:
     """Everything counted since the start."""
 
@@ -2305,6 +2346,14 @@ class Counters:
         self.refresh_failures: dict[str, int] = {}
         self.rpf_rescued = 0
         self.nflog_lost = 0
+        self.copies_needed = {(f.name,): 0 for f in FAMILIES}
+        # By peer; of those that are not listed: OTHER
+        self.copies_received: dict[str, int] = {OTHER: 0}
+        # What is looked up for a scrape
+        self.shed: dict[str, int] = {}  # by family
+        self.unready: dict[str, int] = {}  # 1 where there is this reason, else 0
+        self.resolved: dict[str, int] = {}  # by peer: 0 where nobody on the link has its address
+        self.node: dict[tuple[str, str, str], int] = {}  # by name, family and address
         self.last_error_received = 0.0  # seconds since the epoch
         self.reported_mtu = Histogram(MTU_BUCKETS)
         self.batch_duration = Histogram(SECONDS_BUCKETS)
@@ -2388,6 +2437,20 @@ METRICS = (
         lambda c: c.copy_errors(),
     ),
     Metric(
+        "pmtud_copies_received",
+        "counter",
+        "Copies that came from a node, by peer; other: from one that is not listed.",
+        ("peer",),
+        lambda c: c.copies_received,
+    ),
+    Metric(
+        "pmtud_copies_needed",
+        "counter",
+        "Copies about a flow that this node translates: nothing else told it.",
+        ("family",),
+        lambda c: c.copies_needed,
+    ),
+    Metric(
         "pmtud_delivered",
         "counter",
         "Errors given to this node's stack; owner: the kernel took it.",
@@ -2407,6 +2470,41 @@ METRICS = (
         "Errors lost between kernel and daemon (NFLOG sequence gaps).",
         (),
         lambda c: {(): c.nflog_lost},
+    ),
+    Metric(
+        "pmtud_shed",
+        "counter",
+        "Errors over --rate that the kernel kept from the daemon.",
+        ("family",),
+        lambda c: c.shed,
+    ),
+    Metric(
+        "pmtud_ready",
+        "gauge",
+        "1 where errors come in and go out, as /readyz says.",
+        (),
+        lambda c: {(): int(not any(c.unready.values()))},
+    ),
+    Metric(
+        "pmtud_unready",
+        "gauge",
+        "1 for each reason why not.",
+        ("reason",),
+        lambda c: c.unready,
+    ),
+    Metric(
+        "pmtud_peer_resolved",
+        "gauge",
+        "0 where nobody on the link has the peer's address.",
+        ("peer",),
+        lambda c: c.resolved,
+    ),
+    Metric(
+        "pmtud_node_info",
+        "gauge",
+        "Always 1: the address that copies leave from.",
+        ("node", "family", "address"),
+        lambda c: c.node,
     ),
     Metric(
         "pmtud_peers",
@@ -3129,6 +3227,19 @@ def conntrack_in_use() -> bool:
     return False
 
 
+def read_counter(table: str, name: str) -> Optional[int]:
+    """The packets in a counter of one of our tables, None where it is not there."""
+    query = NFGENMSG.pack(NFPROTO_INET, 0, 0) + counter_object(table, name)
+    kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETOBJ
+    try:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            answer = netlink.request("read a counter", kind, 0, query)[0][1]
+    except PmtudError:
+        return None
+    data = attributes(attributes(answer, NFGENMSG.size)[ObjectAttr.DATA])
+    return int.from_bytes(data[CounterAttr.PACKETS], "big")
+
+
 class Firewall(Netlink):
     """Our nftables table, owned by this socket: the kernel deletes it when the socket is closed or
     the process dies.
@@ -3149,6 +3260,7 @@ class Firewall(Netlink):
         self.owned = owned
         self._bursts = owned
         self._config = config
+        self._shed = dict.fromkeys(FAMILIES, 0)  # by the tables before this one
         self.table = WHOLE_TABLE.format(config.nflog_group)
         if config.rules == "off":
             self.table = GUARD_TABLE.format(config.nflog_group)
@@ -3173,11 +3285,23 @@ class Firewall(Netlink):
         """
         self.conntrack = self.conntrack or conntrack_in_use()
         self.copy_mark = copy_mark(self._config)
+        self._shed = self.shed()
         try:
             self._commit("replace table", self._requests(ifaces))
         except NetlinkError as problem:
             self._give_up_what_is_missing(problem)
             self.replace(ifaces)
+
+    def shed(self) -> dict[Family, int]:
+        """The errors of each family that the kernel has not given to the daemon, since the start.
+
+        From any thread.
+        """
+        table = WHOLE_TABLE.format(self._config.nflog_group)  # with --rules off the operator's
+        found = {}
+        for family, before in self._shed.items():
+            found[family] = before + (read_counter(table, shed_counter(family)) or 0)
+        return found
 
     def _give_up_what_is_missing(self, problem: NetlinkError) -> None:
         """Do without what this kernel does not have; raises the problem if it is another one."""
@@ -4011,6 +4135,18 @@ def kernel_source(peer: PeerAddress) -> bytes:
     return b""
 
 
+def resolved_peers(arrangement: Arrangement) -> dict[str, int]:
+    """0 for each peer whose link-layer address nobody tells, 1 for those who did.
+
+    No word about routed ones, and about peers to which nothing was sent for long.
+    """
+    known: dict[bytes, int] = {}
+    with contextlib.suppress(PmtudError):
+        for (_, packed), neighbour in neighbours().items():
+            known[packed] = int(neighbour.is_resolved)
+    return {str(peer): known[peer.packed] for peer in arrangement.everyone if peer.packed in known}
+
+
 def network_of(address: LocalAddress) -> Network:
     """The network that a local address is in."""
     return ipaddress.ip_interface((address.packed, address.prefix_length)).network
@@ -4315,11 +4451,15 @@ class Refusals:
         self._untold: Counter[tuple[PeerAddress, int]] = Counter()  # by peer and errno
         self._copies = 0  # sent or refused in the same time
         self._tell_at = 0.0
+        self._last: dict[tuple[PeerAddress, int], float] = {}  # when, of a few
 
     def add(self, refused: Sequence[tuple[PeerAddress, int]], copies: int) -> None:
         """Remember these (peer, errno) of so many copies."""
         self._copies += copies
         self._untold.update(refused)
+        for key in refused:
+            if key in self._last or len(self._last) < self.SHOWN:
+                self._last[key] = time.monotonic()
         for peer, code in refused:
             log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
 
@@ -4347,6 +4487,15 @@ class Refusals:
         self._untold.clear()
         self._tell_at = now + self.SECONDS
 
+    def since(self, then: float) -> list[str]:
+        """A line for each peer and errno that was refused since; from any thread."""
+        lines = []
+        for (peer, code), at in list(self._last.items()):
+            if at > then:
+                problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+                lines.append(f"copies to {peer} were refused within the last hour: {problem}")
+        return lines
+
 
 # An error that is acted on, its origin, one of ACTIONS, whether strict reverse path filtering drops it
 Acted = tuple[MtuError, str, str, bool]
@@ -4359,6 +4508,10 @@ def explain_circle(service: bytes) -> str:
         f"errors about {address} circle between the fabric and this node until their TTL ends; "
         "give the service network a discard route: ip route add blackhole NETWORK"
     )
+
+
+# What a node may send besides copies
+NO_COPIES = (Reason.OWN, Reason.IGNORED_NETWORK, Reason.MISADDRESSED)
 
 
 class Forwarder:
@@ -4381,6 +4534,7 @@ class Forwarder:
         self._policy = Policy(config, View())
         self._lanes = {family.name: Lane(family) for family in FAMILIES}
         self._nflog: Optional[Nflog] = None
+        self._labels: dict[bytes, str] = {}  # of peers that send copies
         self._circling: dict[bytes, float] = {}  # service addresses, and when last heard of
         self._recent = 0  # errors since the last tick
         self._gathering = 1  # how many the kernel hands over at a time
@@ -4406,6 +4560,11 @@ class Forwarder:
         self.open_lanes(arrangement)
         self._policy.set_view(arrangement.view)
         self._counters.peers = arrangement.per_source
+        groups = arrangement.view.groups
+        self._labels = {p.packed: str(p) for p in arrangement.everyone if p.packed not in groups}
+        before = self._counters.copies_received
+        received = {label: before.get(label, 0) for label in (*self._labels.values(), OTHER)}
+        self._counters.copies_received = received
         self.gather()  # with more peers fewer errors a turn
 
     def open_lanes(self, arrangement: Arrangement) -> None:
@@ -4496,6 +4655,8 @@ class Forwarder:
             return None
         verdict = decide(error, self._policy, now)
         self._counters.received[error.family.name, verdict.origin] += 1
+        if verdict.origin is PEER and verdict.reason not in NO_COPIES:
+            self._counters.copies_received[self._labels.get(error.src, OTHER)] += 1
         if verdict.reason:
             self._counters.dropped[verdict.reason] += 1
             self._explain_drop(error, verdict.reason, now)
@@ -4545,6 +4706,8 @@ class Forwarder:
         self._counters.delivered[error.family.name, result] += 1
         if rpf and result == "owner":
             self._counters.rpf_rescued += 1
+        if error.dst != error.quoted_src and result == "owner" and not own:
+            self._counters.copies_needed[(error.family.name,)] += 1
 
     # -- count and tell
 
@@ -4577,10 +4740,11 @@ class Forwarder:
             )
 
     def notes(self) -> list[str]:
-        """What the operator can do better: about which services errors circled in the last hour."""
+        """What the operator can do better: circling errors and refused copies of the last hour."""
         long_ago = time.monotonic() - News.SECONDS
         known = list(self._circling.items())
-        return [explain_circle(service) for service, at in known if at > long_ago]
+        circles = [explain_circle(service) for service, at in known if at > long_ago]
+        return circles + self.refusals.since(long_ago)
 
     def _note_circle(self, service: bytes, now: float) -> None:
         """An error about this address was forwarded by this node, and came back."""
@@ -5014,8 +5178,7 @@ class Daemon:
         if not config.metrics_port:
             return
         try:
-            render = partial(render_metrics, self.counters)
-            asked = (render, self.unhealthy, self.unready, self.forwarder.notes)
+            asked = (self._render, self.unhealthy, self.unready, self.forwarder.notes)
             self._server = open_status_server(config, *asked)
             stack.callback(self._server.server_close)
         except OSError as problem:
@@ -5039,7 +5202,7 @@ class Daemon:
             text = "a kubelet's probes go to the node's address and fail"
             log("warning", f"{text}, HTTP is served on {address} only")
         try:
-            render_metrics(self.counters)
+            self._render()
         except PmtudError as problem:
             log("warning", f"running without metrics: {problem}")
 
@@ -5085,12 +5248,33 @@ class Daemon:
 
     def unready(self) -> list[str]:
         """What keeps errors from coming in and going out; nothing if all is well."""
-        missing = self.unhealthy()
+        return [problem for problems in self._unready().values() for problem in problems]
+
+    def _unready(self) -> dict[str, list[str]]:
+        """The same, by reason."""
+        missing = []
         if self.config.rules == "auto":
             for name, holds in self.keeper.guarded.items():
                 if not holds:
                     missing.append(f"{name}: our rules are not in force")
-        return missing + self.roster.unanswered()
+        return {"loop": self.unhealthy(), "rules": missing, "peers": self.roster.unanswered()}
+
+    def _render(self) -> bytes:
+        """The metrics, with what is looked up for each scrape; in the thread that answers it."""
+        counters = self.counters
+        if self.keeper.firewall:
+            shed = self.keeper.firewall.shed()
+            counters.shed = {family.name: count for family, count in shed.items()}
+        counters.unready = {name: int(bool(found)) for name, found in self._unready().items()}
+        arrangement = self.roster.arrangement
+        counters.resolved = resolved_peers(arrangement)
+        counters.node = {}
+        for family, ways in arrangement.ways.items():
+            source = ways.source or next(iter(map(kernel_source, ways.targets)), b"")
+            if source:
+                address = str(ipaddress.ip_address(source))
+                counters.node[self.config.nodename, family.name, address] = 1
+        return render_metrics(counters)
 
     # -- the loop
 

@@ -1959,7 +1959,7 @@ nlmsg = struct.Struct("=IHHII").pack  # struct nlmsghdr too
     ("built", "expected"),
     [
         (pmtud.attribute(5, b""), nla(4, 5)),
-        (pmtud.attribute(5, b"abc"), nla(7, 5) + b"abc\0"),
+        (pmtud.attribute(5, b"abc"), nla(11, 5) + b"abc\0"),
         (pmtud.attribute(5, b"abcd"), nla(8, 5) + b"abcd"),
         (
             pmtud.nested(1, pmtud.attribute(2, b"x"), pmtud.attribute(3, b"")),
@@ -2813,6 +2813,13 @@ METRIC_LABELS: dict[str, set[tuple[str, ...]]] = {
     "pmtud_acted_total": {("action",)},
     "pmtud_copies_sent_total": {("peer",)},
     "pmtud_copy_errors_total": {("peer",)},
+    "pmtud_copies_received_total": {("peer",)},
+    "pmtud_copies_needed_total": {("family",)},
+    "pmtud_shed_total": {("family",)},
+    "pmtud_ready": {()},
+    "pmtud_unready": {("reason",)},
+    "pmtud_peer_resolved": {("peer",)},
+    "pmtud_node_info": {("address", "family", "node")},
     "pmtud_delivered_total": {("family", "result")},
     "pmtud_rpf_rescued_total": {()},
     "pmtud_nflog_lost_total": {()},
@@ -2834,6 +2841,9 @@ def test_scrape_has_the_metrics_of_the_design() -> None:
     counters = pmtud.Counters()
     counters.copies["ipv4"] = pmtud.CopyCounts(["10.0.0.12"])
     counters.peers, counters.refresh_failures = {"static": 1}, {"file:x": 0}
+    counters.shed, counters.unready = {"ipv4": 0}, {"rules": 1}
+    counters.resolved = {"10.0.0.12": 1}
+    counters.node = {("node1", "ipv4", "10.0.0.11"): 1}
     found: dict[str, set[tuple[str, ...]]] = {}
     for name, labels in scrape(counters):
         found.setdefault(name, set()).add(tuple(label for label, _ in labels))
@@ -2873,6 +2883,106 @@ def test_scrape_shows_what_was_counted() -> None:
     assert samples["pmtud_reported_mtu_bytes_bucket", (("le", "1380"),)] == 0
     assert samples["pmtud_reported_mtu_bytes_bucket", (("le", "1400"),)] == 1
     assert samples["pmtud_reported_mtu_bytes_sum", ()] == 1400
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_copies_are_counted_on_both_ends(cluster: Cluster, family: int) -> None:
+    """Sent and received agree; where a node drops some the difference names the pair.
+
+    A sender that the receiver does not list is `other`, its address no label.
+    """
+    sender = ingress(cluster, family)
+    address = cluster.node_address(sender + 1, family)
+    near, far = (node for i, node in enumerate(cluster.nodes) if i != sender)
+    name = f"ipv{family}"
+
+    def received(node: Host, label: str) -> float:
+        return metrics(node)[f'pmtud_copies_received_total{{peer="{label}"}}']
+
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[family]):
+        chain = "type filter hook ingress device eth0 priority -10"
+        protocol = {4: "icmp type destination-unreachable", 6: "icmpv6 type packet-too-big"}[family]
+        rule = f"{protocol} numgen inc mod 2 0 drop"
+        far.run("nft", f"table netdev lose {{ chain c {{ {chain}; {rule}; }}; }}")
+        inject(cluster.router, family, flow_errors(family, count=20))
+        assert poll(lambda: received(near, address) == 20 and received(far, address) == 10, 5)
+        sent = metrics(cluster.nodes[sender])
+        for number in range(1, 4):
+            if number != sender + 1:
+                peer = cluster.node_address(number, family)
+                assert sent[f'pmtud_copies_sent_total{{peer="{peer}"}}'] == 20
+        host = socket.gethostname()
+        labels = f'address="{address}",family="{name}",node="{host}"'
+        assert sent[f"pmtud_node_info{{{labels}}}"] == 1
+        far.run("nft", "delete", "table", "netdev", "lose")
+    others = [cluster.node_address(i + 1, family) for i in range(3) if i != sender]
+    with (
+        daemons([cluster.nodes[sender]], "--peers", PEER_LISTS[family], "--metrics-port", "0"),
+        daemons([near, far], "--peers", ",".join(others), "--ignore-networks", f"{address}"),
+    ):
+        inject(cluster.router, family, flow_errors(family, count=5))
+        assert poll(lambda: received(near, "other") == 5, 5)
+        assert not [line for line in metrics(near) if address in line]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_what_the_kernel_sheds_is_counted(cluster: Cluster, family: int, tmp_path: Path) -> None:
+    """Errors and copies alike: shed + received = sent, also when the table is made anew."""
+    node = cluster.nodes[ingress(cluster, family)]
+    path = tmp_path / "peers"
+    path.write_text(PEER_LISTS[family].replace(",", "\n"))
+    name = f'pmtud_shed_total{{family="ipv{family}"}}'
+    with daemons([node], "--peers", f"file:{path}", "--rate", "10") as [process]:
+        inject(cluster.router, family, flow_errors(family, count=100), 0)
+        first = metrics(node)
+        assert first[name] > 0
+        assert first[name] + total(first, "pmtud_received_total") == 100
+        path.write_text(path.read_text() + "\n10.0.0.77\nfd00::77\n")
+        process.wait_for("peers changed")
+        assert metrics(node)[name] == first[name]
+        assert metrics(node)[name.replace(str(family), "46".replace(str(family), ""))] == 0
+
+
+def test_readiness_and_dead_neighbours_are_metrics(cluster: Cluster, tmp_path: Path) -> None:
+    """pmtud_ready with its reason; peers to whose address nobody answers."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    peers = f"{PEER_LISTS[4]},10.0.0.99"
+    with daemons([node], "--peers", f"{peers},dns:no-such.invalid"):
+        samples = metrics(node)
+        assert (samples["pmtud_ready"], samples['pmtud_unready{reason="peers"}']) == (0, 1)
+        assert (
+            samples['pmtud_unready{reason="rules"}'] == samples['pmtud_unready{reason="loop"}'] == 0
+        )
+    with daemons([node], "--peers", peers):
+        assert metrics(node)["pmtud_ready"] == 1
+        inject(cluster.router, 4, flow_errors(4, count=1))
+        dead = 'pmtud_peer_resolved{peer="10.0.0.99"}'
+        assert poll(lambda: metrics(node).get(dead) == 0, 5)
+        alive = [
+            value for name, value in metrics(node).items() if name.startswith("pmtud_peer_res")
+        ]
+        assert sorted(alive) == [0, 1, 1]
+
+
+def test_refused_copies_are_a_warning_of_the_doctor(cluster: Cluster) -> None:
+    """A local firewall, for an hour: with the peer and the errno."""
+    node = cluster.nodes[ingress(cluster, 4)]
+    with daemons([node], "--peers", PEER_LISTS[4]):
+        assert "daemon_says" not in [entry["check"] for entry in diagnose(node).checks]
+        rule = "icmp type destination-unreachable ip daddr 10.0.0.0/24 drop"
+        chain = "type filter hook output priority 0"
+        node.run("nft", f"table inet deny {{ chain c {{ {chain}; {rule}; }}; }}")
+        inject(cluster.router, 4, flow_errors(4, count=2))
+        node.run("nft", "delete", "table", "inet", "deny")
+        said = [entry for entry in diagnose(node).checks if entry["check"] == "daemon_says"]
+        assert {entry["status"] for entry in said} == {"WARN"}
+        text = "copies to {} were refused within the last hour: Operation not permitted (EPERM)"
+        others = [
+            a
+            for a in PEER_LISTS[4].split(",")
+            if a != cluster.node_address(cluster.nodes.index(node) + 1)
+        ]
+        assert {entry["found"] for entry in said} == {text.format(peer) for peer in others}
 
 
 @unit
@@ -6023,51 +6133,76 @@ def test_a_mark_overwritten_before_the_guard_is_noticed() -> None:
             ]  # once a family
 
 
+def errors_about_pods(cluster: Cluster) -> list[tuple[int, bytes]]:
+    """Errors about six new UDP flows to the pods' service, each with the node that translates it."""
+    vip = cluster.vip("pod")
+    command = "for i in 1 2 3 4 5 6; do echo > /dev/udp/10.96.0.2/80; done"
+    cluster.client.run("bash", "-c", command)
+    found = []
+    for number, node in enumerate(cluster.nodes):
+        tracked = node.run("conntrack", "-L", "-p", "udp", "-d", vip)
+        for port in re.findall(r"dst=10.96.0.2 sport=(\d+)", tracked):
+            error = mtu_error(
+                V4,
+                src="10.8.0.1",
+                dst=vip,
+                quoted_src=vip,
+                protocol=17,
+                quoted_dst=cluster.client_address(1),
+                transport=struct.pack("!HHHH", 80, int(port), 1480, 0),
+            )
+            found.append((number, error))
+    return found
+
+
+@contextlib.contextmanager
+def unreachable_pods(cluster: Cluster) -> Iterator[None]:
+    """No node may send anything to its pod."""
+    for i, node in enumerate(cluster.nodes, 1):
+        node.ip(f"route add prohibit {pod_address(i)}")
+    yield
+    for i, node in enumerate(cluster.nodes, 1):
+        node.ip(f"route del prohibit {pod_address(i)}")
+
+
 def test_a_delivery_that_the_stack_refuses_is_said_once(cluster: Cluster) -> None:
     """A pod that cannot be reached after translation.
 
     An operator's problem, in the log and in the metrics.
     """
     with daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes:
-        cluster.client.run(
-            "bash", "-c", "for i in 1 2 3 4 5 6; do echo > /dev/udp/10.96.0.2/80; done"
-        )
-        for i, node in enumerate(cluster.nodes, 1):
-            node.ip(f"route add prohibit {pod_address(i)}")
-        try:
-            tracked = [
-                node.run("conntrack", "-L", "-p", "udp", "-d", "10.96.0.2")
-                for node in cluster.nodes
-            ]
-            ports = [re.findall(r"dst=10.96.0.2 sport=(\d+)", text) for text in tracked]
-            assert sum(map(len, ports)) == 6
-            for port in (port for found in ports for port in found):
-                udp = struct.pack("!HHHH", 80, int(port), 1480, 0)
-                vip = cluster.vip("pod")
-                inject(
-                    cluster.router,
-                    4,
-                    [
-                        mtu_error(
-                            V4,
-                            src="10.8.0.1",
-                            dst=vip,
-                            quoted_src=vip,
-                            protocol=17,
-                            quoted_dst=cluster.client_address(1),
-                            transport=udp,
-                        )
-                    ],
-                )
+        errors = errors_about_pods(cluster)
+        assert len(errors) == 6
+        with unreachable_pods(cluster):
+            for _, error in errors:
+                inject(cluster.router, 4, [error])
             assert poll(lambda: results(cluster.nodes, 4)["error"] == 6, 3), results(
                 cluster.nodes, 4
             )
-        finally:
-            for i, node in enumerate(cluster.nodes, 1):
-                node.ip(f"route del prohibit {pod_address(i)}")
         said = [process.output().count("stack refuses a delivery") for process in processes]
-        assert said == [int(bool(found)) for found in ports]
+        owners = {number for number, _ in errors}
+        assert said == [int(number in owners) for number in range(3)]
         assert any('problem="Permission denied"' in process.output() for process in processes)
+
+
+def test_copies_that_were_needed_are_counted(cluster: Cluster) -> None:
+    """About a pod's flow, on the node that translates it, where another node got the error.
+
+    Nothing is counted where the router's own error came in, nor for an address on lo.
+    """
+    got_them = ingress(cluster, 4, "pod")
+    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+        errors = errors_about_pods(cluster)
+        inject(cluster.router, 4, [error for _, error in errors])
+        inject(cluster.router, 4, flow_errors(4))
+
+        def counted() -> list[int]:
+            samples = [metrics(node) for node in cluster.nodes]
+            return [total(one, "pmtud_copies_needed_total") for one in samples]
+
+        owners = Counter(number for number, _ in errors if number != got_them)
+        assert poll(lambda: counted() == [owners[number] for number in range(3)], 5), counted()
+        assert any(owners.values())
 
 
 def test_lo_that_is_down(node: Host) -> None:
@@ -12624,7 +12759,7 @@ def test_alerts_and_queries(tmp_path: Path) -> None:
         code_blocks("yaml"),
         [line for text in code_blocks("promql") for line in text.splitlines()],
     )
-    assert (rules.count("- alert:"), len(queries)) == (7, 5)
+    assert (rules.count("- alert:"), len(queries)) == (11, 5)
     recorded = [
         {"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)
     ]
@@ -12638,9 +12773,135 @@ def test_alerts_and_queries(tmp_path: Path) -> None:
     assert used <= {*METRIC_LABELS}
     assert set(re.findall(r'(?:origin|result)="(\w+)"', "\n".join(queries))) == {
         "router",
-        "peer",
-        "owner",
     }
+
+
+def alerts_soon(folder: Path) -> Path:
+    """The README's alerts, over seconds instead of minutes."""
+    (rules,) = code_blocks("yaml")
+    soon = re.sub(r"\[\d+m\]", "[6s]", re.sub(r"for: \d+[mh]", "for: 1s", rules))
+    (folder / "rules.yml").write_text(soon)
+    targets = ", ".join(f'"{Cluster.node_address(i)}:30040"' for i in (1, 2, 3))
+    (folder / "prometheus.yml").write_text(
+        f"global: {{scrape_interval: 1s, evaluation_interval: 1s}}\n"
+        f"rule_files: [{folder}/rules.yml]\n"
+        f"scrape_configs: [{{job_name: pmtud, static_configs: [{{targets: [{targets}]}}]}}]\n"
+    )
+    return folder / "prometheus.yml"
+
+
+def ask_prometheus(host: Host, path: str) -> Any:
+    """What its API answers."""
+    printed = host.run("curl", "-sS", "-G", f"http://127.0.0.1:9090/api/v1/{path}")
+    return json.loads(printed)["data"]
+
+
+def firing(host: Host) -> set[tuple[str, str]]:
+    """The alerts that fire, and what they are about."""
+    alerts = ask_prometheus(host, "alerts")["alerts"]
+    return {
+        (alert["labels"]["alertname"], alert["annotations"]["summary"])
+        for alert in alerts
+        if alert["state"] == "firing"
+    }
+
+
+class Watched:
+    """A cluster whose daemons a Prometheus on the fabric scrapes, with the README's alerts."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.running: dict[int, Process] = {}
+        self.fired: set[str] = set()
+        self.place = cluster.fabric
+        self.place.start(
+            "prometheus",
+            f"--config.file={alerts_soon(folder)}",
+            f"--storage.tsdb.path={folder}/data",
+            "--web.listen-address=127.0.0.1:9090",
+        )
+
+    def start(self, number: int, *options: str, patch: str = "") -> None:
+        """A daemon on this node (from 0), in place of the one before."""
+        before = self.running.pop(number, None)
+        if before:
+            assert before.stop() == 0
+        node = self.cluster.nodes[number]
+        self.running[number] = patched_daemon(node, patch, *options)
+        assert poll(lambda: "limits:" in self.running[number].output(), 10)
+
+    def fires(self, name: str, words: str = "", errors: Sequence[bytes] = ()) -> None:
+        """Wait, with errors on their way, until this alert fires about these words."""
+
+        def seen() -> bool:
+            inject(self.cluster.router, 4, errors or flow_errors(4, count=3), 0.2)
+            with suppress(CommandFailed):  # before it listens
+                found = firing(self.place)
+                return any(name == one and words in text for one, text in found)
+            return False
+
+        assert poll(seen, 60), (name, firing(self.place))
+        self.fired.add(name)
+
+
+@alone
+def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
+    """Each is brought about once on a cluster; before that none of pmtud's own trouble fires."""
+    (rules,) = code_blocks("yaml")
+    names = set(re.findall(r"- alert: (\w+)", rules))
+    peers = ("--peers", PEER_LISTS[4])
+    with Cluster() as cluster:
+        sender = ingress(cluster, 4)
+        watched = Watched(cluster, tmp_path)
+        for number in range(3):
+            watched.start(number, *peers, "--rate", "20")
+        near, far = (number for number in range(3) if number != sender)
+        address = {number: cluster.node_address(number + 1) for number in range(3)}
+        watched.fires("PathMtuTrouble")
+        time.sleep(3.0)
+        assert {name for name, _ in firing(watched.place)} == {"PathMtuTrouble"}
+        inject(cluster.router, 4, flow_errors(4, count=300), 0)
+        watched.fires("PmtudShedding", address[sender])
+
+        errors = errors_about_pods(cluster)
+        with unreachable_pods(cluster):
+            owner, about_it = errors[0]
+            watched.fires("PmtudDeliveriesRefused", address[owner], [about_it])
+
+        chain = "type filter hook output priority -400"
+        rule = f"ip daddr {address[near]} icmp type destination-unreachable drop"
+        nodes = cluster.nodes
+        nodes[sender].run("nft", f"table inet deny {{ chain c {{ {chain}; {rule}; }}; }}")
+        watched.fires("PmtudCopiesRefused", address[near])
+        nodes[sender].run("nft", "delete table inet deny")
+
+        chain = "type filter hook ingress device eth0 priority -10"
+        rule = f"ip saddr {address[sender]} icmp type destination-unreachable drop"
+        nodes[far].run("nft", f"table netdev lose {{ chain c {{ {chain}; {rule}; }}; }}")
+        watched.fires("PmtudCopiesLost", f"of {address[sender]}'s copies to {address[far]} ")
+        nodes[far].run("nft", "delete table netdev lose")
+
+        wrong = PEER_LISTS[4].replace(address[far], "10.0.0.99")
+        watched.start(sender, "--peers", wrong)
+        watched.fires("PmtudPeerDead", "10.0.0.99")
+        watched.fires("PmtudPeersDiffer", f"{address[far]} is not a peer of all other nodes")
+        watched.fires("PmtudPeersDiffer", "10.0.0.99 is not a peer of all other nodes")
+
+        patch = "pmtud.jitter = lambda low, high: 0.3"
+        watched.start(far, "--peers", f"{PEER_LISTS[4]},dns:no-such.invalid", patch=patch)
+        watched.fires("PmtudPeerSourceFails", "dns:no-such.invalid")
+        watched.fires("PmtudNotReady", address[far])
+
+        watched.start(sender, *peers, *UNLIMITED)
+        os.kill(watched.running[sender].pid, signal.SIGSTOP)
+        node = nodes[sender]
+        blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=20_000))
+        os.kill(watched.running[sender].pid, signal.SIGCONT)
+        watched.fires("PmtudLosing", address[sender])
+
+        watched.running[far].stop()
+        watched.fires("PmtudDown", address[far])
+        assert watched.fired == names
 
 
 def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
