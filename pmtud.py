@@ -4147,6 +4147,16 @@ def resolved_peers(arrangement: Arrangement) -> dict[str, int]:
     return {str(peer): known[peer.packed] for peer in arrangement.everyone if peer.packed in known}
 
 
+def node_info(nodename: str, arrangement: Arrangement) -> dict[tuple[str, str, str], int]:
+    """The labels by which senders and receivers of copies are joined: name, family, address."""
+    found = {}
+    for family, ways in arrangement.ways.items():
+        source = ways.source or next(iter(map(kernel_source, ways.targets)), b"")
+        if source:
+            found[nodename, family.name, str(ipaddress.ip_address(source))] = 1
+    return found
+
+
 def network_of(address: LocalAddress) -> Network:
     """The network that a local address is in."""
     return ipaddress.ip_interface((address.packed, address.prefix_length)).network
@@ -4320,6 +4330,19 @@ class RuleKeeper:
             log("warning", "cannot install the guard", problem=str(problem))
         self._tell_copy_mark()
         self.probe_guard()
+
+    def unready(self) -> list[str]:
+        """The families whose rules are not in force; those of the operator are his."""
+        if self._config.rules == "off":
+            return []
+        missing = [name for name, holds in self.guarded.items() if not holds]
+        return [f"{name}: our rules are not in force" for name in missing]
+
+    def shed(self) -> dict[str, int]:
+        """The errors that the kernel kept from us, by family name; from any thread."""
+        if not self.firewall:
+            return {}
+        return {family.name: count for family, count in self.firewall.shed().items()}
 
     def replace(self) -> None:
         """Install our table again, with what is known now."""
@@ -5248,32 +5271,20 @@ class Daemon:
 
     def unready(self) -> list[str]:
         """What keeps errors from coming in and going out; nothing if all is well."""
-        return [problem for problems in self._unready().values() for problem in problems]
-
-    def _unready(self) -> dict[str, list[str]]:
-        """The same, by reason."""
-        missing = []
-        if self.config.rules == "auto":
-            for name, holds in self.keeper.guarded.items():
-                if not holds:
-                    missing.append(f"{name}: our rules are not in force")
-        return {"loop": self.unhealthy(), "rules": missing, "peers": self.roster.unanswered()}
+        return self.unhealthy() + self.keeper.unready() + self.roster.unanswered()
 
     def _render(self) -> bytes:
         """The metrics, with what is looked up for each scrape; in the thread that answers it."""
+        reasons = {
+            "loop": self.unhealthy(),
+            "rules": self.keeper.unready(),
+            "peers": self.roster.unanswered(),
+        }
         counters = self.counters
-        if self.keeper.firewall:
-            shed = self.keeper.firewall.shed()
-            counters.shed = {family.name: count for family, count in shed.items()}
-        counters.unready = {name: int(bool(found)) for name, found in self._unready().items()}
-        arrangement = self.roster.arrangement
-        counters.resolved = resolved_peers(arrangement)
-        counters.node = {}
-        for family, ways in arrangement.ways.items():
-            source = ways.source or next(iter(map(kernel_source, ways.targets)), b"")
-            if source:
-                address = str(ipaddress.ip_address(source))
-                counters.node[self.config.nodename, family.name, address] = 1
+        counters.unready = {reason: int(bool(found)) for reason, found in reasons.items()}
+        counters.shed = self.keeper.shed()
+        counters.resolved = resolved_peers(self.roster.arrangement)
+        counters.node = node_info(self.config.nodename, self.roster.arrangement)
         return render_metrics(counters)
 
     # -- the loop
@@ -5832,9 +5843,11 @@ def read_ruleset() -> Ruleset:
     except ValueError:
         ruleset.unseen = "`nft -j list ruleset` gives no JSON"
         with contextlib.suppress(ValueError):
-            for table in re.findall(r"^table (.+)$", output_of("nft list tables"), re.MULTILINE):
+            tables = re.findall(r"^table (.+)$", output_of("nft list tables"), re.MULTILINE)
+            for table in tables:
                 ruleset.read_nft(nft_table(table))
-            ruleset.unseen = ""
+            if tables:
+                ruleset.unseen = ""
     if not shutil.which("nft"):
         ruleset.unseen = "nft is not installed"
     for family in ("ip", "ip6"):
@@ -5953,7 +5966,9 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     peers = []
     for family in FAMILIES:
         for text in ruleset.sets.get(f"{table} {peers_set(family)}", ()):
-            peers.append(PeerAddress(ipaddress.ip_address(text).packed))
+            packed = ipaddress.ip_address(text).packed
+            if not is_link_local(packed):  # the set knows no zones
+                peers.append(PeerAddress(packed))
     return RunningDaemon(
         pid,
         options,
@@ -6089,7 +6104,7 @@ def check_differences(node: Node) -> Iterator[Finding]:
             advice = "if they come in there too, give it both by --iface"
             yield warn("daemon_iface", f"{found}, where the default route is; {advice}")
     own = {address.packed for address in local_addresses()}
-    wanted = {peer.packed for peer in node.config.peers} - own
+    wanted = {peer.packed for peer in node.config.peers if not peer.zone} - own
     known = {peer.packed for peer in daemon.peers}
     if wanted and wanted != known and daemon.ifaces and not node.config.peer_sources:
         missing = some_addresses(wanted - known)
@@ -7721,13 +7736,16 @@ def examine_node(
 ) -> Iterator[Finding]:
     """Every finding, as soon as it is known."""
     ruleset = read_ruleset()
+    daemon = find_daemon(config.nflog_group, ruleset)
+    if daemon and not daemon.feeds_itself:
+        config = config._replace(rules="off")
     links = {link.name: link for link in list_links()}
     node = Node(
         config=config,
         ifaces=config.ifaces or default_route_interfaces(),
         links=links,
         ruleset=ruleset,
-        daemon=find_daemon(config.nflog_group, ruleset),
+        daemon=daemon,
         cni_dir=cni_dir,
         in_kubernetes=is_kubernetes(links, cni_dir),
     )
@@ -7803,7 +7821,7 @@ examples:
   sudo python3 pmtud.py --dry-run --log-level debug    look, send nothing
   sudo python3 pmtud.py check                          the doctor: what is wrong, what repairs it
   sudo python3 pmtud.py check 10.9.0.2 [fd09::2]:443   measure paths, too
-  sudo python3 pmtud.py check --from 10.96.0.1 10.9.0.2  where errors about a service's packets go
+  sudo python3 pmtud.py check --from VIP CLIENT        which node hears of a service's MTU errors
   python3 pmtud.py rules --iface eth0                  the rules it installs, for pasting
 
 Every option can come from the environment: --flow-interval from PMTUD_FLOW_INTERVAL, and so on.

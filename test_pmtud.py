@@ -8338,6 +8338,18 @@ def test_rules_of_the_operator(node: Host) -> None:
     assert good.of("nflog_rule")["found"] == "inet pmtud_33 mtu_errors, no counter"
 
 
+def test_a_daemon_that_the_operators_rules_feed(node: Host) -> None:
+    """check finds out by its table that it runs with --rules off."""
+    chain = "type filter hook prerouting priority -300"
+    node.run("nft", f"table inet f {{ chain c {{ {chain}; counter log group 33; }}; }}")
+    with daemons([node], "--rules", "off", "--metrics-port", "0"):
+        found = diagnose(node)
+        assert found.of("nflog_rule")["found"].startswith("inet f c, ")
+        assert found.of("guard")["status"] == "OK"
+        text = "none given here; what the daemon has cannot be seen"
+        assert found.of("peers")["found"] == text
+
+
 @quick
 @pytest.mark.parametrize(
     ("chain", "status"),
