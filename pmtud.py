@@ -89,7 +89,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional,
 if TYPE_CHECKING:  # with ssl it costs 6 MB and 20 ms at the start: imported where it is needed
     import http.client
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # -----------------------------------------------------------------------------
 # Section: constants -- names and layouts of the kernel's headers and the RFCs
@@ -717,102 +717,113 @@ def default_text(value: Any) -> str:
     return str(value)
 
 
-OPTIONS = (
-    Option(
-        "--peers",
-        "nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME "
-        "(all A and AAAA, asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; "
-        "comma-separated",
-        parse_peer_items,
-        "LIST",
-        repeatable=True,
-        default="none",
+OPTION_GROUPS = {
+    "where errors come in": (
+        Option(
+            "--iface",
+            "where errors come in",
+            parse_iface,
+            "NAME",
+            repeatable=True,
+            default="the interface of the default route",
+            renamed="ifaces",
+        ),
+        Option("--nflog-group", "NFLOG group", number_between(0, 65535), "N"),
+        Option(
+            "--rules",
+            "auto: install our own nftables table; off: your NFLOG rule feeds us",
+            choices=("auto", "off"),
+        ),
+        Option("--no-rescue", "do not deliver a router's error on the node that receives it"),
     ),
-    Option(
-        "--iface",
-        "where errors come in",
-        parse_iface,
-        "NAME",
-        repeatable=True,
-        default="the interface of the default route",
-        renamed="ifaces",
+    "peers": (
+        Option(
+            "--peers",
+            "nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME "
+            "(all A and AAAA, asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; "
+            "comma-separated",
+            parse_peer_items,
+            "LIST",
+            repeatable=True,
+            default="none",
+        ),
+        Option(
+            "--ignore-networks",
+            "networks of the cluster besides the peers: errors from there are not replicated",
+            parse_networks,
+            "LIST",
+            repeatable=True,
+            default="none",
+        ),
+        Option("--ttl", "TTL or hop limit of copies", number_between(1, 255), "N"),
+        Option(
+            "--copy-mark",
+            "packet mark with which copies leave; auto: Calico's bypass mark while its eBPF data "
+            "plane is here, else none",
+            parse_copy_mark,
+            "auto|none|MARK",
+        ),
     ),
-    Option(
-        "--nodename",
-        "this node's name in the log",
-        parse_nodename,
-        "NAME",
-        default="the host name",
+    "what is believed": (
+        Option(
+            "--service-networks",
+            "act only on errors about packets sent from these networks",
+            parse_networks,
+            "LIST",
+            repeatable=True,
+            default="all",
+        ),
+        Option(
+            "--ports",
+            "act only on errors about packets sent from these ports",
+            parse_ports,
+            "LIST",
+            repeatable=True,
+            default="all",
+        ),
+        Option("--min-mtu", "smallest MTU believed, in bytes", parse_min_mtu, "V4[,V6]"),
     ),
-    Option("--nflog-group", "NFLOG group", number_between(0, 65535), "N"),
-    Option(
-        "--metrics-port",
-        "port of /metrics, /healthz and /readyz; 0: none",
-        number_between(0, 65535),
-        "PORT",
+    "limits": (
+        Option(
+            "--flow-interval",
+            "act on one error per flow and MTU in this time; 0: on each",
+            number_between(0, 3600, float),
+            "SECONDS",
+        ),
+        Option(
+            "--source-rate",
+            "errors acted on per second from one router or peer; 0: unlimited",
+            number_between(0, 1e9, float),
+            "N",
+        ),
+        Option(
+            "--rate",
+            "errors acted on per second, from routers and from peers each; 0: unlimited",
+            number_between(0, 1e9, float),
+            "N",
+        ),
     ),
-    Option("--metrics-addr", "address to serve them on", parse_address, "ADDR", default="all"),
-    Option("--ttl", "TTL or hop limit of copies", number_between(1, 255), "N"),
-    Option(
-        "--copy-mark",
-        "packet mark with which copies leave; auto: Calico's bypass mark while its eBPF data "
-        "plane is here, else none",
-        parse_copy_mark,
-        "auto|none|MARK",
+    "output": (
+        Option(
+            "--nodename",
+            "this node's name in the log",
+            parse_nodename,
+            "NAME",
+            default="the host name",
+        ),
+        Option(
+            "--metrics-port",
+            "port of /metrics, /healthz and /readyz; 0: none",
+            number_between(0, 65535),
+            "PORT",
+        ),
+        Option("--metrics-addr", "address to serve them on", parse_address, "ADDR", default="all"),
+        Option("--log-level", choices=("debug", "info", "warning", "error")),
+        Option("--log-format", choices=("text", "json")),
+        Option("--dry-run", "send nothing; count and log what would be done"),
     ),
-    Option(
-        "--ignore-networks",
-        "networks of the cluster besides the peers: errors from there are not replicated",
-        parse_networks,
-        "LIST",
-        repeatable=True,
-        default="none",
-    ),
-    Option(
-        "--rules",
-        "auto: install our own nftables table; off: your NFLOG rule feeds us",
-        choices=("auto", "off"),
-    ),
-    Option("--no-rescue", "do not deliver a router's error on the node that receives it"),
-    Option(
-        "--service-networks",
-        "act only on errors about packets sent from these networks",
-        parse_networks,
-        "LIST",
-        repeatable=True,
-        default="all",
-    ),
-    Option(
-        "--ports",
-        "act only on errors about packets sent from these ports",
-        parse_ports,
-        "LIST",
-        repeatable=True,
-        default="all",
-    ),
-    Option("--min-mtu", "smallest MTU believed, in bytes", parse_min_mtu, "V4[,V6]"),
-    Option(
-        "--flow-interval",
-        "act on one error per flow and MTU in this time; 0: on each",
-        number_between(0, 3600, float),
-        "SECONDS",
-    ),
-    Option(
-        "--source-rate",
-        "errors acted on per second from one router or peer; 0: unlimited",
-        number_between(0, 1e9, float),
-        "N",
-    ),
-    Option(
-        "--rate",
-        "errors acted on per second, from routers and from peers each; 0: unlimited",
-        number_between(0, 1e9, float),
-        "N",
-    ),
-    Option("--dry-run", "send nothing; count and log what would be done"),
-    Option("--log-level", choices=("debug", "info", "warning", "error")),
-    Option("--log-format", choices=("text", "json")),
-)
+}
+OPTIONS = tuple(option for options in OPTION_GROUPS.values() for option in options)
 
 
 # -----------------------------------------------------------------------------
@@ -7811,43 +7822,54 @@ def option_type(parse_value: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+USAGE = """\
+pmtud.py [OPTION]...
+       pmtud.py check [--from ADDRESS] [HOST[:PORT]]... [OPTION]...
+       pmtud.py rules [OPTION]..."""
 EPILOG = """\
 examples:
-  sudo python3 pmtud.py                                local rescue only (strict rp_filter)
-  sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12    copies to these nodes, its own left out
-  sudo python3 pmtud.py --peers 10.0.0.255             one broadcast copy reaches the subnet
-  sudo python3 pmtud.py --peers file:/etc/pmtud/peers  one a line, read again when it changes
-  sudo python3 pmtud.py --peers dns:pmtud.example      all addresses of a name, asked every 10 s
-  sudo python3 pmtud.py --dry-run --log-level debug    look, send nothing
-  sudo python3 pmtud.py check                          the doctor: what is wrong, what repairs it
-  sudo python3 pmtud.py check 10.9.0.2 [fd09::2]:443   measure paths, too
-  sudo python3 pmtud.py check --from VIP CLIENT        which node hears of a service's MTU errors
-  python3 pmtud.py rules --iface eth0                  the rules it installs, for pasting
+  sudo python3 pmtud.py                 only rescue what strict rp_filter drops
+  sudo python3 pmtud.py --peers 10.0.0.11,10.0.0.12
+                                        copies to these, its own left out
+  sudo python3 pmtud.py --peers 10.0.0.255
+                                        one copy reaches the whole subnet
+  sudo python3 pmtud.py --peers file:/etc/pmtud/peers
+                                        one a line, read again when it changes
+  sudo python3 pmtud.py --peers dns:nodes.example
+                                        all its addresses, asked every 10 s
+  sudo python3 pmtud.py --dry-run --log-level debug
+                                        look, send nothing
+  sudo python3 pmtud.py check           what is wrong here, what repairs it
+  sudo python3 pmtud.py check 10.9.0.2 [fd09::2]:443
+                                        measure paths, too
+  sudo python3 pmtud.py check --from VIP CLIENT
+                                        who hears of a service's MTU errors
+  python3 pmtud.py rules --iface eth0   the rules it installs, for pasting
 
-Every option can come from the environment: --flow-interval from PMTUD_FLOW_INTERVAL, and so on.
-The command line wins. Exit codes: 0 clean stop, 1 runtime failure, 2 usage or configuration;
-of check: 0 all OK, 1 warnings, 2 failures, 64 usage.
+Every option can come from the environment: --flow-interval from
+PMTUD_FLOW_INTERVAL, and so on. The command line wins. Exit codes: 0 clean
+stop, 1 runtime failure, 2 usage or configuration; of check: 0 all OK,
+1 warnings, 2 failures, 64 usage.
 """
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Every row of OPTIONS; no defaults here, Config has them."""
-    for option in OPTIONS:
-        if not option.parse and not option.choices:
-            parser.add_argument(option.flag, action="store_true", help=option.help)
-            continue
-        described = [option.help] if option.help else []
-        if option.repeatable:
-            described.append("repeatable")
-        default = option.default or default_text(Config._field_defaults[option.field])
-        parser.add_argument(
-            option.flag,
-            action="append" if option.repeatable else "store",
-            choices=option.choices,
-            metavar=option.metavar,
-            type=option_type(option.parse or str),
-            help=f"{'; '.join(described)} (default: {default})".strip(),
-        )
+def add_option(group: argparse._ArgumentGroup, option: Option) -> None:
+    """One row of OPTIONS; no default here, Config has it."""
+    if not option.parse and not option.choices:
+        group.add_argument(option.flag, action="store_true", help=option.help)
+        return
+    described = [option.help] if option.help else []
+    if option.repeatable:
+        described.append("repeatable")
+    default = option.default or default_text(Config._field_defaults[option.field])
+    group.add_argument(
+        option.flag,
+        action="append" if option.repeatable else "store",
+        choices=option.choices,
+        metavar=option.metavar,
+        type=option_type(option.parse or str),
+        help=f"{'; '.join(described)} (default: {default})".strip(),
+    )
 
 
 COMMANDS = ("run", "check", "rules")
@@ -7860,6 +7882,7 @@ def build_parser() -> Parser:
     """
     parser = Parser(
         prog="pmtud.py",
+        usage=USAGE,
         description="Make Path MTU Discovery work behind ECMP and strict reverse path filtering.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -7881,18 +7904,20 @@ def build_parser() -> Parser:
         metavar="HOST[:PORT]",
         help="check: measure the path MTU to these, too",
     )
-    parser.add_argument(
+    parser.add_argument("--version", action="version", version=f"pmtud {__version__}")
+    check = parser.add_argument_group("check")
+    check.add_argument(
         "--from",
         metavar="ADDRESS",
         type=option_type(parse_address),
-        help="check: a service address; say whether routers' errors about its packets come here",
+        help="a service address; say whether routers' errors about its packets come here",
     )
-    parser.add_argument("--json", action="store_true", help="check: JSON instead of text")
-    parser.add_argument(
-        "--no-color", action="store_true", help="check: no colours, even on a terminal"
-    )
-    parser.add_argument("--version", action="version", version=f"pmtud {__version__}")
-    add_options(parser)
+    check.add_argument("--json", action="store_true", help="JSON instead of text")
+    check.add_argument("--no-color", action="store_true", help="no colours, even on a terminal")
+    for title, options in OPTION_GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            add_option(group, option)
     return parser
 
 

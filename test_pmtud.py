@@ -20,6 +20,7 @@ network, lab screen, lab exercises, lab command, lab tests, bench, test command.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -10318,6 +10319,9 @@ def test_help_and_version() -> None:
         option in shown.stdout
         for option in (*EXAMPLES, *FLAGS, "examples:", "Exit codes: 0", "PMTUD_")
     )
+    titles = re.findall(r"^(\S.+):$", shown.stdout, re.MULTILINE)
+    assert titles == ["positional arguments", "options", "check", *pmtud.OPTION_GROUPS, "examples"]
+    assert max(map(len, shown.stdout.splitlines())) < 80
     version = run_program("--version")
     assert (version.returncode, version.stdout) == (0, f"pmtud {pmtud.__version__}\n")
 
@@ -14115,15 +14119,15 @@ def ecmp_with_pmtud(lab: Lab) -> Result:
 # Section: lab command -- the tour, its tables, what stays behind
 
 PARTS = {
-    "1": ("Part 1: the MTU of pods", ""),
-    "2": ("Part 2: the MTU of a VLAN interface", ""),
+    "1": ("Part 1: the MTU of pods", VLAN_DRAWING),
+    "2": ("Part 2: the MTU of a VLAN interface", VLAN_DRAWING),
     "3": ("Part 3: many nodes behind one address", ECMP_DRAWING),
 }
 
 
-def tell(lab: Lab, step: Exercise) -> Result:
+def tell(lab: Lab, step: Exercise, progress: str) -> Result:
     """Run one exercise and narrate it."""
-    lab.screen.write(f"\n{step.number}  {step.title}", BOLD)
+    lab.screen.write(f"\n{step.number}  {step.title} ({progress})", BOLD)
     start = time.monotonic()
     result = step.run(lab)
     if result.ok:
@@ -14197,6 +14201,13 @@ TABLES: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]], ...] = (
 )
 
 
+NEXT_COMMANDS = """
+  Next, on your own nodes:
+    sudo python3 pmtud.py check --from SERVICE CLIENT   on each: who hears of MTU errors?
+    sudo python3 pmtud.py --peers NODE,NODE,NODE        on each, with the addresses of all
+"""
+
+
 class Facts(dict[str, Any]):
     """What was measured; ? for what an exercise that failed did not get to."""
 
@@ -14239,13 +14250,17 @@ def tables(screen: Screen, done: dict[str, Result]) -> None:
 def tour(lab: Lab, steps: Sequence[Exercise]) -> int:
     """Every exercise, then the tables; the number of those that failed."""
     done: dict[str, Result] = {}
-    for step in steps:
-        part, drawing = PARTS[step.number[0]]
-        if not any(number[0] == step.number[0] for number in done):
-            lab.screen.write(f"\n{part}\n{'─' * WIDTH}", BOLD)
-            if drawing:
-                lab.screen.write(drawing.rstrip())
-        done[step.number] = tell(lab, step)
+    titles: set[str] = set()
+    drawings: set[str] = set()
+    for number, step in enumerate(steps, 1):
+        title, drawing = PARTS[step.number[0]]
+        if title not in titles:
+            lab.screen.write(f"\n{title}\n{'─' * WIDTH}", BOLD)
+        if drawing not in drawings:
+            lab.screen.write(drawing.rstrip())
+        titles.add(title)
+        drawings.add(drawing)
+        done[step.number] = tell(lab, step, f"{number} of {len(steps)}")
     lab.screen.write(f"\nSummary\n{'─' * WIDTH}", BOLD)
     tables(lab.screen, done)
     failed = [number for number, result in done.items() if not result.ok]
@@ -14331,9 +14346,9 @@ def lab(argv: Sequence[str]) -> int:
     try:
         with Lab(screen) as stage:
             screen.write(f"The MTU lab, in network namespaces\n{'─' * WIDTH}", BOLD)
-            screen.write(VLAN_DRAWING[1:])
             screen.write("  HOST# COMMAND: run in that host; what it printed follows.")
             failed = tour(stage, options.steps)
+            screen.write(NEXT_COMMANDS.rstrip())
             if options.keep:
                 explain_keep(stage)
                 stage.keep()
@@ -14444,6 +14459,8 @@ def test_the_lab_in_ascii() -> None:
         timeout=30 * PATIENCE
     )
     assert text.isascii() and "?" not in text and "\n  * Four nodes" in text
+    assert "\n1.1  " in text and " (1 of 1)\n" in text
+    assert text.rstrip().splitlines()[-2:] == NEXT_COMMANDS.rstrip().splitlines()[-2:]
 
 
 def test_keep_says_how_to_enter_and_how_to_remove() -> None:
@@ -15503,6 +15520,8 @@ def bench_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def bench(argv: Sequence[str]) -> int:
     """Measure and print, ratios first; 0 whatever the numbers: they belong to this machine."""
     options = bench_arguments(argv)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # each row when it is measured, to a pipe too
     with tempfile.TemporaryDirectory() as folder:
         floor, names = f"{folder}/floor", ["pmtud"]
         if shutil.which("gcc"):
@@ -15522,9 +15541,10 @@ def bench(argv: Sequence[str]) -> int:
             f"Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} processors (errors come "
             f"on the first,\ndaemons have the last), load {os.getloadavg()[0]:.1f}"
         )
-        for name in options.only or BENCHES:
+        chosen = options.only or list(BENCHES)
+        for number, name in enumerate(chosen, 1):
             text, section = BENCHES[name]
-            print(f"{name}: {text}", flush=True)
+            print(f"{name} ({number} of {len(chosen)}): {text}")
             with BenchNet(names, floor, options.against) as net:
                 section(net, options.seconds)
     return 0
