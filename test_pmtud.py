@@ -14203,7 +14203,7 @@ TABLES: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]], ...] = (
 
 NEXT_COMMANDS = """
   Next, on your own nodes:
-    sudo python3 pmtud.py check --from SERVICE CLIENT   on each: who hears of MTU errors?
+    sudo python3 pmtud.py check --from SERVICE CLIENT   on each: who hears of MTU errors
     sudo python3 pmtud.py --peers NODE,NODE,NODE        on each, with the addresses of all
 """
 
