@@ -19,6 +19,7 @@ network, lab screen, lab exercises, lab command, lab tests, bench, test command.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import os
@@ -13020,6 +13021,45 @@ def test_the_readmes_test_command_installs_what_is_needed() -> None:
     gate = (HERE / ".ci/run").read_text()
     installed, *_ = re.findall(r"apt-get install .*\\\n((?: .*\n)+)", gate)
     assert set(installed.replace("\\", "").split()) == needed | {"python3"}
+
+
+def visible_text() -> str:
+    """What a reader sees of the README before he unfolds anything."""
+    return re.sub(r"<details>(<summary>.*?</summary>).*?</details>", r"\1", README, flags=re.DOTALL)
+
+
+@quick
+def test_the_front_door_is_short() -> None:
+    """At most 3,200 words; the reference is folded, each block with a title and an end."""
+    words = [word for word in visible_text().split() if re.search(r"\w", word)]
+    assert len(words) <= 3200
+    blocks = re.findall(r"\n\n(<details>|</details>)(?:<summary>.+</summary>\n\n|\n(?=\n))", README)
+    assert len(blocks) > 20 and blocks == ["<details>", "</details>"] * (len(blocks) // 2)
+    assert len(blocks) == README.count("details>") and "details>" not in visible_text()
+    for header in ("option", "metric", "reason", "exit code", "what happens"):
+        assert table(header) and f"\n| {header} |" not in visible_text()
+
+
+@quick
+def test_what_matters_of_the_metrics_and_symptoms() -> None:
+    """Eight of the metrics; and what a reader may see is what the program says."""
+    names = list(table("look at"))
+    assert len(names) == 8 and set(names) < set(table("metric"))
+    seen = README.partition("## Troubleshooting\n")[2].partition("\n## ")[0]
+    reasons = re.findall(r"Reason `(\w+)`", seen)
+    assert len(reasons) == 3 and all(Reason(reason) for reason in reasons)
+    sentences = re.findall(r"(?:Log|Exit 1): `(.+?)`", seen)
+    assert len(sentences) == 2 and all(sentence in SOURCE for sentence in sentences)
+
+
+@quick
+def test_a_copy_can_be_verified() -> None:
+    """The README's hash is that of pmtud.py as it is now; on a mismatch write the new one there."""
+    (told,) = re.findall(r"^echo '(\w+)  pmtud.py' \| sha256sum --check$", README, re.MULTILINE)
+    assert told == hashlib.sha256(PROGRAM.read_bytes()).hexdigest()
+    assert f"This is {pmtud.__version__}; " in README
+    assert f"**{pmtud.__version__}** (" in README
+    assert f"INFO pmtud {pmtud.__version__} on node1" in README
 
 
 @quick
