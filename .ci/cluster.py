@@ -1413,14 +1413,9 @@ def pod_address(bed: Bed) -> str:
     return str(pod["status"]["podIP"])
 
 
-@scenario("readme")
-def readme(bed: Bed) -> None:
-    """The README's own commands, word for word, in a folder with the two files."""
-    bed.want("absent")
-    text = (bed.pmtud.tree / "README.md").read_text()
-    (block,) = re.findall(
-        r"^```\n((?:(?!```).*\n)*?kubectl apply -f daemonset.yaml\n)```", text, re.MULTILINE
-    )
+@contextlib.contextmanager
+def user_folder(bed: Bed) -> Iterator[Callable[[str], str]]:
+    """A shell in a folder with the user's two files, whose kubectl asks this cluster."""
     for image in re.findall(r"^ +image: (\S+)", bed.pmtud.manifest, re.MULTILINE):
         bed.pmtud.tag(image)
     with tempfile.TemporaryDirectory() as folder:
@@ -1434,16 +1429,47 @@ def readme(bed: Bed) -> None:
         environ = {
             "PATH": f"{program.parent}:{VENV}/bin:{os.environ['PATH']}",
             "PIP_FIND_LINKS": str(wheel().parent),
+            "PIP_NO_INDEX": "1",
         }
-        printed = run_long("bash", "-euc", block, cwd=Path(folder), PIP_NO_INDEX="1", **environ)
-    bed.pmtud.rolled_out("kube-system")
-    bed.pmtud.state = "dns"
-    bed.want("dns")
-    bed.row(
-        "its commands", f"{block.count(chr(10))} lines", "daemonset.apps/pmtud created" in printed
-    )
-    samples = bed.metrics(0)
-    bed.row("metrics", f"{len(samples)} samples", "pmtud_received_total" in str(samples))
+        yield lambda commands: run_long("bash", "-euc", commands, cwd=Path(folder), **environ)
+
+
+def left_of_pmtud(bed: Bed) -> list[str]:
+    """Objects of the cluster that have its name; a Service's endpoints go last."""
+    kinds = "pods,daemonsets,services,endpointslices,configmaps,serviceaccounts"
+    found = bed.cluster.kubectl("-n", "kube-system", "get", kinds, "-o", "name").split()
+    return [name for name in found if "pmtud" in name]
+
+
+@scenario("readme")
+def readme(bed: Bed) -> None:
+    """The README's own commands, word for word: deploy, uninstall, and the same by kustomize."""
+    bed.want("absent")
+    text = (bed.pmtud.tree / "README.md").read_text()
+    blocks = re.findall(r"^```(?:\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (deploy,) = (block for block in blocks if "kubectl apply -f daemonset.yaml" in block)
+    (uninstall,) = (block for block in blocks if "kubectl delete -f daemonset.yaml" in block)
+    (kustomization,) = (block for block in blocks if block.startswith("# kustomization.yaml"))
+    (apply,) = re.findall("`(kubectl apply .* -k .)`", text)
+    with user_folder(bed) as shell:
+        printed = shell(deploy)
+        bed.pmtud.rolled_out("kube-system")
+        bed.pmtud.state = "dns"
+        bed.want("dns")
+        good = "daemonset.apps/pmtud created" in printed
+        bed.row("its commands", f"{deploy.count(chr(10))} lines", good)
+        samples = bed.metrics(0)
+        bed.row("metrics", f"{len(samples)} samples", "pmtud_received_total" in str(samples))
+        shell(uninstall)
+        bed.row("uninstall", "nothing left", bool(poll(lambda: not left_of_pmtud(bed), 30)))
+        shell(f"cat >kustomization.yaml <<'EOF'\n{kustomization}EOF\n{apply}")
+        bed.pmtud.rolled_out("kube-system")
+        bed.row(
+            "kustomize", f"{bed.pmtud.ready()} pods ready", bed.pmtud.ready() == bed.cluster.size
+        )
+        shell("kubectl delete -k .")
+        poll(lambda: not left_of_pmtud(bed), 30)
+    bed.pmtud.state = "unknown"
 
 
 @scenario("exec check")
