@@ -38,6 +38,9 @@ REQUIREMENTS = (
     "prometheus-client>=0.16,<1",
     "kubernetes-validate==1.37.0",
     "PyYAML>=6,<7",
+    "matplotlib>=3.5,<4",
+    # The Python versions it has; without an upper bound 1769699998!10.1.0, of an older Grafana, wins
+    'grafana-foundation-sdk>=0.0.21,<1; python_version >= "3.11"',
     # It has wheels for these
     'atheris>=2.3,<4; platform_machine == "x86_64" and python_version >= "3.11"'
     ' and python_version < "3.14"',
@@ -112,6 +115,7 @@ import ast
 import atexit
 import contextlib
 import ctypes
+import enum
 import errno
 import fcntl
 import inspect
@@ -131,6 +135,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import typing
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -7089,17 +7094,19 @@ def environment(container: dict[str, Any]) -> dict[str, str]:
 def test_manifests_are_valid() -> None:
     """Against the Kubernetes schemas, strictly.
 
-    No field that does not exist. Two kinds are not Kubernetes' own.
+    No field that does not exist. Three kinds are not Kubernetes' own.
     """
     assert set(ACTIVE) == {"Service", "ServiceAccount", "DaemonSet"} == set(PIP) - {"ConfigMap"}
     assert set(OPTIONAL) == {
         "PodMonitor",
+        "PrometheusRule",
+        "ConfigMap",
         "SecurityContextConstraints",
         "ClusterRole",
         "ClusterRoleBinding",
     }
     for manifest in (*ACTIVE.values(), *PIP.values(), *OPTIONAL.values()):
-        if manifest["kind"] not in ("PodMonitor", "SecurityContextConstraints"):
+        if manifest["kind"] not in ("PodMonitor", "PrometheusRule", "SecurityContextConstraints"):
             kubernetes_validate.validate(
                 manifest, kubernetes_validate.latest_version(), strict=True
             )
@@ -12795,6 +12802,155 @@ def test_alerts_and_queries(tmp_path: Path) -> None:
     }
 
 
+# -- the same for those who use the Prometheus operator, and would rather look
+
+DASHBOARD = json.loads(OPTIONAL["ConfigMap"]["data"]["pmtud.json"])
+
+
+def dashboard_lines() -> list[tuple[Any, Any]]:
+    """Each query of the dashboard, with its panel."""
+    return [(panel, line) for panel in DASHBOARD["panels"] for line in panel["targets"]]
+
+
+def filled_in(expression: str, variables: dict[str, str]) -> str:
+    """As Grafana asks it."""
+    for name, value in variables.items():
+        expression = expression.replace(name, value)
+    assert "$" not in expression
+    return expression
+
+
+def test_the_manifests_alerts_are_the_readmes() -> None:
+    (rules,) = code_blocks("yaml")
+    assert OPTIONAL["PrometheusRule"]["spec"] == yaml.safe_load(rules)
+
+
+def test_the_dashboards_expressions(tmp_path: Path) -> None:
+    """promtool takes them, every metric in them exists, and no metric of the program is left out."""
+    variables = {"$instance": ".*", "$__rate_interval": "4m", "$__range": "6h"}
+    lines = [filled_in(line["expr"], variables) for _, line in dashboard_lines()]
+    rules = [{"record": f"line:{number}", "expr": text} for number, text in enumerate(lines)]
+    groups = {"groups": [{"name": "lines", "rules": rules}]}
+    (tmp_path / "lines").write_text(json.dumps(groups))
+    printed = execute("promtool", "check", "rules", str(tmp_path / "lines"))
+    assert f"SUCCESS: {len(lines)} rules found" in printed
+    recorded = {
+        rule["record"]
+        for group in OPTIONAL["PrometheusRule"]["spec"]["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
+    used = set(re.findall(r"\bpmtud[\w:]+", "\n".join(lines)))
+    assert used <= {*METRIC_LABELS} | recorded
+    shown = {re.sub("_(total|bucket)$", "", name) for name in used}
+    assert {metric.name for metric in pmtud.METRICS} - shown == {
+        "pmtud_acted",  # received less dropped
+        "pmtud_node_info",  # in the recording rules
+    }
+
+
+def test_the_dashboards_panels() -> None:
+    """Each has its place, a unit, names for its lines, and a sentence that says what to do."""
+    assert OPTIONAL["ConfigMap"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    panels, taken = DASHBOARD["panels"], Counter[tuple[int, int]]()
+    assert [panel["id"] for panel in panels] == [*range(1, len(panels) + 1)]
+    for panel in panels:
+        x, y, width, height = (panel["gridPos"][key] for key in "xywh")
+        taken.update((x + i, y + j) for i in range(width) for j in range(height))
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert re.fullmatch(r".{30,115}[.)]", panel["description"]), panel["title"]
+        assert all("legendFormat" in line for line in panel["targets"][1:])
+    assert set(taken.values()) == {1} and len(taken) == 24 * (1 + max(y for _, y in taken))
+
+
+def type_faults(value: Any, hint: Any) -> Iterator[str]:
+    """Where a value, or a part of it, is not what the types of Grafana's SDK say."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if type(value).__module__.startswith("grafana_foundation_sdk."):
+        for name, one in typing.get_type_hints(type(value)).items():
+            for fault in type_faults(getattr(value, name), one):
+                yield f"{name}: {fault}"
+    elif origin is Union:
+        kinds = [one for one in args if (one is type(None)) == (value is None)]
+        yield from min((list(type_faults(value, one)) for one in kinds), key=len)
+    elif origin in (list, dict) and isinstance(value, origin):
+        for one in value.values() if origin is dict else value:
+            yield from type_faults(one, args[-1])
+    elif not is_of_type(value, hint):
+        yield f"{value!r} is not {hint}"
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether JSON gave what a type without parts says; an enum is read as its value."""
+    if hint is object:
+        return True
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value in {member.value for member in hint}
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def lost_fields(before: Any, after: Any, place: str = "") -> Iterator[str]:
+    """What is in the one and not, or not so, in the other."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before:
+            yield from lost_fields(before[key], after.get(key), f"{place}/{key}")
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, pair in enumerate(zip(before, after)):
+            yield from lost_fields(*pair, f"{place}/{number}")
+    elif before != after:
+        yield f"{place}: {before!r} became {after!r}"
+
+
+def dashboard_faults(dashboard: Any) -> list[str]:
+    """What Grafana's own types say against it: wrong types, and fields that they do not have."""
+    sdk = partial(importlib.import_module, package="grafana_foundation_sdk")
+    sdk(".cog.plugins").register_default_plugins()
+    model = sdk(".models.dashboard").Dashboard
+    read = model.from_json(dashboard)
+    written = json.loads(json.dumps(read, cls=sdk(".cog.encoder").JSONEncoder))
+    known = {*sdk(".cog.runtime").Runtime().panelcfg_variants}
+    units = {text for text in vars(sdk(".models.units")).values() if isinstance(text, str)}
+    used = [
+        (panel["type"], panel.get("fieldConfig", {}).get("defaults", {}).get("unit", "none"))
+        for panel in dashboard["panels"]
+    ]
+    strange = [f"{kind} {unit}" for kind, unit in used if kind not in known or unit not in units]
+    return [*type_faults(read, model), *lost_fields(dashboard, written), *strange]
+
+
+MISTAKES = {  # that an editor of the dashboard may make, and what is said
+    "no such field": ('"title": "Peers"', '"titel": "Peers"', "/panels/15/titel: 'Peers'"),
+    "no such option": ('"filterValues"', '"filterValue"', "/panels/8/options/filterValue: "),
+    "no such query field": ('"expr": "count(pm', '"query": "count(pm', "/targets/2/query: "),
+    "no such drawing": ('"fillOpacity"', '"fillopacity"', "/custom/fillopacity: 30"),
+    "a number as text": ('"w": 8', '"w": "8"', "grid_pos: w: '8' is not"),
+    "text as a number": ('"title": "Peers"', '"title": 7', "title: 7 is not"),
+    "another value": ('"format": "heatmap"', '"format": "heat"', "'heat' is not"),
+    "another number": ('"graphTooltip": 1', '"graphTooltip": 9', "graph_tooltip: 9 is not"),
+    "another panel": ('"type": "heatmap"', '"type": "heat"', "heat none"),
+    "another unit": ('"unit": "pps"', '"unit": "errors"', "timeseries errors"),
+}
+
+
+# Only Grafana 12 and later read what the SDK prefers; all read this.
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
+def test_grafanas_types_take_the_dashboard() -> None:
+    """Those of its SDK, generated from its schema; ten mistakes are each found."""
+    if importlib.util.find_spec("grafana_foundation_sdk") is None:
+        pytest.skip(f"there is no grafana-foundation-sdk for Python {sys.version_info[:2]}")
+    assert dashboard_faults(DASHBOARD) == []
+    for name, (right, wrong, said) in MISTAKES.items():
+        text = json.dumps(DASHBOARD)
+        assert right in text, name
+        faults = dashboard_faults(json.loads(text.replace(right, wrong)))
+        assert any(said in fault for fault in faults), (name, faults)
+
+
+# -- both on a real Prometheus
+
+
 def alerts_soon(folder: Path) -> Path:
     """The README's alerts, over seconds instead of minutes."""
     (rules,) = code_blocks("yaml")
@@ -12809,9 +12965,10 @@ def alerts_soon(folder: Path) -> Path:
     return folder / "prometheus.yml"
 
 
-def ask_prometheus(host: Host, path: str) -> Any:
+def ask_prometheus(host: Host, path: str, **values: str) -> Any:
     """What its API answers."""
-    printed = host.run("curl", "-sS", "-G", f"http://127.0.0.1:9090/api/v1/{path}")
+    fields = [f"--data-urlencode={name}={value}" for name, value in values.items()]
+    printed = host.run("curl", "-sS", "-G", *fields, f"http://127.0.0.1:9090/api/v1/{path}")
     return json.loads(printed)["data"]
 
 
@@ -12832,6 +12989,7 @@ class Watched:
         self.cluster = cluster
         self.running: dict[int, Process] = {}
         self.fired: set[str] = set()
+        self.since = time.time()
         self.place = cluster.fabric
         self.place.start(
             "prometheus",
@@ -12861,6 +13019,19 @@ class Watched:
 
         assert poll(seen, 60), (name, firing(self.place))
         self.fired.add(name)
+
+    def shown(self) -> dict[tuple[int, str], Any]:
+        """What each line of the dashboard shows of the time until now, by panel and line."""
+        until = time.time()
+        asked = {"start": str(self.since), "end": str(until), "step": "1"}
+        variables = {"$instance": ".*", "$__rate_interval": "4s"}
+        variables["$__range"] = f"{math.ceil(until - self.since)}s"
+        return {
+            (panel["id"], line["refId"]): ask_prometheus(
+                self.place, "query_range", query=filled_in(line["expr"], variables), **asked
+            )["result"]
+            for panel, line in dashboard_lines()
+        }
 
 
 @alone
