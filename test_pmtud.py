@@ -38,7 +38,7 @@ REQUIREMENTS = (
     "prometheus-client>=0.16,<1",
     "kubernetes-validate==1.37.0",
     "PyYAML>=6,<7",
-    "matplotlib>=3.5,<4",
+    "matplotlib>=3.7,<4",
     # The Python versions it has; without an upper bound 1769699998!10.1.0, of an older Grafana, wins
     'grafana-foundation-sdk>=0.0.21,<1; python_version >= "3.11"',
     # It has wheels for these
@@ -12805,6 +12805,14 @@ def test_alerts_and_queries(tmp_path: Path) -> None:
 # -- the same for those who use the Prometheus operator, and would rather look
 
 DASHBOARD = json.loads(OPTIONAL["ConfigMap"]["data"]["pmtud.json"])
+# The panels that are empty where all is well
+TROUBLE = (
+    "Nodes that are not ready",
+    "Copies that did not arrive, in ten minutes",
+    "Copies refused by the sender's kernel",
+    "Peers in trouble, by nodes that say so",
+    "Errors shed and lost",
+)
 
 
 def dashboard_lines() -> list[tuple[Any, Any]]:
@@ -12860,6 +12868,8 @@ def test_the_dashboards_panels() -> None:
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         assert re.fullmatch(r".{30,115}[.)]", panel["description"]), panel["title"]
         assert all("legendFormat" in line for line in panel["targets"][1:])
+        assert "> 0" not in str(panel["targets"]) or "noValue" in panel["fieldConfig"]["defaults"]
+    assert {*TROUBLE} < {panel["title"] for panel in panels}
     assert set(taken.values()) == {1} and len(taken) == 24 * (1 + max(y for _, y in taken))
 
 
@@ -12950,6 +12960,70 @@ def test_grafanas_types_take_the_dashboard() -> None:
 
 # -- both on a real Prometheus
 
+# By query and name in the legend: the value at each second
+Lines = dict[tuple[str, str], dict[int, float]]
+
+
+def draw_stat(axes: Any, lines: Lines) -> None:
+    """The last value of each."""
+    text = [f"{values[max(values)]:.3g} {name}" for (_, name), values in lines.items()]
+    axes.axis("off")
+    axes.text(0, 0.3, "\n".join(text), fontsize=16)
+
+
+def draw_lines(axes: Any, lines: Lines) -> None:
+    """Values over time; the flood is a thousand times the rest."""
+    for (_, name), values in lines.items():
+        seconds = range(min(values), max(values) + 1)
+        axes.plot(seconds, [values.get(at, math.nan) for at in seconds], marker=".", label=name)
+    top = max(max(values.values()) for values in lines.values())
+    if top > 100:
+        axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0, 1.2 * top)
+    axes.legend(fontsize=8)
+
+
+def draw_states(axes: Any, lines: Lines) -> None:
+    """A row for each, with a mark where it is so."""
+    for number, ((_, name), values) in enumerate(lines.items()):
+        axes.plot([*values], [number] * len(values), "s", label=name)
+    axes.set_yticks([])
+    axes.legend(fontsize=8)
+
+
+def draw_heatmap(axes: Any, lines: Lines) -> None:
+    """A row for each bucket, with what is in it and not in the one below."""
+    bounds = sorted((float(name), values) for (_, name), values in lines.items())
+    counts = [[*values.values()] for _, values in bounds]
+    below = [[0.0] * len(counts[0]), *counts]
+    cells = [[a - b for a, b in zip(*rows)] for rows in zip(counts, below)]
+    axes.pcolormesh([*bounds[0][1]], range(len(cells)), cells, cmap="Blues", norm="symlog")
+    axes.set_yticks(range(len(cells)), [f"{bound:g}" for bound, _ in bounds], fontsize=8)
+
+
+DRAWN = {
+    "stat": draw_stat,
+    "timeseries": draw_lines,
+    "state-timeline": draw_states,
+    "heatmap": draw_heatmap,
+}
+
+
+def draw_dashboard(shown: dict[str, Lines], file: Path) -> None:
+    """A picture of it, for a human eye: each panel where Grafana has it, over the same seconds."""
+    os.environ["MPLCONFIGDIR"] = str(file.parent)  # where its list of fonts goes
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(24, 30))
+    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in DASHBOARD["panels"])
+    end = max(at for lines in shown.values() for values in lines.values() for at in values)
+    for panel in DASHBOARD["panels"]:
+        x, y, width, height = (panel["gridPos"][key] for key in "xywh")
+        place = (x + 0.6) / 24, 1 - (y + height - 0.8) / rows, (width - 1) / 24, (height - 2) / rows
+        axes = figure.add_axes(place, xlim=(0, end), title=panel["title"])
+        if panel["type"] == "timeseries":
+            axes.set_ylabel(panel["fieldConfig"]["defaults"]["unit"])
+        DRAWN[panel["type"]](axes, shown[panel["title"]])
+    figure.savefig(file)
+
 
 def alerts_soon(folder: Path) -> Path:
     """The README's alerts, over seconds instead of minutes."""
@@ -12965,10 +13039,9 @@ def alerts_soon(folder: Path) -> Path:
     return folder / "prometheus.yml"
 
 
-def ask_prometheus(host: Host, path: str, **values: str) -> Any:
+def ask_prometheus(host: Host, path: str) -> Any:
     """What its API answers."""
-    fields = [f"--data-urlencode={name}={value}" for name, value in values.items()]
-    printed = host.run("curl", "-sS", "-G", *fields, f"http://127.0.0.1:9090/api/v1/{path}")
+    printed = host.run("curl", "-sS", "-G", f"http://127.0.0.1:9090/api/v1/{path}")
     return json.loads(printed)["data"]
 
 
@@ -12980,6 +13053,12 @@ def firing(host: Host) -> set[tuple[str, str]]:
         for alert in alerts
         if alert["state"] == "firing"
     }
+
+
+def name_of(labels: dict[str, str], line: dict[str, str]) -> str:
+    """What the legend calls one of a query's results."""
+    text = line.get("legendFormat", "")
+    return re.sub(r"{{(\w+)}}", lambda match: labels[match[1]], text)
 
 
 class Watched:
@@ -13020,23 +13099,31 @@ class Watched:
         assert poll(seen, 60), (name, firing(self.place))
         self.fired.add(name)
 
-    def shown(self) -> dict[tuple[int, str], Any]:
-        """What each line of the dashboard shows of the time until now, by panel and line."""
+    def shown(self, since: float) -> dict[str, Lines]:
+        """What the dashboard's panels show of the time since then."""
         until = time.time()
-        asked = {"start": str(self.since), "end": str(until), "step": "1"}
         variables = {"$instance": ".*", "$__rate_interval": "4s"}
-        variables["$__range"] = f"{math.ceil(until - self.since)}s"
-        return {
-            (panel["id"], line["refId"]): ask_prometheus(
-                self.place, "query_range", query=filled_in(line["expr"], variables), **asked
-            )["result"]
-            for panel, line in dashboard_lines()
-        }
+        variables["$__range"] = f"{math.ceil(until - since)}s"
+        shown: dict[str, Lines] = {panel["title"]: {} for panel in DASHBOARD["panels"]}
+        for panel, line in dashboard_lines():
+            query = filled_in(line["expr"], variables)
+            asked = urllib.parse.urlencode(
+                {"query": query, "start": since, "end": until, "step": 1}
+            )
+            for one in ask_prometheus(self.place, f"query_range?{asked}")["result"]:
+                name = name_of(one["metric"], line)
+                values = {round(at - since): float(v) for at, v in one["values"] if v != "NaN"}
+                if values:
+                    shown[panel["title"]][line["refId"], name] = values
+        return shown
 
 
 @alone
 def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
-    """Each is brought about once on a cluster; before that none of pmtud's own trouble fires."""
+    """Each is brought about once on a cluster; before that none of pmtud's own trouble fires.
+
+    The dashboard shows all of it, and no trouble before.
+    """
     (rules,) = code_blocks("yaml")
     names = set(re.findall(r"- alert: (\w+)", rules))
     peers = ("--peers", PEER_LISTS[4])
@@ -13050,6 +13137,16 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
         watched.fires("PathMtuTrouble")
         time.sleep(3.0)
         assert {name for name, _ in firing(watched.place)} == {"PathMtuTrouble"}
+        shown = watched.shown(time.time() - 2)
+        assert [title for title in TROUBLE if shown[title]] == []
+
+        cluster.strict_rpf()
+        inject(cluster.router, 4, flow_errors(4, "pod", count=3))
+        for mtu in (1280, 1300, 1450):
+            inject(cluster.router, 4, flow_errors(4, count=3, src="172.20.20.2", mtu=mtu))
+        cluster.strict_rpf(False)
+        errors = errors_about_pods(cluster)
+        inject(cluster.router, 4, [error for _, error in errors], 0.2)
         inject(cluster.router, 4, flow_errors(4, count=300), 0)
         watched.fires("PmtudShedding", address[sender])
 
@@ -13092,6 +13189,16 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
         watched.running[far].stop()
         watched.fires("PmtudDown", address[far])
         assert watched.fired == names
+        shown = watched.shown(watched.since)
+        draw_dashboard(shown, tmp_path / "dashboard.png")
+        risen = {
+            (title, query)
+            for title, lines in shown.items()
+            for (query, _), values in lines.items()
+            if max(values.values()) > 0
+        }
+        assert risen == {(panel["title"], line["refId"]) for panel, line in dashboard_lines()}
+        assert "circling" in {name for _, name in shown["Errors dropped, by reason"]}
 
 
 def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
