@@ -40,6 +40,9 @@ REQUIREMENTS = (
     "prometheus-client>=0.16,<1",
     "kubernetes-validate==1.37.0",
     "PyYAML>=6,<7",
+    "matplotlib>=3.7,<4",
+    # The Python versions it has; without an upper bound 1769699998!10.1.0, of an older Grafana, wins
+    'grafana-foundation-sdk>=0.0.21,<1; python_version >= "3.11"',
     # It has wheels for these
     'atheris>=2.3,<4; platform_machine == "x86_64" and python_version >= "3.11"'
     ' and python_version < "3.14"',
@@ -114,6 +117,7 @@ import ast
 import atexit
 import contextlib
 import ctypes
+import enum
 import errno
 import fcntl
 import inspect
@@ -133,6 +137,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import typing
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -7091,17 +7096,19 @@ def environment(container: dict[str, Any]) -> dict[str, str]:
 def test_manifests_are_valid() -> None:
     """Against the Kubernetes schemas, strictly.
 
-    No field that does not exist. Two kinds are not Kubernetes' own.
+    No field that does not exist. Three kinds are not Kubernetes' own.
     """
     assert set(ACTIVE) == {"Service", "ServiceAccount", "DaemonSet"} == set(PIP) - {"ConfigMap"}
     assert set(OPTIONAL) == {
         "PodMonitor",
+        "PrometheusRule",
+        "ConfigMap",
         "SecurityContextConstraints",
         "ClusterRole",
         "ClusterRoleBinding",
     }
     for manifest in (*ACTIVE.values(), *PIP.values(), *OPTIONAL.values()):
-        if manifest["kind"] not in ("PodMonitor", "SecurityContextConstraints"):
+        if manifest["kind"] not in ("PodMonitor", "PrometheusRule", "SecurityContextConstraints"):
             kubernetes_validate.validate(
                 manifest, kubernetes_validate.latest_version(), strict=True
             )
@@ -12800,6 +12807,231 @@ def test_alerts_and_queries(tmp_path: Path) -> None:
     }
 
 
+# -- the same for those who use the Prometheus operator, and would rather look
+
+DASHBOARD = json.loads(OPTIONAL["ConfigMap"]["data"]["pmtud.json"])
+# The panels that are empty where all is well
+TROUBLE = (
+    "Nodes that are not ready",
+    "Copies that did not arrive, in ten minutes",
+    "Copies refused by the sender's kernel",
+    "Peers in trouble, by nodes that say so",
+    "Errors shed and lost",
+)
+
+
+def dashboard_lines() -> list[tuple[Any, Any]]:
+    """Each query of the dashboard, with its panel."""
+    return [(panel, line) for panel in DASHBOARD["panels"] for line in panel["targets"]]
+
+
+def filled_in(expression: str, variables: dict[str, str]) -> str:
+    """As Grafana asks it."""
+    for name, value in variables.items():
+        expression = expression.replace(name, value)
+    assert "$" not in expression
+    return expression
+
+
+def test_the_manifests_alerts_are_the_readmes() -> None:
+    (rules,) = code_blocks("yaml")
+    assert OPTIONAL["PrometheusRule"]["spec"] == yaml.safe_load(rules)
+
+
+def test_the_dashboards_expressions(tmp_path: Path) -> None:
+    """promtool takes them, every metric in them exists, and no metric of the program is left out."""
+    two = r"(10\\.0\\.0\\.11:30040|worker-1)"  # chosen, as Grafana writes it
+    variables = {"$instance": two, "$__rate_interval": "4m", "$__range": "6h"}
+    lines = [filled_in(line["expr"], variables) for _, line in dashboard_lines()]
+    rules = [{"record": f"line:{number}", "expr": text} for number, text in enumerate(lines)]
+    groups = {"groups": [{"name": "lines", "rules": rules}]}
+    (tmp_path / "lines").write_text(json.dumps(groups))
+    printed = execute("promtool", "check", "rules", str(tmp_path / "lines"))
+    assert f"SUCCESS: {len(lines)} rules found" in printed
+    recorded = {
+        rule["record"]
+        for group in OPTIONAL["PrometheusRule"]["spec"]["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
+    used = set(re.findall(r"\bpmtud[\w:]+", "\n".join(lines)))
+    assert used <= {*METRIC_LABELS} | recorded
+    shown = {re.sub("_(total|bucket)$", "", name) for name in used}
+    assert {metric.name for metric in pmtud.METRICS} - shown == {
+        "pmtud_acted",  # received less dropped
+        "pmtud_node_info",  # in the recording rules
+    }
+
+
+def test_the_dashboards_panels() -> None:
+    """Each has its place, a unit, names for its lines, and a sentence that says what to do."""
+    assert OPTIONAL["ConfigMap"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    panels, taken = DASHBOARD["panels"], Counter[tuple[int, int]]()
+    assert [panel["id"] for panel in panels] == [*range(1, len(panels) + 1)]
+    for panel in panels:
+        x, y, width, height = (panel["gridPos"][key] for key in "xywh")
+        taken.update((x + i, y + j) for i in range(width) for j in range(height))
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert re.fullmatch(r".{30,115}\.", panel["description"]), panel["title"]
+        assert all("legendFormat" in line for line in panel["targets"][1:])
+        assert "> 0" not in str(panel["targets"]) or "noValue" in panel["fieldConfig"]["defaults"]
+    assert {*TROUBLE} < {panel["title"] for panel in panels}
+    assert set(taken.values()) == {1} and len(taken) == 24 * (1 + max(y for _, y in taken))
+
+
+def type_faults(value: Any, hint: Any) -> Iterator[str]:
+    """Where a value, or a part of it, is not what the types of Grafana's SDK say."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if type(value).__module__.startswith("grafana_foundation_sdk."):
+        for name, one in typing.get_type_hints(type(value)).items():
+            for fault in type_faults(getattr(value, name), one):
+                yield f"{name}: {fault}"
+    elif origin is Union:
+        kinds = [one for one in args if (one is type(None)) == (value is None)]
+        yield from min((list(type_faults(value, one)) for one in kinds), key=len)
+    elif origin in (list, dict) and isinstance(value, origin):
+        for one in value.values() if origin is dict else value:
+            yield from type_faults(one, args[-1])
+    elif not is_of_type(value, hint):
+        yield f"{value!r} is not {hint}"
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether JSON gave what a type without parts says; an enum is read as its value."""
+    if hint is object:
+        return True
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value in {member.value for member in hint}
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def lost_fields(before: Any, after: Any, place: str = "") -> Iterator[str]:
+    """What is in the one and not, or not so, in the other."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before:
+            yield from lost_fields(before[key], after.get(key), f"{place}/{key}")
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for number, pair in enumerate(zip(before, after)):
+            yield from lost_fields(*pair, f"{place}/{number}")
+    elif before != after:
+        yield f"{place}: {before!r} became {after!r}"
+
+
+def dashboard_faults(dashboard: Any) -> list[str]:
+    """What Grafana's own types say against it: wrong types, and fields that they do not have."""
+    sdk = partial(importlib.import_module, package="grafana_foundation_sdk")
+    sdk(".cog.plugins").register_default_plugins()
+    model = sdk(".models.dashboard").Dashboard
+    read = model.from_json(dashboard)
+    written = json.loads(json.dumps(read, cls=sdk(".cog.encoder").JSONEncoder))
+    known = {*sdk(".cog.runtime").Runtime().panelcfg_variants}
+    units = {text for text in vars(sdk(".models.units")).values() if isinstance(text, str)}
+    used = [
+        (panel["type"], panel.get("fieldConfig", {}).get("defaults", {}).get("unit", "none"))
+        for panel in dashboard["panels"]
+    ]
+    strange = [f"{kind} {unit}" for kind, unit in used if kind not in known or unit not in units]
+    return [*type_faults(read, model), *lost_fields(dashboard, written), *strange]
+
+
+MISTAKES = {  # that an editor of the dashboard may make, and what is said
+    "no such field": ('"title": "Peers"', '"titel": "Peers"', "/panels/15/titel: 'Peers'"),
+    "no such option": ('"filterValues"', '"filterValue"', "/panels/8/options/filterValue: "),
+    "no such query field": ('"expr": "count(pm', '"query": "count(pm', "/targets/2/query: "),
+    "no such drawing": ('"fillOpacity"', '"fillopacity"', "/custom/fillopacity: 30"),
+    "a number as text": ('"w": 8', '"w": "8"', "grid_pos: w: '8' is not"),
+    "text as a number": ('"title": "Peers"', '"title": 7', "title: 7 is not"),
+    "another value": ('"format": "heatmap"', '"format": "heat"', "'heat' is not"),
+    "another number": ('"graphTooltip": 1', '"graphTooltip": 9', "graph_tooltip: 9 is not"),
+    "another panel": ('"type": "heatmap"', '"type": "heat"', "heat none"),
+    "another unit": ('"unit": "pps"', '"unit": "errors"', "timeseries errors"),
+}
+
+
+# Only Grafana 12 and later read what the SDK prefers; all read this.
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
+def test_grafanas_types_take_the_dashboard() -> None:
+    """Those of its SDK, generated from its schema; ten mistakes are each found."""
+    if importlib.util.find_spec("grafana_foundation_sdk") is None:
+        pytest.skip(f"there is no grafana-foundation-sdk for Python {sys.version_info[:2]}")
+    assert dashboard_faults(DASHBOARD) == []
+    for name, (right, wrong, said) in MISTAKES.items():
+        text = json.dumps(DASHBOARD)
+        assert right in text, name
+        faults = dashboard_faults(json.loads(text.replace(right, wrong)))
+        assert any(said in fault for fault in faults), (name, faults)
+
+
+# -- both on a real Prometheus
+
+# By query and name in the legend: the value at each second
+Lines = dict[tuple[str, str], dict[int, float]]
+
+
+def draw_stat(axes: Any, lines: Lines) -> None:
+    """The last value of each."""
+    text = [f"{values[max(values)]:.3g} {name}" for (_, name), values in lines.items()]
+    axes.axis("off")
+    axes.text(0, 0.3, "\n".join(text), fontsize=16)
+
+
+def draw_lines(axes: Any, lines: Lines) -> None:
+    """Values over time; the flood is a thousand times the rest."""
+    for (_, name), values in lines.items():
+        seconds = range(min(values), max(values) + 1)
+        axes.plot(seconds, [values.get(at, math.nan) for at in seconds], marker=".", label=name)
+    top = max(max(values.values()) for values in lines.values())
+    if top > 100:
+        axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0, 1.2 * top)
+    axes.legend(fontsize=8)
+
+
+def draw_states(axes: Any, lines: Lines) -> None:
+    """A row for each, with a mark where it is so."""
+    for number, ((_, name), values) in enumerate(lines.items()):
+        axes.plot([*values], [number] * len(values), "s", label=name)
+    axes.set_yticks([])
+    axes.legend(fontsize=8)
+
+
+def draw_heatmap(axes: Any, lines: Lines) -> None:
+    """A row for each bucket, with what is in it and not in the one below."""
+    bounds = sorted((float(name), values) for (_, name), values in lines.items())
+    counts = [[*values.values()] for _, values in bounds]
+    below = [[0.0] * len(counts[0]), *counts]
+    cells = [[a - b for a, b in zip(*rows)] for rows in zip(counts, below)]
+    axes.pcolormesh([*bounds[0][1]], range(len(cells)), cells, cmap="Blues", norm="symlog")
+    axes.set_yticks(range(len(cells)), [f"{bound:g}" for bound, _ in bounds], fontsize=8)
+
+
+DRAWN = {
+    "stat": draw_stat,
+    "timeseries": draw_lines,
+    "state-timeline": draw_states,
+    "heatmap": draw_heatmap,
+}
+
+
+def draw_dashboard(shown: dict[str, Lines], file: Path) -> None:
+    """A picture of it, for a human eye: each panel where Grafana has it, over the same seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", str(file.parent))  # where its list of fonts goes
+        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(24, 30))
+    rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in DASHBOARD["panels"])
+    end = max(at for lines in shown.values() for values in lines.values() for at in values)
+    for panel in DASHBOARD["panels"]:
+        x, y, width, height = (panel["gridPos"][key] for key in "xywh")
+        place = (x + 0.6) / 24, 1 - (y + height - 0.8) / rows, (width - 1) / 24, (height - 2) / rows
+        axes = figure.add_axes(place, xlim=(0, end), title=panel["title"])
+        if panel["type"] == "timeseries":
+            axes.set_ylabel(panel["fieldConfig"]["defaults"]["unit"])
+        DRAWN[panel["type"]](axes, shown[panel["title"]])
+    figure.savefig(file)
+
+
 def alerts_soon(folder: Path) -> Path:
     """The README's alerts, over seconds instead of minutes."""
     (rules,) = code_blocks("yaml")
@@ -12830,6 +13062,12 @@ def firing(host: Host) -> set[tuple[str, str]]:
     }
 
 
+def name_of(labels: dict[str, str], line: dict[str, str]) -> str:
+    """What the legend calls one of a query's results."""
+    text = line.get("legendFormat", "")
+    return re.sub(r"{{(\w+)}}", lambda match: labels[match[1]], text)
+
+
 class Watched:
     """A cluster whose daemons a Prometheus on the fabric scrapes, with the README's alerts."""
 
@@ -12837,6 +13075,7 @@ class Watched:
         self.cluster = cluster
         self.running: dict[int, Process] = {}
         self.fired: set[str] = set()
+        self.since = time.time()
         self.place = cluster.fabric
         self.place.start(
             "prometheus",
@@ -12867,10 +13106,33 @@ class Watched:
         assert poll(seen, 60), (name, firing(self.place))
         self.fired.add(name)
 
+    def shown(self, since: float) -> dict[str, Lines]:
+        """What the dashboard's panels show of the time since then."""
+        until = time.time()
+        variables = {"$instance": ".*", "$__rate_interval": "4s"}
+        variables["$__range"] = f"{math.ceil(until - since)}s"
+        shown: dict[str, Lines] = {panel["title"]: {} for panel in DASHBOARD["panels"]}
+        for panel, line in dashboard_lines():
+            query = filled_in(line["expr"], variables)
+            asked = urllib.parse.urlencode(
+                {"query": query, "start": since, "end": until, "step": 1}
+            )
+            for one in ask_prometheus(self.place, f"query_range?{asked}")["result"]:
+                name = name_of(one["metric"], line)
+                values = {round(at - since): float(v) for at, v in one["values"] if v != "NaN"}
+                if values:
+                    shown[panel["title"]][line["refId"], name] = values
+        return shown
 
+
+# The last matplotlib for Python 3.9 takes what a later pyparsing has renamed
+@pytest.mark.filterwarnings(r"ignore:'\w+' (argument is )?deprecated:DeprecationWarning")
 @alone
 def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
-    """Each is brought about once on a cluster; before that none of pmtud's own trouble fires."""
+    """Each is brought about once on a cluster; before that none of pmtud's own trouble fires.
+
+    The dashboard shows all of it, and no trouble before.
+    """
     (rules,) = code_blocks("yaml")
     names = set(re.findall(r"- alert: (\w+)", rules))
     peers = ("--peers", PEER_LISTS[4])
@@ -12884,6 +13146,16 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
         watched.fires("PathMtuTrouble")
         time.sleep(3.0)
         assert {name for name, _ in firing(watched.place)} == {"PathMtuTrouble"}
+        shown = watched.shown(time.time() - 2)
+        assert [title for title in TROUBLE if shown[title]] == []
+
+        cluster.strict_rpf()
+        inject(cluster.router, 4, flow_errors(4, "pod", count=3))
+        for mtu in (1280, 1300, 1450):
+            inject(cluster.router, 4, flow_errors(4, count=3, src="172.20.20.2", mtu=mtu))
+        cluster.strict_rpf(False)
+        errors = errors_about_pods(cluster)
+        inject(cluster.router, 4, [error for _, error in errors], 0.2)
         inject(cluster.router, 4, flow_errors(4, count=300), 0)
         watched.fires("PmtudShedding", address[sender])
 
@@ -12926,6 +13198,16 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
         watched.running[far].stop()
         watched.fires("PmtudDown", address[far])
         assert watched.fired == names
+        shown = watched.shown(watched.since)
+        draw_dashboard(shown, tmp_path / "dashboard.png")
+        risen = {
+            (title, query)
+            for title, lines in shown.items()
+            for (query, _), values in lines.items()
+            if max(values.values()) > 0
+        }
+        assert risen == {(panel["title"], line["refId"]) for panel, line in dashboard_lines()}
+        assert "circling" in {name for _, name in shown["Errors dropped, by reason"]}
 
 
 def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
