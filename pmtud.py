@@ -2369,6 +2369,12 @@ class Counters:
         self.reported_mtu = Histogram(MTU_BUCKETS)
         self.batch_duration = Histogram(SECONDS_BUCKETS)
 
+    def follow(self, peers: Mapping[str, int], senders: Iterable[str]) -> None:
+        """From now on these are the peers of each source, and those that send copies."""
+        self.peers = peers
+        before = self.copies_received
+        self.copies_received = {label: before.get(label, 0) for label in (*senders, OTHER)}
+
     def copies_sent(self) -> dict[str, int]:
         """Copies handed to the kernel, by peer, for the peers of now."""
         return {
@@ -4548,6 +4554,27 @@ def explain_circle(service: bytes) -> str:
 NO_COPIES = (Reason.OWN, Reason.IGNORED_NETWORK, Reason.MISADDRESSED)
 
 
+class Circles:
+    """Service addresses about which errors circle, and when each was last heard of."""
+
+    MAX = 16
+
+    def __init__(self, news: News) -> None:
+        self._news = news
+        self._last: dict[bytes, float] = {}
+
+    def note(self, service: bytes, now: float) -> None:
+        """An error about this address was forwarded by this node, and came back."""
+        if service in self._last or len(self._last) < self.MAX:
+            self._last[service] = now
+        if self._news.is_due(("circling", service), now):
+            log("warning", explain_circle(service))
+
+    def since(self, moment: float) -> list[str]:
+        """A line for each that was heard of after that moment; in the thread that asks."""
+        return [explain_circle(service) for service, at in list(self._last.items()) if at > moment]
+
+
 class Forwarder:
     """The packet's way: read what NFLOG has, decide on each error, copy, deliver, count."""
 
@@ -4557,10 +4584,10 @@ class Forwarder:
     # Errors and copies a turn then, so that no flood starves signals and timers.
     BATCH = 40
     BATCH_COPIES = 6400
-    CIRCLING_MAX = 16  # service addresses
 
     def __init__(self, config: Config, counters: Counters, keeper: RuleKeeper) -> None:
         self.news = News()
+        self.circles = Circles(self.news)
         self.refusals = Refusals()
         self._config = config
         self._counters = counters
@@ -4569,7 +4596,6 @@ class Forwarder:
         self._lanes = {family.name: Lane(family) for family in FAMILIES}
         self._nflog: Optional[Nflog] = None
         self._labels: dict[bytes, str] = {}  # of peers that send copies
-        self._circling: dict[bytes, float] = {}  # service addresses, and when last heard of
         self._recent = 0  # errors since the last tick
         self._gathering = 1  # how many the kernel hands over at a time
 
@@ -4593,12 +4619,9 @@ class Forwarder:
         """From now on judge and send by this arrangement; raises PmtudError."""
         self.open_lanes(arrangement)
         self._policy.set_view(arrangement.view)
-        self._counters.peers = arrangement.per_source
         groups = arrangement.view.groups
         self._labels = {p.packed: str(p) for p in arrangement.everyone if p.packed not in groups}
-        before = self._counters.copies_received
-        received = {label: before.get(label, 0) for label in (*self._labels.values(), OTHER)}
-        self._counters.copies_received = received
+        self._counters.follow(arrangement.per_source, self._labels.values())
         self.gather()  # with more peers fewer errors a turn
 
     def open_lanes(self, arrangement: Arrangement) -> None:
@@ -4776,21 +4799,12 @@ class Forwarder:
     def notes(self) -> list[str]:
         """What the operator can do better: circling errors and refused copies of the last hour."""
         long_ago = time.monotonic() - News.SECONDS
-        known = list(self._circling.items())
-        circles = [explain_circle(service) for service, at in known if at > long_ago]
-        return circles + self.refusals.since(long_ago)
-
-    def _note_circle(self, service: bytes, now: float) -> None:
-        """An error about this address was forwarded by this node, and came back."""
-        if service in self._circling or len(self._circling) < self.CIRCLING_MAX:
-            self._circling[service] = now
-        if self.news.is_due(("circling", service), now):
-            log("warning", explain_circle(service))
+        return self.circles.since(long_ago) + self.refusals.since(long_ago)
 
     def _explain_drop(self, error: MtuError, reason: Reason, now: float) -> None:
         """One line for each dropped error at debug, and one for a peer that is not listed."""
         if reason is Reason.CIRCLING:
-            self._note_circle(error.quoted_src, now)
+            self.circles.note(error.quoted_src, now)
         if LOGGER.isEnabledFor(logging.DEBUG):
             log("debug", "dropped", reason=reason.value, error=error)
         if reason is Reason.MISADDRESSED and self.news.is_due(error.src, now):
@@ -5140,12 +5154,50 @@ class Roster:
             self.tell()
 
 
+def keep_two_capabilities() -> None:
+    """Of root's, where it is root; a kernel that refuses leaves it all, and a warning."""
+    if os.geteuid() != 0:
+        return
+    try:
+        drop_privileges()
+    except OSError as problem:
+        text = "cannot drop privileges, going on with all"
+        log("warning", text, problem=problem.strerror)
+
+
+class MinuteReport:
+    """One line a minute in the log: what has grown since the one before."""
+
+    SECONDS = 60.0
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._before = counters.summary()
+        self._due_at = time.monotonic() + self.SECONDS
+
+    def is_due(self, now: float) -> bool:
+        """Whether the minute is over."""
+        return now >= self._due_at
+
+    def tell(self, now: float) -> None:
+        """Write the line, if there is anything to say; begin the next minute."""
+        totals = self._counters.summary()
+        grown = {}
+        for name, count in totals.items():
+            growth = count - self._before.get(name, 0)
+            if growth:
+                grown[name] = growth
+        if grown:
+            log("info", "last minute", **grown)
+        self._before = totals
+        self._due_at = now + self.SECONDS
+
+
 class Daemon:
     """The running program: opens everything, turns the loop, keeps house, closes everything."""
 
     TICK = 1.0  # seconds between housekeeping
     SLOW_TICKS = 10  # every tenth: default route, guard
-    SUMMARY = 60.0  # seconds between summaries in the log
     HUNG = 10.0  # seconds without a turn of the loop
 
     def __init__(self, config: Config) -> None:
@@ -5165,8 +5217,7 @@ class Daemon:
         self._hangup = False
         self._ticks = 0
         self._turned = time.monotonic()
-        self._summarized = self.counters.summary()
-        self._summary_at = self._turned + self.SUMMARY
+        self._report = MinuteReport(self.counters)
 
     # -- start and stop
 
@@ -5187,8 +5238,7 @@ class Daemon:
             self.roster.rearrange(self.config)
             self.keeper.open(stack, self.roster.arrangement.senders)
             self._open_status(stack)
-            if os.geteuid() == 0:
-                self._drop_privileges()  # of this thread, so before any other starts
+            keep_two_capabilities()  # in this thread, so before any other starts
             self.peers.follow()
             if self._server:
                 serve = self._server.serve_forever
@@ -5239,14 +5289,6 @@ class Daemon:
             self._render()
         except PmtudError as problem:
             log("warning", f"running without metrics: {problem}")
-
-    @staticmethod
-    def _drop_privileges() -> None:
-        try:
-            drop_privileges()
-        except OSError as problem:
-            text = "cannot drop privileges, going on with all"
-            log("warning", text, problem=problem.strerror)
 
     def _announce(self) -> None:
         """The lines of a start: where, to whom, how much."""
@@ -5380,23 +5422,10 @@ class Daemon:
             if self.keeper.follow_default_route():
                 self.roster.stale = True
             self.keeper.probe_guard()
-        if now >= self._summary_at:
-            self._summarize(now)
-
-    def _summarize(self, now: float) -> None:
-        """Once a minute: what has grown."""
-        totals = self.counters.summary()
-        grown = {}
-        for name, count in totals.items():
-            growth = count - self._summarized.get(name, 0)
-            if growth:
-                grown[name] = growth
-        if grown:
-            log("info", "last minute", **grown)
-        self._manager.tell(self._status())
-        self._summarized = totals
-        self._summary_at = now + self.SUMMARY
-        self.forwarder.news.renew()
+        if self._report.is_due(now):
+            self._report.tell(now)
+            self._manager.tell(self._status())
+            self.forwarder.news.renew()
 
     def _drain_monitor(self) -> None:
         """An address came or went: rearrange, once for a burst of changes."""

@@ -1235,7 +1235,7 @@ def daemons(
 
 
 QUICK = "pmtud.Daemon.TICK, pmtud.Daemon.SLOW_TICKS = 0.2, 2"  # housekeeping every 0.2 s
-SHORT_MINUTE = "pmtud.Daemon.SUMMARY = 1.0"
+SHORT_MINUTE = "pmtud.MinuteReport.SECONDS = 1.0"
 # What kernels before 5.12 do
 UNOWNED = """
 opened = pmtud.Firewall.__init__
@@ -7625,9 +7625,10 @@ def test_privileges_that_cannot_be_dropped(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse() -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(pmtud, "drop_privileges", refuse)
     monkeypatch.setattr(pmtud, "log", lambda level, text, problem: lines.append((text, problem)))
-    pmtud.Daemon._drop_privileges()
+    pmtud.keep_two_capabilities()
     assert lines == [("cannot drop privileges, going on with all", "Operation not permitted")]
 
 
