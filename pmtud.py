@@ -400,6 +400,13 @@ class PmtudError(Exception):
     exit_code = 1
 
 
+class NoDefaultRoute(PmtudError):
+    """Nothing says where errors come in."""
+
+    def __str__(self) -> str:
+        return "there is no default route; name the interface errors come in on with --iface"
+
+
 class UsageError(PmtudError):
     """A bad option or configuration value."""
 
@@ -1353,8 +1360,6 @@ BUCKETS = 1 << 16
 COPIES_PER_SECOND = 100_000
 ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
 # Names of tables, by NFLOG group; the second holds the guard alone
-WHOLE_TABLE = "pmtud_{}"
-GUARD_TABLE = "pmtud_{}_guard"
 LIMIT_SECONDS = {"second": 1, "minute": 60}
 
 
@@ -1842,16 +1847,26 @@ def owned_flows(site: Site) -> Iterator[tuple[Part, ...]]:
     yield equal(OIFNAME, interface("lo")), TO_LOCAL
 
 
+def whole_name(group: int) -> str:
+    """Of the table that feeds this NFLOG group and guards deliveries."""
+    return f"pmtud_{group}"
+
+
+def guard_name(group: int) -> str:
+    """Of the table that guards only, with --rules off."""
+    return f"pmtud_{group}_guard"
+
+
 def whole_table(config: Config, site: Site) -> Table:
     """All that the daemon installs."""
     rate = site.senders.rate(config.rate)
     rules = nflog_rules(config.nflog_group, site, rate) + guard_rules(site)
-    return make_table(WHOLE_TABLE.format(config.nflog_group), make_sets(site, rate), rules)
+    return make_table(whole_name(config.nflog_group), make_sets(site, rate), rules)
 
 
 def guard_table(config: Config, site: Site) -> Table:
     """What the daemon installs with --rules off."""
-    return make_table(GUARD_TABLE.format(config.nflog_group), (), guard_rules(site))
+    return make_table(guard_name(config.nflog_group), (), guard_rules(site))
 
 
 def make_table(name: str, sets: Iterable[Set], rules: Sequence[Rule]) -> Table:
@@ -3114,7 +3129,7 @@ def group_holder(group: int) -> Optional[int]:
 
 def table_owner_lives(group: int) -> bool:
     """Whether pmtud runs for this group: the kernel removes such a table with its process."""
-    for name in (WHOLE_TABLE.format(group), GUARD_TABLE.format(group)):
+    for name in (whole_name(group), guard_name(group)):
         query = NFGENMSG.pack(NFPROTO_INET, 0, 0) + string(TableAttr.NAME, name)
         with contextlib.suppress(PmtudError), Netlink(NETLINK_NETFILTER) as netlink:
             kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
@@ -3278,9 +3293,9 @@ class Firewall(Netlink):
         self._bursts = owned
         self._config = config
         self._shed = dict.fromkeys(FAMILIES, 0)  # by the tables before this one
-        self.table = WHOLE_TABLE.format(config.nflog_group)
+        self.table = whole_name(config.nflog_group)
         if config.rules == "off":
-            self.table = GUARD_TABLE.format(config.nflog_group)
+            self.table = guard_name(config.nflog_group)
         try:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self.SEND_BUFFER_BYTES)
@@ -3314,7 +3329,7 @@ class Firewall(Netlink):
 
         From any thread.
         """
-        table = WHOLE_TABLE.format(self._config.nflog_group)  # with --rules off the operator's
+        table = whole_name(self._config.nflog_group)  # with --rules off the operator's
         found = {}
         for family, before in self._shed.items():
             found[family] = before + (read_counter(table, shed_counter(family)) or 0)
@@ -4332,9 +4347,7 @@ class RuleKeeper:
             return
         self.ifaces = self._default_route
         if not self.ifaces and self._config.rules == "auto":
-            raise PmtudError(
-                "there is no default route; name the interface errors come in on with --iface"
-            )
+            raise NoDefaultRoute
 
     def open(self, stack: contextlib.ExitStack, senders: Senders) -> None:
         """Install our table; with --rules off it holds the guard only, and it may be missing."""
@@ -5990,7 +6003,7 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     if port is None:
         return None
     pid = netlink_holder(port)
-    tables = (f"inet pmtud_{group} ", f"inet pmtud_{group}_guard ")
+    tables = (f"inet {whole_name(group)} ", f"inet {guard_name(group)} ")
     has_table = any(chain.startswith(tables) for chain in ruleset.hooks)
     if not has_table and not is_pmtud(pid):
         return None
@@ -6001,7 +6014,7 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     idle = re.search(
         rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", options
     )
-    table = f"inet pmtud_{group}"
+    table = f"inet {whole_name(group)}"
     ifaces = [rule.ifaces for rule in ruleset.rules if rule.chain == f"{table} senders"]
     peers = []
     for family in FAMILIES:
@@ -6121,7 +6134,7 @@ def check_daemon(node: Node, can_start: bool) -> Finding:
             return ok("daemon", f"running, {process}")
         return warn("daemon", f"--dry-run or --no-rescue: {process}")
     found = "not running"
-    table = f"inet pmtud_{node.config.nflog_group}"
+    table = f"inet {whole_name(node.config.nflog_group)}"
     if any(chain.startswith(f"{table} ") for chain in node.ruleset.hooks):
         found += f"; SIGKILL left its table {table}, which the next start replaces"
     if can_start:
@@ -6166,7 +6179,7 @@ def feeding_rules(node: Node) -> Iterator[FirewallRule]:
             continue
         if rule.ifaces and not any(map(rule.hears, node.ifaces)):
             continue
-        is_own = rule.chain.startswith(f"inet pmtud_{config.nflog_group} ")
+        is_own = rule.chain.startswith(f"inet {whole_name(config.nflog_group)} ")
         if config.rules == "off" or not is_own:
             yield rule
 
@@ -6185,7 +6198,7 @@ def check_nflog_rule(node: Node) -> Finding:
         )
         return warn("nflog_rule", twice, find_group_command(config))
     if config.rules == "auto" and node.daemon:
-        return ok("nflog_rule", f"table inet pmtud_{config.nflog_group} of the daemon")
+        return ok("nflog_rule", f"table inet {whole_name(config.nflog_group)} of the daemon")
     if config.rules == "auto":
         return ok("nflog_rule", "pmtud installs its own")
     if feeding.keys() - early:
@@ -6412,7 +6425,7 @@ def delivers_from(node: Node, iface: str) -> bool:
     """Whether the daemon delivers what comes in on an interface."""
     if not node.daemon or not node.daemon.delivers:
         return False
-    chain = f"inet pmtud_{node.config.nflog_group} senders"
+    chain = f"inet {whole_name(node.config.nflog_group)} senders"
     listening = [rule for rule in node.ruleset.rules if rule.chain == chain and rule.ifaces]
     return not listening or any(rule.hears(iface) for rule in listening)
 
@@ -8097,9 +8110,7 @@ def print_rules(config: Config) -> None:
     """The rules the daemon would install, as nft and as iptables commands, on standard output."""
     ifaces = config.ifaces or default_route_interfaces()
     if not ifaces:
-        raise PmtudError(
-            "there is no default route; name the interface errors come in on with --iface"
-        )
+        raise NoDefaultRoute
     listed = {source.name: source.load() or () for source in map(open_source, config.peer_sources)}
     senders = arrange(
         {"static": config.peers, **listed}, local_addresses(), config.ignore_networks
