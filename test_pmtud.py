@@ -12998,14 +12998,22 @@ def draw_states(axes: Any, lines: Lines) -> None:
     axes.legend(fontsize=8)
 
 
+def in_buckets(lines: Lines) -> dict[float, list[float]]:
+    """By upper bound: what is in the bucket and not in the one below, at each second."""
+    bounds = sorted((float(name), [*values.values()]) for (_, name), values in lines.items())
+    below = [[0.0] * len(bounds[0][1]), *(counts for _, counts in bounds)]
+    return {
+        bound: [count - less for count, less in zip(counts, lower)]
+        for (bound, counts), lower in zip(bounds, below)
+    }
+
+
 def draw_heatmap(axes: Any, lines: Lines) -> None:
-    """A row for each bucket, with what is in it and not in the one below."""
-    bounds = sorted((float(name), values) for (_, name), values in lines.items())
-    counts = [[*values.values()] for _, values in bounds]
-    below = [[0.0] * len(counts[0]), *counts]
-    cells = [[a - b for a, b in zip(*rows)] for rows in zip(counts, below)]
-    axes.pcolormesh([*bounds[0][1]], range(len(cells)), cells, cmap="Blues", norm="symlog")
-    axes.set_yticks(range(len(cells)), [f"{bound:g}" for bound, _ in bounds], fontsize=8)
+    """A row for each bucket."""
+    buckets, times = in_buckets(lines), [*next(iter(lines.values()))]
+    rows = range(len(buckets))
+    axes.pcolormesh(times, rows, [*buckets.values()], cmap="Blues", norm="symlog")
+    axes.set_yticks(rows, [f"{bound:g}" for bound in buckets], fontsize=8)
 
 
 DRAWN = {
@@ -13126,6 +13134,33 @@ class Watched:
         return shown
 
 
+def send_errors_of_many_kinds(cluster: Cluster) -> None:
+    """Of three MTUs, past strict rp_filter; about pods that learn from copies; and some circle."""
+    cluster.strict_rpf()
+    for mtu in (1280, 1300, 1450):
+        inject(cluster.router, 4, flow_errors(4, count=3, src="172.20.20.2", mtu=mtu))
+    cluster.strict_rpf(False)
+    inject(cluster.router, 4, [error for _, error in errors_about_pods(cluster)], 0.2)
+    inject(cluster.router, 4, flow_errors(4, "pod", count=3))
+
+
+def look_at_every_panel(watched: Watched, picture: Path) -> None:
+    """Each query has shown something above 0; the picture is for whoever changes a panel."""
+    shown = watched.shown(watched.since)
+    draw_dashboard(shown, picture)
+    risen = {
+        (title, query)
+        for title, lines in shown.items()
+        for (query, _), values in lines.items()
+        if max(values.values()) > 0
+    }
+    assert risen == {(panel["title"], line["refId"]) for panel, line in dashboard_lines()}
+    assert "circling" in {name for _, name in shown["Errors dropped, by reason"]}
+    buckets = in_buckets(shown["Reported MTUs"])
+    mtus = {bound for bound, counts in buckets.items() if max(counts) > 0.1}
+    assert mtus == {1280, 1300, 1400, 1450}
+
+
 # The last matplotlib for Python 3.9 takes what a later pyparsing has renamed
 @pytest.mark.filterwarnings(r"ignore:'\w+' (argument is )?deprecated:DeprecationWarning")
 @alone
@@ -13150,13 +13185,7 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
         shown = watched.shown(time.time() - 2)
         assert [title for title in TROUBLE if shown[title]] == []
 
-        cluster.strict_rpf()
-        inject(cluster.router, 4, flow_errors(4, "pod", count=3))
-        for mtu in (1280, 1300, 1450):
-            inject(cluster.router, 4, flow_errors(4, count=3, src="172.20.20.2", mtu=mtu))
-        cluster.strict_rpf(False)
-        errors = errors_about_pods(cluster)
-        inject(cluster.router, 4, [error for _, error in errors], 0.2)
+        send_errors_of_many_kinds(cluster)
         inject(cluster.router, 4, flow_errors(4, count=300), 0)
         watched.fires("PmtudShedding", address[sender])
 
@@ -13199,16 +13228,7 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
         watched.running[far].stop()
         watched.fires("PmtudDown", address[far])
         assert watched.fired == names
-        shown = watched.shown(watched.since)
-        draw_dashboard(shown, tmp_path / "dashboard.png")
-        risen = {
-            (title, query)
-            for title, lines in shown.items()
-            for (query, _), values in lines.items()
-            if max(values.values()) > 0
-        }
-        assert risen == {(panel["title"], line["refId"]) for panel, line in dashboard_lines()}
-        assert "circling" in {name for _, name in shown["Errors dropped, by reason"]}
+        look_at_every_panel(watched, tmp_path / "dashboard.png")
 
 
 def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
