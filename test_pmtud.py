@@ -170,7 +170,8 @@ for variable in list(
     os.environ
 ):  # what this machine's own pmtud, service manager or cluster say is not for these
     if re.match(
-        "PMTUD_(?!VENV|SCRIPT|PATIENCE|TEST_|FUZZ_|SOAK_)|NOTIFY_|WATCHDOG_|KUBERNETES_|PYTHON|NO_COLOR|RES_OPTIONS",
+        "PMTUD_(?!VENV|SCRIPT|PATIENCE|TEST_|FUZZ_|SOAK_)|NOTIFY_|WATCHDOG_|KUBERNETES_|PYTHON|"
+        "NO_COLOR|RES_OPTIONS",
         variable,
     ):
         del os.environ[variable]
@@ -503,7 +504,8 @@ def execute(*argv: str, check: bool = True, timeout: float = 20, input: str | No
         ) from None
     if check and done.returncode:
         raise CommandFailed(
-            f"{' '.join(argv)}: exit status {done.returncode}\n{input or ''}{done.stdout}{done.stderr}"
+            f"{' '.join(argv)}: exit status "
+            f"{done.returncode}\n{input or ''}{done.stdout}{done.stderr}"
         )
     return done.stdout
 
@@ -719,7 +721,8 @@ class Net:
         name_a, name_b = names[0] or f"to-{b.name}", names[1] or f"to-{a.name}"
         settings = f"mtu {mtu} gso_max_segs 1"
         a.ip(
-            f"link add {name_a} {settings} type veth peer name {name_b} {settings} netns {b.namespace}",
+            f"link add {name_a} {settings} type veth peer name {name_b} {settings} netns "
+            f"{b.namespace}",
             f"link set {name_a} up",
         )
         b.ip(f"link set {name_b} up")
@@ -6430,7 +6433,8 @@ START_FAILURES = [
     (
         ["--iface", "lo", "--peers", "10.0.0.12,kube:nodes"],
         2,
-        "peers: kube:nodes: KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of the cluster",
+        "peers: kube:nodes: KUBERNETES_SERVICE_HOST is not set: kube:nodes works in a pod of "
+        "the cluster",
     ),
     ([], 1, "there is no default route; name the interface errors come in on with --iface"),
 ]
@@ -6906,7 +6910,8 @@ def test_without_prometheus_client(cluster: Cluster) -> None:
     code, output = run_to_end(cluster.nodes[0], "--metrics-port", "30040", python=python)
     assert code == 2
     assert output == (
-        "pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install prometheus-client, "
+        "pmtud: --metrics-port and --metrics-addr need prometheus-client: pip install "
+        "prometheus-client, "
         "or --metrics-port 0\n"
     )
 
@@ -7496,7 +7501,8 @@ def test_the_daemonset_where_its_port_is_taken(
     assert (process.returncode(), process.output()) == (
         1,
         "pmtud: metrics cannot be served on 10.0.0.11 port "
-        f"{pmtud.OTHER_PORT} (Address already in use); choose others with --metrics-addr and --metrics-port, port 0 "
+        f"{pmtud.OTHER_PORT} (Address already in use); choose others with --metrics-addr and "
+        f"--metrics-port, port 0 "
         "for none\n",
     )
 
@@ -8365,11 +8371,13 @@ def test_a_daemon_that_the_operators_rules_feed(node: Host) -> None:
     ("chain", "status"),
     [
         (
-            'chain c { type filter hook prerouting priority -300; iifname "nope9" tcp dport 1 log group 33; }',
+            'chain c { type filter hook prerouting priority -300; iifname "nope9" tcp dport 1 '
+            "log group 33; }",
             "FAIL",
         ),
         (
-            'chain c { type filter hook prerouting priority -300; iifname "nope9" icmp type 3 log group 33; }',
+            'chain c { type filter hook prerouting priority -300; iifname "nope9" icmp type 3 '
+            "log group 33; }",
             "FAIL",
         ),
         (
@@ -8378,7 +8386,8 @@ def test_a_daemon_that_the_operators_rules_feed(node: Host) -> None:
         ),
         ("chain c { icmp type destination-unreachable log group 33; }", "FAIL"),
         (
-            "chain c { type filter hook output priority -300; icmp type destination-unreachable log group 33; }",
+            "chain c { type filter hook output priority -300; icmp type "
+            "destination-unreachable log group 33; }",
             "FAIL",
         ),
         ("chain c { type filter hook prerouting priority -300; log group 33; }", "OK"),
@@ -8389,7 +8398,8 @@ def test_a_daemon_that_the_operators_rules_feed(node: Host) -> None:
         ),
         (
             "chain d { icmp type destination-unreachable log group 33; }; chain c { "
-            'type filter hook prerouting priority -300; iifname vmap { "eth0" : goto d, "eth1" : accept }; }',
+            'type filter hook prerouting priority -300; iifname vmap { "eth0" : goto d, "eth1" '
+            ": accept }; }",
             "OK",
         ),
         (
@@ -8413,15 +8423,18 @@ def test_a_daemon_that_the_operators_rules_feed(node: Host) -> None:
             "FAIL",
         ),
         (
-            "chain c { type filter hook prerouting priority -300; meta l4proto != tcp log group 33; }",
+            "chain c { type filter hook prerouting priority -300; meta l4proto != tcp log "
+            "group 33; }",
             "OK",
         ),
         (
-            "chain c { type filter hook prerouting priority -300; meta l4proto { tcp, udp } log group 33; }",
+            "chain c { type filter hook prerouting priority -300; meta l4proto { tcp, udp } "
+            "log group 33; }",
             "FAIL",
         ),
         (
-            "chain c { type filter hook prerouting priority -300; meta l4proto { tcp, icmp } log group 33; }",
+            "chain c { type filter hook prerouting priority -300; meta l4proto { tcp, icmp } "
+            "log group 33; }",
             "OK",
         ),
     ],
@@ -8509,7 +8522,8 @@ def test_iptables_rule_and_its_counter(node: Host, command: str) -> None:
         ("iptables", "-A", "INPUT", "-p", "icmp", "-j", "NFLOG", "--nflog-group", "33"),
         (
             "nft",
-            "table inet f { chain late { type filter hook input priority 0; icmp type 3 counter log group 33; }; }",
+            "table inet f { chain late { type filter hook input priority 0; icmp type 3 "
+            "counter log group 33; }; }",
         ),
     ],
 )
@@ -8876,7 +8890,8 @@ CALICO = (
             "vxlan.calico",
             1500,
             "FAIL",
-            "vxlan.calico 1500 > eth0 1500 - 50: packets over 1450 are fragmented or vanish (black hole)",
+            "vxlan.calico 1500 > eth0 1500 - 50: packets over 1450 are fragmented or vanish "
+            "(black hole)",
             CALICO % 1450,
         ),
         (
@@ -8911,7 +8926,8 @@ CALICO = (
             "wg-v6.cali",
             1500,
             "FAIL",
-            "wg-v6.cali 1500 > eth0 1500 - 80: packets over 1420 are fragmented or vanish (black hole)",
+            "wg-v6.cali 1500 > eth0 1500 - 80: packets over 1420 are fragmented or vanish "
+            "(black hole)",
             CALICO % 1420,
         ),
         (
@@ -10912,7 +10928,8 @@ def test_address_changed(tmp_path: Path) -> None:
         for node in net.nodes[1:]:
             node.ip("route replace 10.244.1.0/24 via 10.0.0.21")
         net.fabric.ip(
-            "route replace 10.96.0.0/24 nexthop via 10.0.0.21 nexthop via 10.0.0.12 nexthop via 10.0.0.13"
+            "route replace 10.96.0.0/24 nexthop via 10.0.0.21 nexthop via 10.0.0.12 nexthop "
+            "via 10.0.0.13"
         )
         path.write_text(ALL_PEERS.replace("10.0.0.11", "10.0.0.21").replace(",", "\n"))
         name = 'pmtud_copies_sent_total{peer="10.0.0.21"}'
@@ -11764,7 +11781,8 @@ def test_a_saved_ruleset_is_restored(node: Host, tmp_path: Path) -> None:
     with daemons([node], "--metrics-port", "0"):
         node.run(
             "nft",
-            "table ip nat { chain c { tcp dport 1 drop; }; }; table inet fw { chain c { accept; }; }",
+            "table ip nat { chain c { tcp dport 1 drop; }; }; table inet fw { chain c { "
+            "accept; }; }",
         )
         before = node.run("nft", "list", "ruleset")
         saved[0].write_text(before)
@@ -13965,7 +13983,8 @@ def a_large_ping(lab: Lab) -> Result:
 @exercise(
     "1.6",
     "Where the large ping ends",
-    "worker forwarded {large} packets of the large ping, {small} of a small one (one each way): the large one "
+    "worker forwarded {large} packets of the large ping, {small} of a small one (one each "
+    "way): the large one "
     "never leaves the pod, so nothing outside, no router and no pmtud, can help it.",
     BASIC,
 )
@@ -13983,7 +14002,8 @@ def where_it_ends(lab: Lab) -> Result:
 @exercise(
     "1.7",
     "A larger MTU for the overlay",
-    "Pod MTU = NIC MTU - VXLAN overhead = 9000 - 50 = 8950. With Calico one line does this on all nodes: kubectl "
+    "Pod MTU = NIC MTU - VXLAN overhead = 9000 - 50 = 8950. With Calico one line does this on "
+    "all nodes: kubectl "
     'patch installation default --type=merge -p \'{{"spec":{{"calicoNetwork":{{"mtu":8950}}}}}}\'. '
     "The pods keep their {pod}.",
     BASIC,
@@ -14001,7 +14021,8 @@ def a_larger_overlay(lab: Lab) -> Result:
 @exercise(
     "1.8",
     "New pods",
-    "A pod gets its MTU when it is made, so both were deleted and made again (kubectl delete pod, kubectl "
+    "A pod gets its MTU when it is made, so both were deleted and made again (kubectl delete "
+    "pod, kubectl "
     "apply): new namespaces, new interfaces, and they answer.",
     PATCHED,
 )
@@ -14025,7 +14046,8 @@ exercise("1.9", "The new pod's interface", "{pod} bytes.", JUMBO)(
 @exercise(
     "1.10",
     "The large ping again",
-    "8900 bytes of data + 8 of ICMP = the 8908 in each reply; + 20 of IP = {inner}, which worker wraps in VXLAN "
+    "8900 bytes of data + 8 of ICMP = the 8908 in each reply; + 20 of IP = {inner}, which "
+    "worker wraps in VXLAN "
     "and sends as {outer}: {overhead} more, and 9000 is enough.",
     JUMBO,
 )
@@ -14087,7 +14109,8 @@ exercise(
 @exercise(
     "2.4",
     "From worker3 to the API server: fails",
-    "The TCP handshake fits, the server's certificates do not; curl gives up after {seconds} s. The API server "
+    "The TCP handshake fits, the server's certificates do not; curl gives up after {seconds} "
+    "s. The API server "
     "has learned {learned}.",
     BROKEN,
 )
@@ -14103,7 +14126,8 @@ def across_vlans_fails(lab: Lab) -> Result:
 @exercise(
     "2.5",
     "From worker, in the API server's own VLAN",
-    "Within VLAN 10 the frames are switched, no routed interface is in the way. Of the handshake one message is "
+    "Within VLAN 10 the frames are switched, no routed interface is in the way. Of the "
+    "handshake one message is "
     "large, Certificate: {certificate} bytes.",
     BROKEN,
 )
@@ -14135,8 +14159,10 @@ ICMP_FILTER = "'icmp[icmptype] == 3 and icmp[icmpcode] == 4'"
 @exercise(
     "2.6",
     "Why: the error arrives, and is thrown away",
-    "The server's certificates leave with DF, in a packet of {length}, and end at the switch. It says 1500, but "
-    "says it from its management address, and the route to that address is mgmt, not eth1: strict RPF dropped "
+    "The server's certificates leave with DF, in a packet of {length}, and end at the switch. "
+    "It says 1500, but "
+    "says it from its management address, and the route to that address is mgmt, not eth1: "
+    "strict RPF dropped "
     "all {dropped} errors, silently.",
     BROKEN,
 )
@@ -14161,7 +14187,8 @@ def why_it_fails(lab: Lab) -> Result:
 @exercise(
     "2.7",
     "The usual advice: no RPF, or loose RPF",
-    "0: no source is checked. 2: a source is accepted if any interface has a route to it; 172.20.20.2 has one, "
+    "0: no source is checked. 2: a source is accepted if any interface has a route to it; "
+    "172.20.20.2 has one, "
     "over mgmt.",
     BROKEN,
 )
@@ -14179,7 +14206,8 @@ def loose_rpf(lab: Lab) -> Result:
 @exercise(
     "2.8",
     "Path MTU Discovery works",
-    "The first connection learns 1500 from the error, half-way. The second knows: worker3's SYN says mss 8960, "
+    "The first connection learns 1500 from the error, half-way. The second knows: worker3's "
+    "SYN says mss 8960, "
     "the server's answer mss {mss} = 1500 - 40.",
     LOOSE,
 )
@@ -14200,7 +14228,8 @@ def discovery_works(lab: Lab) -> Result:
 @exercise(
     "2.9",
     "What was learned",
-    "One exception for one destination, forgotten after ten minutes; the neighbour keeps the full 9000.",
+    "One exception for one destination, forgotten after ten minutes; the neighbour keeps the "
+    "full 9000.",
     LOOSE,
 )
 def what_was_learned(lab: Lab) -> Result:
@@ -14215,7 +14244,8 @@ def what_was_learned(lab: Lab) -> Result:
 @exercise(
     "2.10",
     "Strict again",
-    "What was learned outlives the setting for a while; once it is gone ({mtu} before the flush), the failure "
+    "What was learned outlives the setting for a while; once it is gone ({mtu} before the "
+    "flush), the failure "
     "is back.",
     LOOSE,
 )
@@ -14232,7 +14262,8 @@ def strict_again(lab: Lab) -> Result:
 @exercise(
     "2.11",
     "What loose RPF costs",
-    "worker2 pretends to be 172.20.20.77 of the management network. Forged packets accepted: {off} of 1 without "
+    "worker2 pretends to be 172.20.20.77 of the management network. Forged packets accepted: "
+    "{off} of 1 without "
     "RPF, {strict} of 1 strict, {loose} of 1 loose. That is why rp_filter=2 is no fix.",
     BROKEN,
 )
@@ -14277,8 +14308,10 @@ def restored(lab: Lab) -> Result:
 @exercise(
     "2.14",
     "VLAN 20 at 1500, strict RPF, and pmtud",
-    "pmtud saw the error before the RPF check and gave it to this node's own stack: the transfer works, 1500 is "
-    "learned, and rp_filter is still {setting}. --iface, because errors come in on eth1 and the default route is "
+    "pmtud saw the error before the RPF check and gave it to this node's own stack: the "
+    "transfer works, 1500 is "
+    "learned, and rp_filter is still {setting}. --iface, because errors come in on eth1 and "
+    "the default route is "
     "over mgmt.",
     BROKEN,
 )
@@ -14329,7 +14362,8 @@ def download(lab: Lab, net: Cluster, service: str, deadline: float = 10) -> int:
     seconds = transfers.result()
     slowest = f"  slowest {max(seconds) * 1000:.0f} ms" if seconds else ""
     lab.screen.output(
-        f"{service:6}{Cluster.vip(service):12}{len(seconds):3} of {FLOWS} clients get 200 kB{slowest}"
+        f"{service:6}{Cluster.vip(service):12}{len(seconds):3} of {FLOWS} clients get 200 "
+        f"kB{slowest}"
     )
     return len(seconds)
 
@@ -14362,7 +14396,8 @@ def heard_and_served(host: Host) -> Counter[str]:
 @exercise(
     "3.1",
     "A service on three nodes, no daemon",
-    "The fabric sends all errors about a service to one node: check --from finds the one. The flows which that node "
+    "The fabric sends all errors about a service to one node: check --from finds the one. The "
+    "flows which that node "
     "serves complete, {host}, {pod} and {cross} by the kernels' own counters, and no other.",
     None,
 )
@@ -14435,7 +14470,8 @@ def balanced(rows: Sequence[dict[str, int]]) -> bool:
 @exercise(
     "3.3",
     "The same, pmtud on every node",
-    "Strict RPF, the wrong address, the wrong node: every node hears of the error, and every transfer completes. "
+    "Strict RPF, the wrong address, the wrong node: every node hears of the error, and every "
+    "transfer completes. "
     "Of the errors those beyond one per "
     "flow in 0.1 s were limited; of the rest each became two copies and each copy arrived.",
     None,
@@ -14573,8 +14609,10 @@ def tables(screen: Screen, done: dict[str, Result]) -> None:
             [[name, *row.values()] for name, row in counts.items()],
         )
         screen.prose(
-            "router, peer: received from. limited: more than one per flow in 0.1 s. passing: another node's "
-            "delivery on its way to a pod here. copies: sent. owner, not_owner: delivered here, and whether "
+            "router, peer: received from. limited: more than one per flow in 0.1 s. passing: "
+            "another node's "
+            "delivery on its way to a pod here. copies: sent. owner, not_owner: delivered here,"
+            " and whether "
             "the flow was ours. rescued: deliveries of what strict RPF then dropped.",
             style=DIM,
         )
@@ -14654,7 +14692,8 @@ def lab_arguments(argv: Sequence[str]) -> argparse.Namespace:
     ]
     if unknown := [one for one, steps in chosen.items() if not steps]:
         parser.error(
-            f"no exercise {', '.join(unknown)}; there are {', '.join(one.number for one in EXERCISES)}"
+            f"no exercise {', '.join(unknown)}; there are "
+            f"{', '.join(one.number for one in EXERCISES)}"
         )
     if os.geteuid():
         parser.error("network namespaces need root: sudo python3 test_pmtud.py lab")
@@ -14901,7 +14940,8 @@ def test_check_gives_the_labs_own_answers() -> None:
         net.bring(BROKEN)
         text = (
             "10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500; "
-            "the report arrived here and was dropped by rp_filter; pmtud delivers it with --iface eth1"
+            "the report arrived here and was dropped by rp_filter; pmtud delivers it with "
+            "--iface eth1"
         )
         found = answers("control-plane", "10.10.20.20")[-1]
         assert found[:2] == ("FAIL", text) and found[2] in STARTS
@@ -15507,7 +15547,8 @@ def bench_flood(net: BenchNet, seconds: float) -> None:
         {f"net.ipv4.conf.{scope}.rp_filter": 1 for scope in ("all", "default", "eth0", "peers")}
     )
     print(
-        "   peers  sources    errors/s  core < 5 %    memory   rescued within 3 s: router's, peer's copy  slowest"
+        "   peers  sources    errors/s  core < 5 %    memory   rescued within 3 s: router's, "
+        "peer's copy  slowest"
     )
     for peers, rules, kinds in (
         (3, "auto", (1, 1000, 0)),
@@ -15525,9 +15566,10 @@ def bench_flood(net: BenchNet, seconds: float) -> None:
                 got.core < 0.05 or peers > 100
             )  # with more peers a third of a core is meant
             print(
-                f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  {got.resident:5.1f} MB"
-                f"  {saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} {max(got.rescues):29.2f} s  "
-                + (mark(good) if rules == "auto" else "--rules off")
+                f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  "
+                f"{got.resident:5.1f} MB"
+                f"  {saved[0]} of {len(got.rescues)}, {saved[1]} of {len(got.copies)} "
+                f"{max(got.rescues):29.2f} s  " + (mark(good) if rules == "auto" else "--rules off")
             )
         net.stop(one, process)
 
@@ -15773,7 +15815,8 @@ def bench_broadcast(net: BenchNet, seconds: float) -> None:
         cost.append(measure_copies(net, one, process, traffic, seconds).cpu * max(count, 1) * 1e6)
         net.stop(one, process)
     print(
-        f"   ratio {cost[1] / cost[0]:.3f}: {cost[0]:.1f} us per error with 100 addresses, {cost[1]:.1f} us with one"
+        f"   ratio {cost[1] / cost[0]:.3f}: {cost[0]:.1f} us per error with 100 addresses, "
+        f"{cost[1]:.1f} us with one"
     )
 
 
@@ -15816,7 +15859,8 @@ def bench_suppression(net: BenchNet, seconds: float) -> None:
         errors = sum(s.interface == "to-router" and s.kind != socket.PACKET_OUTGOING for s in seen)
         copies = len(node_packets(seen, 4))
     print(
-        f"   {copies / max(errors, 1):.2f} copies per error: {errors} errors came, {copies} copies left (2 peers); "
+        f"   {copies / max(errors, 1):.2f} copies per error: {errors} errors came, {copies} "
+        f"copies left (2 peers); "
         f"{len(done)} of 200 flows\n   finished ({mark(len(done) == 200)}), the slowest after "
         f"{max(done, default=0):.2f} s"
     )
@@ -15877,11 +15921,14 @@ def bench(argv: Sequence[str]) -> int:
         if options.against:
             names.append("against")
             print(
-                "--against shows what another daemon makes of the same errors: copies that arrive, and their cost.\n"
-                "It does not show whether they help: it may deliver or validate nothing, or copy to one address."
+                "--against shows what another daemon makes of the same errors: copies that "
+                "arrive, and their cost.\n"
+                "It does not show whether they help: it may deliver or validate nothing, or "
+                "copy to one address."
             )
         print(
-            f"Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} processors (errors come "
+            f"Linux {os.uname().release}, Python {sys.version.split()[0]}, {os.cpu_count()} "
+            f"processors (errors come "
             f"on the first,\ndaemons have the last), load {os.getloadavg()[0]:.1f}"
         )
         chosen = options.only or list(BENCHES)
