@@ -746,8 +746,8 @@ OPTION_GROUPS = {
     "peers": (
         Option(
             "--peers",
-            "nodes to send copies to: addresses, a subnet broadcast address, host names or dns:NAME "
-            "(all A and AAAA, asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; "
+            "nodes to send copies to: addresses, a subnet broadcast address, host names or "
+            "dns:NAME (all A and AAAA, asked again every 10 s), file:PATH, kube:nodes[?SELECTOR]; "
             "comma-separated",
             parse_peer_items,
             "LIST",

@@ -481,6 +481,11 @@ def poll(condition: Callable[[], T], timeout: float) -> T:
     return value
 
 
+def becomes(read: Callable[[], Any], wanted: Any, seconds: float) -> bool:
+    """Wait until what is read is what is wanted; whether it is."""
+    return bool(poll(lambda: read() == wanted, seconds))
+
+
 class CommandFailed(RuntimeError):
     """A command ended with an error; the text carries the command, its input and all it printed."""
 
@@ -1594,14 +1599,14 @@ def test_peer_addresses_print_with_their_zone() -> None:
 # zeros.
 GOLDEN = {
     "ipv4": bytes.fromhex(
-        "45c0024030ce00004001c323c0000201c000020a0304eff300000578450005ac101c4000400638dec000020ac6336414"
-        "9c4001bb7e860684edd5b9018018003ff1f000000101080ada093696b6bafb03"
+        "45c0024030ce00004001c323c0000201c000020a0304eff300000578450005ac101c4000400638dec000"
+        "020ac63364149c4001bb7e860684edd5b9018018003ff1f000000101080ada093696b6bafb03"
     )
     + bytes(496),
     "ipv6": bytes.fromhex(
-        "600284ce04d83a4020010db8000a0000000000000000000120010db8000a000000000000000000100200365100000578"
-        "600b00410598064020010db8000a0000000000000000001020010db8000b000000000000000000209c4001bb240128de"
-        "20240d3a80180040615500000101080ad063289e4cd150ec"
+        "600284ce04d83a4020010db8000a0000000000000000000120010db8000a000000000000000000100200"
+        "365100000578600b00410598064020010db8000a0000000000000000001020010db8000b000000000000"
+        "000000209c4001bb240128de20240d3a80180040615500000101080ad063289e4cd150ec"
     )
     + bytes(1160),
 }
@@ -5658,7 +5663,7 @@ def test_discard_routes_and_no_route_refuse_no_delivery(kind: str) -> None:
                     cluster.router, family, flow_errors(family, "pod")
                 )  # about flows that nobody has
                 refused = {**before, "not_owner": before["not_owner"] + 3 * ERRORS}
-                assert poll(lambda f=family, r=refused: results(cluster.nodes, f) == r, 5)  # type: ignore[misc]
+                assert becomes(partial(results, cluster.nodes, family), refused, 5)
                 assert service_packets(wire, family) == []
 
 
@@ -6044,7 +6049,8 @@ def received_by_origin(host: Host) -> dict[str, int]:
 
 
 FILTERS_LOADED_LATER = {
-    "nft raw": "nft add table ip late; nft add chain ip late pre '{ type filter hook prerouting priority raw; }'; "
+    "nft raw": "nft add table ip late; "
+    "nft add chain ip late pre '{ type filter hook prerouting priority raw; }'; "
     "nft add rule ip late pre fib saddr . iif oif 0 drop",
     "iptables-nft": "iptables-nft -t raw -A PREROUTING -m rpfilter --invert -j DROP",
     "iptables-legacy": "iptables-legacy -t raw -A PREROUTING -m rpfilter --invert -j DROP",
@@ -6580,7 +6586,9 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
         begun, count = time.monotonic(), manager.count("WATCHDOG=1")
         times = [begun]
         for more in range(1, 11):
-            assert poll(lambda more=more: manager.count("WATCHDOG=1") >= count + more, 5)  # type: ignore[misc]
+            wanted = count + more
+            poll(lambda w=wanted: manager.count("WATCHDOG=1") >= w, 5)  # type: ignore[misc]
+            assert manager.count("WATCHDOG=1") >= wanted
             times.append(time.monotonic())
         assert times[-1] - begun >= 1.8  # ten half periods of 0.2 s
         assert min(later - earlier for earlier, later in zip(times, times[1:])) < 0.4
@@ -8200,7 +8208,8 @@ def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
     One of another group on this node, which had the port first.
     """
     router, version = node.net.hosts[1], pmtud.__version__
-    answer = f"10.0.0.2 port {{}}: somebody else answers, pmtud/{version} ({{}}, NFLOG group {{}}) ({{}}?)"
+    server = f"pmtud/{version} ({{}}, NFLOG group {{}})"
+    answer = f"10.0.0.2 port {{}}: somebody else answers, {server} ({{}}?)"
     other = router.start(sys.executable, SCRIPT, "--iface", "to-node", "--nodename", "b")
     mine = node.start(
         sys.executable, SCRIPT, env={"PMTUD_NODENAME": "a", "PMTUD_METRICS_PORT": "29040"}
@@ -8265,7 +8274,8 @@ def test_a_daemon_that_does_not_answer(node: Host) -> None:
 def test_the_check_leaves_nothing_behind(node: Host) -> None:
     """No table is ever made, no group stays bound, no setting moves."""
     monitor = node.start("nft", "monitor")
-    settings = "cat $(find /proc/sys/net -type f -perm -400 | grep -v -e nf_conntrack_count -e flush) 2>/dev/null"
+    found = "find /proc/sys/net -type f -perm -400 | grep -v -e nf_conntrack_count -e flush"
+    settings = f"cat $({found}) 2>/dev/null"
     probe = "add table inet before; delete table inet before"
     assert poll(
         lambda: node.run("nft", probe) or "before" in monitor.output(), 5
@@ -10581,7 +10591,8 @@ def test_checksum_agrees_with_scapy(net: Plan, data: bytes, right: bool) -> None
     def summed(body: bytes) -> int:
         if net is V4:
             return int(scapy_checksum(body))
-        return int(in6_chksum(58, IPv6(src=net.router, dst=net.vip), body))  # type: ignore[no-untyped-call]
+        header = IPv6(src=net.router, dst=net.vip)
+        return int(in6_chksum(58, header, body))  # type: ignore[no-untyped-call]
 
     body = b"\x03" + data
     if right:
@@ -12228,7 +12239,8 @@ HOSTILE_OPTIONS = (
 def any_address(random: Random, net: Plan) -> str:
     """Some router on the Internet."""
     if net is V4:
-        return f"{random.choice((1, 8, 100, 185, 198, 223))}.{random.randrange(256)}.{random.randrange(256)}.7"
+        first = random.choice((1, 8, 100, 185, 198, 223))
+        return f"{first}.{random.randrange(256)}.{random.randrange(256)}.7"
     return f"2600:{random.randrange(1, 65536):x}::{random.randrange(1, 65536):x}"
 
 
