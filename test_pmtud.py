@@ -31,7 +31,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "pmtud.py"
 VENV = Path(os.environ.get("PMTUD_VENV", HERE / ".venv"))
-REQUIREMENTS = (
+REQUIREMENTS = [
     "pytest>=8,<10",
     "pytest-xdist>=3.5,<4",
     "pytest-rerunfailures>=14,<17",
@@ -40,14 +40,14 @@ REQUIREMENTS = (
     "prometheus-client>=0.16,<1",
     "kubernetes-validate==1.37.0",
     "PyYAML>=6,<7",
-    "matplotlib>=3.7,<4",
     # The Python versions it has; without an upper bound 1769699998!10.1.0, of an older Grafana, wins
     'grafana-foundation-sdk>=0.0.21,<1; python_version >= "3.11"',
     # It has wheels for these
     'atheris>=2.3,<4; platform_machine == "x86_64" and python_version >= "3.11"'
     ' and python_version < "3.14"',
-)
-
+]
+if os.environ.get("PMTUD_TEST_PICTURES") != "0":  # 170 MB that unit tests have no use for
+    REQUIREMENTS.append("matplotlib>=3.7,<4")
 
 # The programs that are started here, and Debian's packages with them.
 PACKAGES = {
@@ -7831,6 +7831,7 @@ def test_every_python_passes_the_unit_tests(python: str) -> None:
     """Each in a virtual environment of its own, which stays for the next time."""
     venv = VENV / f"units-{Path(python).name}"
     environ = {**ENVIRONMENT, "PMTUD_VENV": str(venv), "PMTUD_TEST_EXAMPLES": "50"}
+    environ["PMTUD_TEST_PICTURES"] = "0"
     done = subprocess.run(
         [python, __file__, "unit", "-x"], env=environ, capture_output=True, text=True, check=False
     )
