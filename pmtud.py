@@ -1412,7 +1412,7 @@ class Table(NamedTuple):
     rules: tuple[Rule, ...]
 
 
-class Senders(NamedTuple):
+class CopySenders(NamedTuple):
     """Where copies may come from: addresses, packed, and networks."""
 
     addresses: frozenset[bytes] = frozenset()
@@ -1434,7 +1434,7 @@ class Senders(NamedTuple):
         return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most))))
 
 
-NOBODY = Senders()
+NOBODY = CopySenders()
 
 
 class Site(NamedTuple):
@@ -1443,7 +1443,7 @@ class Site(NamedTuple):
     ifaces: tuple[str, ...]  # where errors come in
     uplinks: tuple[str, ...]  # these, and where the default routes lead
     vrfs: tuple[str, ...] = ()  # that these interfaces belong to
-    senders: Senders = NOBODY
+    senders: CopySenders = NOBODY
     conntrack: bool = True  # whether connections are tracked
     bursts: bool = True  # whether the kernel can tell bursts: Linux 5.11 with nft_hash
     copy_mark: Optional[int] = None  # with which copies leave; none: with ours
@@ -1780,7 +1780,7 @@ def shed_rules(rate: int, bursts: bool) -> list[Rule]:
     return rules
 
 
-def copy_senders(senders: Senders) -> Iterator[tuple[Part, ...]]:
+def copy_senders(senders: CopySenders) -> Iterator[tuple[Part, ...]]:
     """What tells copies by their sender; each of these alone.
 
     They come in on any interface, since peers may be known by inner addresses. They have a budget
@@ -2008,7 +2008,7 @@ def iptables_guard(family: Family, site: Site) -> Iterator[str]:
     yield f"{begin} -m conntrack ! --ctstate RELATED -j DROP"
 
 
-def iptables_senders(family: Family, senders: Senders) -> Iterator[str]:
+def iptables_senders(family: Family, senders: CopySenders) -> Iterator[str]:
     """What matches a copy by its sender; iptables makes a rule of each address in a list."""
     ends_here = "-m addrtype ! --dst-type UNICAST"
     addresses = [str(ipaddress.ip_address(address)) for address in senders.of(family)]
@@ -2063,11 +2063,11 @@ class Membership:
         return any(address in network for network in self.networks)
 
 
-class View(NamedTuple):
-    """Who is who, as this node sees it now; replaced as a whole when addresses or peers change."""
+class WhoIsWho(NamedTuple):
+    """Whose addresses are whose, as this node sees it now; replaced as a whole when addresses or peers change."""
 
     own: frozenset[bytes] = frozenset()  # every address of this node
-    node: frozenset[bytes] = frozenset()  # those of them by which peers know it: never shared
+    unshared: frozenset[bytes] = frozenset()  # those by which peers know it; no VIPs
     groups: frozenset[bytes] = frozenset()  # broadcast and multicast addresses that reach it
     peers: frozenset[bytes] = frozenset()
     networks: Membership = Membership()  # --ignore-networks
@@ -2126,8 +2126,8 @@ class TokenBuckets:
 class Policy:
     """The rules of this run: the options that judge an error, and the memory of the limits."""
 
-    def __init__(self, config: Config, view: View) -> None:
-        self.set_view(view)
+    def __init__(self, config: Config, who: WhoIsWho) -> None:
+        self.set_who(who)
         self._min_mtu = {4: config.min_mtu[0], 6: config.min_mtu[1]}
         self._ports = config.ports
         self.services = Membership(config.service_networks) if config.service_networks else None
@@ -2137,20 +2137,20 @@ class Policy:
         self._sources = TokenBuckets(config.source_rate)
         self._total = TokenBuckets(config.rate)
 
-    def set_view(self, view: View) -> None:
-        """From now on judge by this view."""
-        self.view = view
+    def set_who(self, who: WhoIsWho) -> None:
+        """From now on judge by this."""
+        self.who = who
         self.known: dict[Addresses, Verdict] = {}  # of judge_addresses()
 
     def judge(self, error: MtuError) -> Verdict:
         """What its addresses say."""
-        origin, reason = classify(error, self.view)
+        origin, reason = classify(error, self.who)
         if not reason and self.services and error.quoted_src not in self.services:
             reason = Reason.NOT_SERVICE
         if reason:
             return Verdict(origin, NOTHING, reason)
         # A node's own address has one owner.
-        if origin is PEER or error.quoted_src in self.view.node:
+        if origin is PEER or error.quoted_src in self.who.unshared:
             return Verdict(origin, DELIVER)
         return Verdict(origin, REPLICATE)
 
@@ -2228,7 +2228,7 @@ def is_link_local(packed: bytes) -> bool:
     )
 
 
-def classify(error: MtuError, view: View) -> tuple[str, Optional[Reason]]:
+def classify(error: MtuError, who: WhoIsWho) -> tuple[str, Optional[Reason]]:
     """Who sent this error, by its addresses alone, and why it is dropped if it is.
 
     Only an error whose outer destination equals its quoted source and that no node sent is ever
@@ -2237,17 +2237,17 @@ def classify(error: MtuError, view: View) -> tuple[str, Optional[Reason]]:
     routers are among them, and report from there.
     """
     src, quoted_src = error.src, error.quoted_src
-    node = src in view.peers or src in view.networks
-    if src in view.own:
+    inside = src in who.peers or src in who.networks
+    if src in who.own:
         return PEER, Reason.OWN
     # A forged error must not reach flows on 127.0.0.1, which the kernel shields as martians.
     if is_martian(src) or is_martian(quoted_src) or is_link_local(quoted_src):
-        return PEER if node else ROUTER, Reason.MISADDRESSED
+        return PEER if inside else ROUTER, Reason.MISADDRESSED
     if error.dst == quoted_src:
-        return (PEER, Reason.IGNORED_NETWORK) if node else (ROUTER, None)
-    if (node or src in view.neighbours) and (error.dst in view.own or error.dst in view.groups):
+        return (PEER, Reason.IGNORED_NETWORK) if inside else (ROUTER, None)
+    if (inside or src in who.neighbours) and (error.dst in who.own or error.dst in who.groups):
         return PEER, None
-    return PEER if node else ROUTER, Reason.MISADDRESSED
+    return PEER if inside else ROUTER, Reason.MISADDRESSED
 
 
 def judge_addresses(error: MtuError, policy: Policy) -> Verdict:
@@ -3283,7 +3283,11 @@ class Firewall(Netlink):
     SEND_BUFFER_BYTES = 4 << 20  # a transaction with PEERS_MAX peers takes 0.6 MB
 
     def __init__(
-        self, config: Config, ifaces: Sequence[str], owned: bool = True, senders: Senders = NOBODY
+        self,
+        config: Config,
+        ifaces: Sequence[str],
+        owned: bool = True,
+        senders: CopySenders = NOBODY,
     ) -> None:
         super().__init__(NETLINK_NETFILTER)
         self.senders = senders
@@ -4015,7 +4019,7 @@ def open_source(text: str) -> PeerSource:
     return KubeSource(text.partition("?")[2])
 
 
-class Peers:
+class PeerSources:
     """The static addresses and what each source said last; a few threads follow the sources."""
 
     def __init__(self, config: Config, counters: Counters, changed: Callable[[], None]) -> None:
@@ -4122,7 +4126,13 @@ def interface_towards(packed: bytes, iface: str) -> str:
     return ""
 
 
-class Ways(NamedTuple):
+# Who is who: PeerSources have what was last said about peers. arrange() takes this node's addresses
+# into account; what comes out is an Arrangement: Endpoints for each family, and WhoIsWho, by which
+# errors are judged. CopySenders are those of it that the rules know. The Arranger (section daemon)
+# puts each new Arrangement in force.
+
+
+class Endpoints(NamedTuple):
     """Where the errors of one family go from here."""
 
     targets: tuple[PeerAddress, ...] = ()  # where copies go
@@ -4133,27 +4143,27 @@ class Ways(NamedTuple):
 class Arrangement(NamedTuple):
     """What the peers and this node's addresses mean together."""
 
-    ways: Mapping[Family, Ways] = {IPV4: Ways(), IPV6: Ways()}
+    endpoints: Mapping[Family, Endpoints] = {IPV4: Endpoints(), IPV6: Endpoints()}
     removed: tuple[PeerAddress, ...] = ()  # own addresses that were listed
     per_source: Mapping[str, int] = {}  # peers in force by source
-    view: View = View()
+    who: WhoIsWho = WhoIsWho()
 
     @property
     def everyone(self) -> list[PeerAddress]:
         """The peers of both families."""
-        return [peer for ways in self.ways.values() for peer in ways.targets]
+        return [peer for endpoints in self.endpoints.values() for peer in endpoints.targets]
 
     def needs_sockets_after(self, before: Arrangement) -> bool:
         """Whether the sockets of an arrangement before do not fit."""
         if any(peer.zone for peer in self.everyone):  # its interface may have a new index
             return True
-        return self.ways != before.ways
+        return self.endpoints != before.endpoints
 
     @property
-    def senders(self) -> Senders:
+    def senders(self) -> CopySenders:
         """Where copies may come from."""
-        view = self.view
-        return Senders(view.peers, view.networks.networks, view.neighbours.networks)
+        who = self.who
+        return CopySenders(who.peers, who.networks.networks, who.neighbours.networks)
 
 
 def kernel_source(peer: PeerAddress) -> bytes:
@@ -4182,8 +4192,8 @@ def resolved_peers(arrangement: Arrangement) -> dict[str, int]:
 def node_info(nodename: str, arrangement: Arrangement) -> dict[tuple[str, str, str], int]:
     """The labels by which senders and receivers of copies are joined: name, family, address."""
     found = {}
-    for family, ways in arrangement.ways.items():
-        source = ways.source or next(iter(map(kernel_source, ways.targets)), b"")
+    for family, endpoints in arrangement.endpoints.items():
+        source = endpoints.source or next(iter(map(kernel_source, endpoints.targets)), b"")
         if source:
             found[nodename, family.name, str(ipaddress.ip_address(source))] = 1
     return found
@@ -4236,18 +4246,18 @@ def arrange(
     targets = [peer for peer in everyone if peer.packed not in own]
     groups = [peer for peer in targets if peer.packed in broadcasts or peer.is_multicast]
     ifindexes = [number for number, name in socket.if_nameindex() if name in ifaces]
-    ways = {}
-    node: set[bytes] = set()
+    endpoints = {}
+    unshared: set[bytes] = set()
     for family in FAMILIES:
         mine = [peer.packed for peer in removed if family_of(peer.packed) is family]
         mine = [packed for packed in mine if not is_link_local(packed)]
         theirs = tuple(peer for peer in targets if family_of(peer.packed) is family)
         source, known = own_source(mine, theirs)
-        node |= known
-        ways[family] = Ways(theirs, source, inside_address(family, local, ifindexes))
-    view = View(
+        unshared |= known
+        endpoints[family] = Endpoints(theirs, source, inside_address(family, local, ifindexes))
+    who = WhoIsWho(
         own=frozenset(own),
-        node=frozenset(node),
+        unshared=frozenset(unshared),
         groups=frozenset(broadcasts.union(group.packed for group in groups)),
         peers=frozenset(peer.packed for peer in targets),
         networks=Membership(ignored),
@@ -4256,7 +4266,7 @@ def arrange(
     per_source = {}
     for name, peers in listed.items():
         per_source[name] = sum(peer.packed not in own for peer in peers)
-    return Arrangement(ways, removed, per_source, view)
+    return Arrangement(endpoints, removed, per_source, who)
 
 
 def own_source(mine: Sequence[bytes], peers: Sequence[PeerAddress]) -> tuple[bytes, set[bytes]]:
@@ -4278,8 +4288,8 @@ def own_source(mine: Sequence[bytes], peers: Sequence[PeerAddress]) -> tuple[byt
 # Section: forwarder -- the packet's way, whole: read, decide, copy, deliver, count
 
 
-class Lane:
-    """One family's ways out, and what is known of them.
+class FamilySockets:
+    """One family's sockets, and what was counted on them.
 
     Delivery to this node's own stack, and copies to its peers.
     """
@@ -4294,12 +4304,12 @@ class Lane:
 
     def open(self, config: Config, arrangement: Arrangement) -> None:
         """Open both sockets; raises OSError, or PmtudError without privileges."""
-        ways = arrangement.ways[self.family]
+        endpoints = arrangement.endpoints[self.family]
         with contextlib.ExitStack() as stack:
-            delivery = stack.enter_context(DeliverySocket(self.family, ways.inside))
-            copies = stack.enter_context(CopySocket(self.family, config.ttl, ways.source))
+            delivery = stack.enter_context(DeliverySocket(self.family, endpoints.inside))
+            copies = stack.enter_context(CopySocket(self.family, config.ttl, endpoints.source))
             join = not config.dry_run
-            peers = [peer for peer in ways.targets if reachable(peer, copies, join)]
+            peers = [peer for peer in endpoints.targets if reachable(peer, copies, join)]
             self.counts = CopyCounts([str(peer) for peer in peers], self.counts)
             if peers:
                 self.fanout = Fanout(copies, peers, self.counts)
@@ -4349,7 +4359,7 @@ class RuleKeeper:
         if not self.ifaces and self._config.rules == "auto":
             raise NoDefaultRoute
 
-    def open(self, stack: contextlib.ExitStack, senders: Senders) -> None:
+    def open(self, stack: contextlib.ExitStack, senders: CopySenders) -> None:
         """Install our table; with --rules off it holds the guard only, and it may be missing."""
         try:
             self.firewall = Firewall(self._config, self.ifaces, senders=senders)
@@ -4386,7 +4396,7 @@ class RuleKeeper:
             return
         self.complaints.withdraw("rules")
 
-    def follow_senders(self, senders: Senders) -> None:
+    def follow_senders(self, senders: CopySenders) -> None:
         """From now on copies come from these."""
         if self.firewall and self.firewall.senders != senders:
             self.firewall.senders = senders
@@ -4605,8 +4615,8 @@ class Forwarder:
         self._config = config
         self._counters = counters
         self._keeper = keeper
-        self._policy = Policy(config, View())
-        self._lanes = {family.name: Lane(family) for family in FAMILIES}
+        self._policy = Policy(config, WhoIsWho())
+        self._families = {family.name: FamilySockets(family) for family in FAMILIES}
         self._nflog: Optional[Nflog] = None
         self._labels: dict[bytes, str] = {}  # of peers that send copies
         self._recent = 0  # errors since the last tick
@@ -4624,38 +4634,38 @@ class Forwarder:
 
     def close(self) -> None:
         """Give the group back, and all sockets."""
-        self.close_lanes()
+        self.close_sockets()
         if self._nflog:
             self._nflog.close()
 
     def follow(self, arrangement: Arrangement) -> None:
         """From now on judge and send by this arrangement; raises PmtudError."""
-        self.open_lanes(arrangement)
-        self._policy.set_view(arrangement.view)
-        groups = arrangement.view.groups
+        self.open_missing(arrangement)
+        self._policy.set_who(arrangement.who)
+        groups = arrangement.who.groups
         self._labels = {p.packed: str(p) for p in arrangement.everyone if p.packed not in groups}
         self._counters.follow(arrangement.per_source, self._labels.values())
         self.gather()  # with more peers fewer errors a turn
 
-    def open_lanes(self, arrangement: Arrangement) -> None:
+    def open_missing(self, arrangement: Arrangement) -> None:
         """Sockets for each family that has none; one that has no use may go without."""
         complaints = self._keeper.complaints
-        for name, lane in self._lanes.items():
-            if lane.delivery:
+        for name, sockets in self._families.items():
+            if sockets.delivery:
                 continue
             try:
-                lane.open(self._config, arrangement)
-                self._counters.copies[name] = lane.counts
+                sockets.open(self._config, arrangement)
+                self._counters.copies[name] = sockets.counts
                 complaints.withdraw(name)
             # Switched off in the kernel, or duplicate detection on the source address.
             except OSError as problem:
-                if arrangement.ways[lane.family].targets:
+                if arrangement.endpoints[sockets.family].targets:
                     complaints.say(name, f"no {name} sockets", problem=problem)
 
-    def close_lanes(self) -> None:
+    def close_sockets(self) -> None:
         """Close the sockets of both families."""
-        for lane in self._lanes.values():
-            lane.close()
+        for sockets in self._families.values():
+            sockets.close()
 
     def _read(self) -> list[Logged]:
         """What has arrived, nothing if nothing has.
@@ -4680,7 +4690,7 @@ class Forwarder:
         """While errors are many, have the kernel hand over as many at a time as a turn may take."""
         errors = 1
         if self._recent > self.BUSY:
-            most = max(len(lane.counts.peers) for lane in self._lanes.values())
+            most = max(len(sockets.counts.peers) for sockets in self._families.values())
             errors = max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
         if self._nflog and errors != self._gathering:
             with contextlib.suppress(OSError):
@@ -4733,9 +4743,9 @@ class Forwarder:
             return None
         action = verdict.action
         if action is REPLICATE:
-            lane = self._lanes[error.family.name]
-            if lane.fanout:
-                lane.bodies.append(error.icmp)
+            sockets = self._families[error.family.name]
+            if sockets.fanout:
+                sockets.bodies.append(error.icmp)
                 return error, verdict.origin, REPLICATE, rpf
             action = DELIVER
         if verdict.origin is ROUTER and not self._config.rescue:
@@ -4746,27 +4756,27 @@ class Forwarder:
 
     def _replicate(self) -> None:
         """Send the copies of all errors of a family together."""
-        for lane in self._lanes.values():
-            if lane.bodies and lane.fanout and not self._config.dry_run:
-                copies = len(lane.bodies) * len(lane.fanout.peers)
-                self.refusals.add(lane.fanout.send(lane.bodies), copies)
-            lane.bodies.clear()
+        for sockets in self._families.values():
+            if sockets.bodies and sockets.fanout and not self._config.dry_run:
+                copies = len(sockets.bodies) * len(sockets.fanout.peers)
+                self.refusals.add(sockets.fanout.send(sockets.bodies), copies)
+            sockets.bodies.clear()
 
     # -- deliver
 
     def _deliver(self, error: MtuError, rpf: bool) -> None:
         """Give the error to this node's own stack; the guard decides whether it is the owner."""
-        lane = self._lanes[error.family.name]
-        own = error.quoted_src in self._policy.view.own
+        sockets = self._families[error.family.name]
+        own = error.quoted_src in self._policy.who.own
         result = "error"
         # Without a guard the error could leave this node towards the VIP
-        if lane.delivery and (own or self._keeper.guarded[error.family.name]):
-            code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
+        if sockets.delivery and (own or self._keeper.guarded[error.family.name]):
+            code = sockets.delivery.deliver(error.icmp, error.quoted_src, own)
             if code and self._keeper.conntrack_appeared():
-                code = lane.delivery.deliver(error.icmp, error.quoted_src, own)
+                code = sockets.delivery.deliver(error.icmp, error.quoted_src, own)
             if code == 0 and own and is_deaf_tunnel(error):
                 again = as_about_echo_reply(error.icmp)
-                code = lane.delivery.deliver(again, error.quoted_src, own)
+                code = sockets.delivery.deliver(again, error.quoted_src, own)
             if code == 0:
                 result = "owner"
             elif code == errno.EPERM:
@@ -5069,7 +5079,7 @@ def describe_rules(config: Config, firewall: Optional[Firewall]) -> str:
     return text
 
 
-def describe_limits(config: Config, senders: Senders) -> str:
+def describe_limits(config: Config, senders: CopySenders) -> str:
     """How much is acted on, and what is believed."""
     total = describe_rate(config.rate)
     passed = senders.rate(config.rate)
@@ -5086,12 +5096,12 @@ def describe_limits(config: Config, senders: Senders) -> str:
     return text
 
 
-class Roster:
+class Arranger:
     """Who is who on this node: puts peers and addresses in force whenever they change."""
 
     CHANGE_GAP = 1.0  # seconds from one change to the next: 16 ms each with 1,000 peers
 
-    def __init__(self, peers: Peers, forwarder: Forwarder, keeper: RuleKeeper) -> None:
+    def __init__(self, peers: PeerSources, forwarder: Forwarder, keeper: RuleKeeper) -> None:
         self.arrangement = Arrangement()
         self.stale = False  # peers or addresses have changed
         self.change_at = 0.0  # when the next change may be put in force
@@ -5111,7 +5121,7 @@ class Roster:
         arrangement = arrange(listed, local_addresses(), config.ignore_networks, ifaces)
         # Pods come and go, and addresses with them: mostly nothing changes for us.
         if arrangement.needs_sockets_after(self.arrangement):
-            self._forwarder.close_lanes()
+            self._forwarder.close_sockets()
         self._forwarder.follow(arrangement)
         self.arrangement = arrangement
         self._keeper.follow_senders(self.arrangement.senders)
@@ -5134,7 +5144,7 @@ class Roster:
     def tick(self) -> None:
         """Once a second: open what could not be opened, try again what is not in force."""
         try:
-            self._forwarder.open_lanes(self.arrangement)
+            self._forwarder.open_missing(self.arrangement)
         except PmtudError as problem:
             text = "cannot open raw sockets any more"
             self._complaints.say("sockets", text, problem=problem)
@@ -5160,8 +5170,8 @@ class Roster:
             if peers:
                 told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
         if told:
-            ways = self.arrangement.ways
-            counts = {f"peers_{family.name}": len(ways[family].targets) for family in FAMILIES}
+            endpoints = self.arrangement.endpoints
+            counts = {f"peers_{family.name}": len(endpoints[family].targets) for family in FAMILIES}
             log("info", f"peers changed: {', '.join(told)}", **counts)
         elif not new and self.arrangement.per_source.keys() != before.per_source.keys():
             self.tell()
@@ -5218,8 +5228,8 @@ class Daemon:
         self.counters = Counters()
         self.keeper = RuleKeeper(config, Complaints())
         self.forwarder = Forwarder(config, self.counters, self.keeper)
-        self.peers = Peers(config, self.counters, self.wake)
-        self.roster = Roster(self.peers, self.forwarder, self.keeper)
+        self.peers = PeerSources(config, self.counters, self.wake)
+        self.arranger = Arranger(self.peers, self.forwarder, self.keeper)
         self._server: Optional[StatusServer] = None
         self._manager = ServiceManager(os.environ)
         self._stack = contextlib.ExitStack()
@@ -5248,8 +5258,8 @@ class Daemon:
             self._monitor = Netlink(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
             stack.enter_context(self._monitor)
             self._monitor.socket.setblocking(False)
-            self.roster.rearrange(self.config)
-            self.keeper.open(stack, self.roster.arrangement.senders)
+            self.arranger.rearrange(self.config)
+            self.keeper.open(stack, self.arranger.arrangement.senders)
             self._open_status(stack)
             keep_two_capabilities()  # in this thread, so before any other starts
             self.peers.follow()
@@ -5306,7 +5316,7 @@ class Daemon:
     def _announce(self) -> None:
         """The lines of a start: where, to whom, how much."""
         config = self.config
-        arrangement = self.roster.arrangement
+        arrangement = self.arranger.arrangement
         ifaces = ", ".join(self.keeper.ifaces) or "any"
         rules = describe_rules(config, self.keeper.firewall)
         log(
@@ -5314,7 +5324,7 @@ class Daemon:
             f"pmtud {__version__} on {config.nodename}: errors come in on {ifaces}, "
             f"NFLOG group {config.nflog_group}, rules: {rules}",
         )
-        self.roster.tell()
+        self.arranger.tell()
         removed = ", ".join(map(str, arrangement.removed))
         if removed:
             log("info", f"own address removed from peers: {removed}")
@@ -5325,7 +5335,7 @@ class Daemon:
     def _status(self) -> str:
         """What systemctl status shows."""
         totals = self.counters.summary()
-        peers = len(self.roster.arrangement.everyone)
+        peers = len(self.arranger.arrangement.everyone)
         return f"STATUS={peers} peers, {totals['received']} errors, {totals['copies']} copies"
 
     def unhealthy(self) -> list[str]:
@@ -5337,20 +5347,20 @@ class Daemon:
 
     def unready(self) -> list[str]:
         """What keeps errors from coming in and going out; nothing if all is well."""
-        return self.unhealthy() + self.keeper.unready() + self.roster.unanswered()
+        return self.unhealthy() + self.keeper.unready() + self.arranger.unanswered()
 
     def _render(self) -> bytes:
         """The metrics, with what is looked up for each scrape; in the thread that answers it."""
         reasons = {
             "loop": self.unhealthy(),
             "rules": self.keeper.unready(),
-            "peers": self.roster.unanswered(),
+            "peers": self.arranger.unanswered(),
         }
         counters = self.counters
         counters.unready = {reason: int(bool(found)) for reason, found in reasons.items()}
         counters.shed = self.keeper.shed()
-        counters.resolved = resolved_peers(self.roster.arrangement)
-        counters.node = node_info(self.config.nodename, self.roster.arrangement)
+        counters.resolved = resolved_peers(self.arranger.arrangement)
+        counters.node = node_info(self.config.nodename, self.arranger.arrangement)
         return render_metrics(counters)
 
     # -- the loop
@@ -5376,15 +5386,15 @@ class Daemon:
             if now >= tick_at:
                 tick_at = now + self.TICK
                 self._tick(now)
-            if self.roster.stale and now >= self.roster.change_at:
-                self.roster.refresh(self.config)
+            if self.arranger.stale and now >= self.arranger.change_at:
+                self.arranger.refresh(self.config)
                 self._manager.tell(self._status())
 
     def _wait(self, tick_at: float) -> set[int]:
         """Sleep until something is due or has come in; the descriptors that can be read."""
         wake_at = min(tick_at, self._manager.watchdog_at)
-        if self.roster.stale:
-            wake_at = min(wake_at, self.roster.change_at)
+        if self.arranger.stale:
+            wake_at = min(wake_at, self.arranger.change_at)
         poll = select.poll()
         for descriptor in (self.forwarder, self._monitor, self._wake_read):
             poll.register(descriptor, select.POLLIN)
@@ -5393,7 +5403,7 @@ class Daemon:
 
     def wake(self) -> None:
         """Make the loop look at the peers again; callable from any thread or signal handler."""
-        self.roster.stale = True
+        self.arranger.stale = True
         with contextlib.suppress(OSError):
             os.write(self._wake_write, b"!")
 
@@ -5430,10 +5440,10 @@ class Daemon:
         self._ticks += 1
         self.forwarder.tick(now)
         self.keeper.tick()
-        self.roster.tick()
+        self.arranger.tick()
         if self._ticks % self.SLOW_TICKS == 0:
             if self.keeper.follow_default_route():
-                self.roster.stale = True
+                self.arranger.stale = True
             self.keeper.probe_guard()
         if self._report.is_due(now):
             self._report.tell(now)
@@ -5445,7 +5455,7 @@ class Daemon:
         with contextlib.suppress(OSError):  # nothing left, or events were lost: look again
             while True:
                 self._monitor.socket.recv(NETLINK_BUFFER_BYTES)
-        self.roster.stale = True
+        self.arranger.stale = True
 
 
 # -----------------------------------------------------------------------------
@@ -6528,7 +6538,7 @@ def check_programs(node: Node) -> Iterator[Finding]:
 def judge_calico(node: Node) -> Finding:
     """Calico's eBPF data plane: copies need its mark, and an address of a node each."""
     found = "Calico's eBPF data plane"
-    groups = arrange({"": node.config.peers}, local_addresses(), ()).view.neighbours.networks
+    groups = arrange({"": node.config.peers}, local_addresses(), ()).who.neighbours.networks
     if groups:
         text = f"{found} does not give pods what comes by broadcast or multicast; list the nodes"
         return fail("programs", text)
@@ -6696,7 +6706,7 @@ def silent_peers(arrangement: Arrangement, local: Sequence[LocalAddress]) -> lis
     """The peers that answer no ping within a second, all asked at once; needs privileges."""
     waiting = {}
     for peer in arrangement.everyone:
-        if peer.packed not in arrangement.view.groups:
+        if peer.packed not in arrangement.who.groups:
             waiting[peer.packed] = peer
     number = os.getpid() & 0xFFFF
     try:

@@ -2342,9 +2342,9 @@ def make_policy(net: Plan = V4, **options: Any) -> pmtud.Policy:
 
     No limits.
     """
-    view = pmtud.View(
+    who = pmtud.WhoIsWho(
         own=frozenset({packed(net.node), packed(net.vip)}),
-        node=frozenset({packed(net.node)}),
+        unshared=frozenset({packed(net.node)}),
         groups=frozenset({packed(net.group)}),
         peers=frozenset({packed(net.peer)}),
         networks=pmtud.Membership([ip_network(net.inside_network)]),
@@ -2353,7 +2353,7 @@ def make_policy(net: Plan = V4, **options: Any) -> pmtud.Policy:
         ),
     )
     unlimited = {"flow_interval": 0.0, "source_rate": 0.0, "rate": 0.0}
-    return pmtud.Policy(pmtud.Config(**{**unlimited, **options}), view)
+    return pmtud.Policy(pmtud.Config(**{**unlimited, **options}), who)
 
 
 def outcome(error: pmtud.MtuError, policy: pmtud.Policy, now: float) -> str:
@@ -2456,13 +2456,13 @@ def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
     assert pmtud.decide(found, policy, 1.0).origin == case.origin
     assert outcome(found, policy, 1.0) == case.decision
     expected = case.decision if isinstance(case.decision, Reason) else None
-    assert pmtud.classify(found, policy.view) == (case.origin, expected)
+    assert pmtud.classify(found, policy.who) == (case.origin, expected)
 
 
 @unit
 @both_families
 def test_without_peers_an_error_is_still_a_routers(net: Plan) -> None:
-    assert pmtud.classify(parsed(net), pmtud.View(own=frozenset({packed(net.node)}))) == (
+    assert pmtud.classify(parsed(net), pmtud.WhoIsWho(own=frozenset({packed(net.node)}))) == (
         pmtud.ROUTER,
         None,
     )
@@ -3072,7 +3072,7 @@ def test_file_source_explains(name: str, tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def all_answered(peers: pmtud.Peers) -> bool:
+def all_answered(peers: pmtud.PeerSources) -> bool:
     """Whether every source has answered."""
     return not peers.unanswered(peers.listed())
 
@@ -3088,7 +3088,7 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     path.write_text("10.0.0.12")
     name = f"file:{path}"
     config = pmtud.Config(peers=addresses("fd00::12"), peer_sources=(name,))
-    peers = pmtud.Peers(config, counters, lambda: changes.append(1))
+    peers = pmtud.PeerSources(config, counters, lambda: changes.append(1))
     assert not all_answered(peers)
     peers.prepare()
     peers.follow()
@@ -3112,7 +3112,7 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
 def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     config = pmtud.Config(peer_sources=(f"file:{tmp_path}/none",))
     with pytest.raises(pmtud.UsageError) as caught:
-        pmtud.Peers(config, pmtud.Counters(), lambda: None).prepare()
+        pmtud.PeerSources(config, pmtud.Counters(), lambda: None).prepare()
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
 
 
@@ -3263,7 +3263,7 @@ def test_hundreds_of_names_need_few_threads(dns: Answers) -> None:
     dns[socket.AF_INET] = ["10.0.0.12"]
     names = tuple(f"dns:node-{number}" for number in range(300))
     before, counters = threading.active_count(), pmtud.Counters()
-    peers = pmtud.Peers(pmtud.Config(peer_sources=names), counters, lambda: None)
+    peers = pmtud.PeerSources(pmtud.Config(peer_sources=names), counters, lambda: None)
     try:
         peers.follow()
         assert threading.active_count() - before <= 8
@@ -3293,7 +3293,9 @@ def test_sighup_during_a_look_asks_for_another(
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     dns[socket.AF_INET] = ["10.0.0.12"]
-    peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), pmtud.Counters(), lambda: None)
+    peers = pmtud.PeerSources(
+        pmtud.Config(peer_sources=("dns:nodes",)), pmtud.Counters(), lambda: None
+    )
     try:
         peers.follow()
         begun.wait(10)
@@ -3326,7 +3328,7 @@ def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPat
         socket, "getaddrinfo", lambda *arguments: (free.wait(10), answer(*arguments))[1]
     )
     dns[socket.AF_INET] = ["10.0.0.12"]
-    peers = pmtud.Peers(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
+    peers = pmtud.PeerSources(pmtud.Config(peer_sources=("dns:nodes",)), counters, lambda: None)
     try:
         peers.follow()
         assert not all_answered(peers)
@@ -3949,7 +3951,7 @@ def test_kube_source_outside_a_pod_is_a_usage_error(
 ) -> None:
     """What no waiting will change is said at the start; an API server may come late."""
     config = pmtud.Config(peer_sources=("kube:nodes",))
-    peers = pmtud.Peers(config, pmtud.Counters(), lambda: None)
+    peers = pmtud.PeerSources(config, pmtud.Counters(), lambda: None)
     api.bearer = "unknown to the pod"
     peers.prepare()
     for name in ("token", "ca.crt"):
@@ -3984,7 +3986,7 @@ def test_an_hour_without_the_api_changes_nothing(api: FakeApi) -> None:
     server.
     """
     counters = pmtud.Counters()
-    peers = pmtud.Peers(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
+    peers = pmtud.PeerSources(pmtud.Config(peer_sources=("kube:nodes",)), counters, lambda: None)
     try:
         peers.follow()
         until(partial(all_answered, peers))
@@ -4027,15 +4029,15 @@ def test_arrange_removes_this_node_and_sends_from_its_listed_address(
         "file:x": addresses("10.0.0.12"),
     }
     found = pmtud.arrange(listed, LOCAL, [ip_network("10.9.0.0/16")])
-    ipv4, ipv6 = found.ways[pmtud.IPV4], found.ways[pmtud.IPV6]
+    ipv4, ipv6 = found.endpoints[pmtud.IPV4], found.endpoints[pmtud.IPV6]
     assert (ipv4.targets, ipv6.targets) == (addresses("10.0.0.12"), addresses("fd00::12"))
     assert found.removed == addresses("10.0.0.11", "fd00::11")
     assert (ipv4.source, ipv6.source) == (packed("10.0.0.11"), packed("fd00::11"))
     assert found.per_source == {"static": 2, "file:x": 1}
-    assert found.view.own == {address.packed for address in LOCAL}
-    assert found.view.node == {packed("10.0.0.11"), packed("fd00::11")}
-    assert found.view.peers == {packed("10.0.0.12"), packed("fd00::12")}
-    assert [packed(a) in found.view.networks for a in ("10.9.1.1", "10.0.0.13", "fd00::13")] == [
+    assert found.who.own == {address.packed for address in LOCAL}
+    assert found.who.unshared == {packed("10.0.0.11"), packed("fd00::11")}
+    assert found.who.peers == {packed("10.0.0.12"), packed("fd00::12")}
+    assert [packed(a) in found.who.networks for a in ("10.9.1.1", "10.0.0.13", "fd00::13")] == [
         True,
         False,
         False,
@@ -4046,9 +4048,9 @@ def test_arrange_removes_this_node_and_sends_from_its_listed_address(
 def test_arrange_asks_the_kernel_where_this_node_is_not_listed(routes: dict[str, bytes]) -> None:
     routes.update({"10.0.0.12": packed("10.0.0.11")})
     found = pmtud.arrange({"static": addresses("10.0.0.12", "10.7.7.7")}, LOCAL, [])
-    assert {ways.source for ways in found.ways.values()} == {b""}
+    assert {one.source for one in found.endpoints.values()} == {b""}
     assert found.removed == ()
-    assert found.view.node == {packed("10.0.0.11")}
+    assert found.who.unshared == {packed("10.0.0.11")}
 
 
 @unit
@@ -4062,9 +4064,9 @@ def test_arrange_never_sends_from_a_service_address(routes: dict[str, bytes]) ->
         {"static": addresses("203.0.113.10", "10.0.0.11", "10.0.0.12")}, LOCAL, []
     )
     assert found.removed == addresses("203.0.113.10", "10.0.0.11")
-    assert found.ways[pmtud.IPV4].source == packed("10.0.0.11")
-    assert found.ways[pmtud.IPV6].source == b""
-    assert found.view.node == {packed("10.0.0.11")}
+    assert found.endpoints[pmtud.IPV4].source == packed("10.0.0.11")
+    assert found.endpoints[pmtud.IPV6].source == b""
+    assert found.who.unshared == {packed("10.0.0.11")}
 
 
 @unit
@@ -4077,8 +4079,8 @@ def test_arrange_leaves_the_source_to_the_kernel_where_peers_are_link_local(
     own = pmtud.LocalAddress(packed("fe80::11"), 64, 2, b"")
     routes.update({"fe80::12%lo": packed("fe80::11")})
     found = pmtud.arrange({"static": addresses("fe80::11%lo", "fe80::12%lo")}, [*LOCAL, own], [])
-    assert {ways.source for ways in found.ways.values()} == {b""}
-    assert found.view.node == {packed("fe80::11")}
+    assert {one.source for one in found.endpoints.values()} == {b""}
+    assert found.who.unshared == {packed("fe80::11")}
 
 
 @unit
@@ -4086,10 +4088,10 @@ def test_arrange_takes_the_subnet_of_a_broadcast_peer_for_the_cluster(
     routes: dict[str, bytes],
 ) -> None:
     found = pmtud.arrange({"static": addresses("10.0.0.255")}, LOCAL, [])
-    assert [ways.targets for ways in found.ways.values()] == [addresses("10.0.0.255"), ()]
-    assert packed("10.0.0.255") in found.view.groups
-    assert [packed(a) in found.view.neighbours for a in ("10.0.0.200", "10.0.1.1")] == [True, False]
-    routers = pmtud.arrange({"static": addresses("10.0.0.12")}, LOCAL, []).view
+    assert [one.targets for one in found.endpoints.values()] == [addresses("10.0.0.255"), ()]
+    assert packed("10.0.0.255") in found.who.groups
+    assert [packed(a) in found.who.neighbours for a in ("10.0.0.200", "10.0.1.1")] == [True, False]
+    routers = pmtud.arrange({"static": addresses("10.0.0.12")}, LOCAL, []).who
     assert packed("10.0.0.200") not in routers.neighbours
     assert packed("10.0.0.255") in routers.groups  # a peer may broadcast while this node does not
 
@@ -4102,14 +4104,14 @@ def test_arrange_takes_the_prefixes_of_a_multicast_peers_link_for_the_cluster(
     places = (("fd00::11", link), ("fd01::11", link + 1))
     local = [pmtud.LocalAddress(packed(address), 64, index, b"") for address, index in places]
     found = pmtud.arrange({"static": addresses("ff02::114%lo")}, local, [])
-    assert found.view.groups == {packed("ff02::114")}
-    assert [packed(a) in found.view.neighbours for a in ("fd00::99", "fd01::99")] == [True, False]
+    assert found.who.groups == {packed("ff02::114")}
+    assert [packed(a) in found.who.neighbours for a in ("fd00::99", "fd01::99")] == [True, False]
 
 
 @unit
 def test_arrange_survives_a_peer_whose_interface_is_gone() -> None:
     found = pmtud.arrange({"static": addresses("fe80::12%nosuch0", "10.0.0.11")}, LOCAL, [])
-    assert found.ways[pmtud.IPV6].targets == addresses("fe80::12%nosuch0")
+    assert found.endpoints[pmtud.IPV6].targets == addresses("fe80::12%nosuch0")
 
 
 # -- peers that change
@@ -4194,12 +4196,12 @@ def test_refused_copies_are_named_once_a_minute(cluster: Cluster) -> None:
 
 WAITS_FOR_PEERS = """
 import time
-follow = pmtud.Peers.follow
+follow = pmtud.PeerSources.follow
 def follow_and_wait(self):
     follow(self)
     while len(self.listed()) < 2:
         time.sleep(0.01)
-pmtud.Peers.follow = follow_and_wait
+pmtud.PeerSources.follow = follow_and_wait
 """
 
 
@@ -4226,7 +4228,7 @@ def test_peers_that_answer_while_the_daemon_starts(cluster: Cluster) -> None:
 
 def test_changes_within_a_second_are_taken_together(tmp_path: Path) -> None:
     """One alone is in force at once; 90 that follow it are one. Here that second lasts ten."""
-    patch = f"{account_in(tmp_path)}\npmtud.Roster.CHANGE_GAP = 10.0"
+    patch = f"{account_in(tmp_path)}\npmtud.Arranger.CHANGE_GAP = 10.0"
     with Net() as net, ExitStack() as stack:
         node = net.host("node")
         api = stack.enter_context(node.inside(lambda: FakeApi(tmp_path)))
@@ -12387,14 +12389,14 @@ def hostile_policy() -> pmtud.Policy:
         )
     ]
     node = frozenset((packed("10.0.0.11"), packed("fd00::11")))
-    view = pmtud.View(
+    who = pmtud.WhoIsWho(
         own=frozenset(own),
-        node=node,
+        unshared=node,
         groups=frozenset((packed("10.0.0.255"),)),
         peers=frozenset(peer.packed for peer in config.peers),
         networks=pmtud.Membership(config.ignore_networks),
     )
-    return pmtud.Policy(config, view)
+    return pmtud.Policy(config, who)
 
 
 def test_hostile_packets_are_what_they_claim() -> None:
@@ -12524,8 +12526,8 @@ import atheris, sys
 with atheris.instrument_imports(include=["pmtud"]):
     import pmtud
 config = pmtud.Config(flow_interval=0, source_rate=0, rate=0, service_networks=pmtud.parse_networks("203.0.113.0/24"))
-view = pmtud.View(peers=frozenset((bytes([10, 0, 0, 12]),)), own=frozenset((bytes([10, 0, 0, 11]),)))
-policy = pmtud.Policy(config, view)
+who = pmtud.WhoIsWho(peers=frozenset((bytes([10, 0, 0, 12]),)), own=frozenset((bytes([10, 0, 0, 11]),)))
+policy = pmtud.Policy(config, who)
 summed = pmtud.checksum_remainder
 def judge(packet):
     found = pmtud.parse(packet)
@@ -15730,7 +15732,7 @@ def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
             assert poll(lambda: sum(came()) == 1000, 10), came()  # it was 24 s
             took = time.monotonic() - begun
             assert metrics(one.node)['pmtud_peers{source="kube:nodes"}'] == 1000
-        assert len(came()) <= took / pmtud.Roster.CHANGE_GAP + 3
+        assert len(came()) <= took / pmtud.Arranger.CHANGE_GAP + 3
     assert len(times) > 20 and median(times) < 0.1
     assert sum(seconds == 0.5 for seconds in times) <= len(times) / 50, sorted(times)[-20:]
 
