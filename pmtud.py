@@ -4567,9 +4567,13 @@ Acted = tuple[MtuError, str, str, bool]
 def explain_circle(service: bytes) -> str:
     """What it means that a node forwards an error to the fabric, which returns it."""
     address = ipaddress.ip_address(service)
+    ip = "ip" if address.version == 4 else "ip -6"
+    # A discard route would do that, too, and end what this node itself sends to services: the way
+    # is looked up before kube-proxy's NAT in OUTPUT.
     return (
         f"errors about {address} circle between the fabric and this node until their TTL ends; "
-        "give the service network a discard route: ip route add blackhole NETWORK"
+        "discard what comes in for services that are not here: "
+        f"{ip} rule add iif IFACE to NETWORK blackhole"
     )
 
 
@@ -5971,7 +5975,9 @@ def start_command(node: Node) -> str:
         return "systemctl enable --now pmtud"
     if node.in_kubernetes:
         return "kubectl apply -f daemonset.yaml"
-    return "cp pmtud.service /etc/systemd/system && systemctl enable --now pmtud"
+    script = "install pmtud.py /usr/local/bin"
+    unit = "cp pmtud.service /etc/systemd/system"
+    return f"{script} && {unit} && systemctl enable --now pmtud"
 
 
 def check_command(config: Config, *hosts: str) -> str:
@@ -7624,15 +7630,17 @@ def judge_passage(node: Node, passage: Passage, said: str, source: bytes) -> Fin
             lost = f"{said}, and no pmtud delivers it here: pods behind NAT do not learn"
             return warn("path_from", lost, start_command(node))
         if is_unheard:
-            return warn("path_from", f"{said}, and pmtud did not deliver it: see its metrics")
+            why = "pmtud dropped it (its metrics have the reason), or a firewall did"
+            return warn("path_from", f"{said}, and it was not delivered: {why}")
         return ok("path_from", said)
     if passage.is_taken:
         return ok("path_from", f"{said} came here")
     lost = f"{said} did not come here within 1 s: the fabric gave it to another node"
+    peers = f"the IPv{family_of(source).version} addresses of all"
     if node.daemon:
-        advice = "let pmtud run on every node, with all of them as --peers; run this on each"
+        advice = f"let pmtud run on every node, with {peers} as --peers; run this on each"
         return fail("path_from", f"{lost}; {advice}")
-    advice = "run this on each node, and pmtud with all of them as --peers"
+    advice = f"run this on each node, and pmtud with {peers} as --peers"
     return fail("path_from", f"{lost}; {advice}", start_command(node))
 
 

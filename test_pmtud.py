@@ -5998,10 +5998,28 @@ def test_a_peer_file_that_is_empty(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_errors_that_circle(cluster: Cluster, family: int) -> None:
-    """They use up nobody's limits, and log and doctor say what stops them; a discard route does."""
-    node = cluster.nodes[ingress(cluster, family, "pod")]
+    """They use up nobody's limits, and log and doctor say what stops them.
+
+    The rule does, and what the node itself sends to services still arrives, by NAT in OUTPUT as
+    kube-proxy has it. With a discard route it would not.
+    """
+    at = ingress(cluster, family, "pod")
+    node, vip = cluster.nodes[at], cluster.vip("pod", family)
     options = ("--source-rate", str(ERRORS + 2), "--flow-interval", "0.0001")
-    advice = f"errors about {cluster.vip('pod', family)} circle between the fabric and this node"
+    advice = f"errors about {vip} circle between the fabric and this node"
+    ip, word, pod, network = {
+        4: ("ip", "ip", f"10.244.{at + 1}.2", "10.96.0.0/24"),
+        6: ("ip -6", "ip6", f"fd44:{at + 1}::2", "fd96::/64"),
+    }[family]
+    out = f"type nat hook output priority -100; {word} daddr {vip} dnat to {pod}"
+    node.run("nft", f"table {word} own {{ chain out {{ {out}; }}; }}")
+    connect = f"import socket; socket.create_connection(('{vip}', {PORT}), 3)"
+
+    def connects() -> bool:
+        with suppress(CommandFailed):
+            node.run(sys.executable, "-c", connect)
+            return True
+        return False
 
     def dropped(reason: str) -> int:
         return int(metrics(node)[f'pmtud_dropped_total{{reason="{reason}"}}'])
@@ -6015,13 +6033,20 @@ def test_errors_that_circle(cluster: Cluster, family: int) -> None:
         assert process.output().count(advice) == 1
         found = diagnose(node).of("daemon_says")
         assert found["status"] == "WARN" and found["found"].startswith(advice)
+        assert found["found"].endswith(f": {ip} rule add iif IFACE to NETWORK blackhole")
         time.sleep(1.1)
-        add_discard_route(node, "blackhole")
+        rule = f"iif eth0 to {network} blackhole"
+        node.run("sh", "-c", f"{ip} rule add {rule}")
         inject(cluster.router, family, flow_errors(family, "pod"))
         received_in_the_end([node])
         assert dropped("circling") == circled
         assert metrics(node)['pmtud_acted_total{action="replicate"}'] == 2 * ERRORS
-        node.ip("route del blackhole 10.96.0.0/24", "route del blackhole fd96::/64")
+        assert connects()
+        node.run("sh", "-c", f"{ip} rule del {rule}")
+    add_discard_route(node, "blackhole")
+    assert not connects()
+    node.ip("route del blackhole 10.96.0.0/24", "route del blackhole fd96::/64")
+    node.run("nft", f"delete table {word} own")
 
 
 def received_in_the_end(hosts: Sequence[Host]) -> int:
@@ -7938,7 +7963,8 @@ def text_of(host: Host, *options: str, hosts: tuple[str, ...] = (), cni_dir: str
 
 STARTS = (
     "systemctl enable --now pmtud",
-    "cp pmtud.service /etc/systemd/system && systemctl enable --now pmtud",
+    "install pmtud.py /usr/local/bin && cp pmtud.service /etc/systemd/system && "
+    "systemctl enable --now pmtud",
     "kubectl apply -f daemonset.yaml",
 )
 
@@ -9831,7 +9857,7 @@ def test_check_from_a_service_address(cluster: Cluster, family: int, service: st
     assert before.count(here) == 1
     assert sum(found.startswith(elsewhere) for found in before) == 2
     assert all(
-        found.endswith("run this on each node, and pmtud with all of them as --peers")
+        found.endswith(f"and pmtud with the IPv{family} addresses of all as --peers")
         for found in before
         if found != here
     )
@@ -9863,10 +9889,13 @@ def test_check_from_a_service_address_where_not_all_is_well(cluster: Cluster) ->
             assert "OK the error of 10.8.0.1 came as a copy" in str(passages(cluster, "host", 4))
         narrow = ("--service-networks", "10.97.0.0/16")
         with daemons(others[:1], "--peers", PEER_LISTS[4], *options, *narrow):
-            assert ", and pmtud did not deliver it: see" in str(passages(cluster, "host", 4))
+            assert ", and it was not delivered: pmtud" in str(passages(cluster, "host", 4))
     with daemons(cluster.nodes, "--metrics-port", "0"):
         alone = [found for found in passages(cluster, "host", 4) if found != HERE_4]
-        advice = "let pmtud run on every node, with all of them as --peers; run this on each"
+        advice = (
+            "let pmtud run on every node, with the IPv4 addresses of all as --peers; "
+            "run this on each"
+        )
         assert alone == [ELSEWHERE_4 + advice] * 2
 
 
