@@ -5159,11 +5159,16 @@ class Arranger:
         """One line about the peers in force."""
         peers = self.arrangement.everyone
         if peers:
-            log("info", f"peers: {len(peers)} ({some(peers)})")
+            log("info", f"peers: {len(peers)} ({some(peers)})", **self._per_family())
         elif self.unanswered():
             log("info", "peers: none yet, asking for them")
         else:
             log("info", "peers: none, standalone: local rescue only")
+
+    def _per_family(self) -> dict[str, int]:
+        """How many of each family: a copy goes only to peers of its own."""
+        endpoints = self.arrangement.endpoints
+        return {f"peers_{family.name}": len(endpoints[family].targets) for family in FAMILIES}
 
     def _tell_change(self, before: Arrangement) -> None:
         """One line about who came and went; also where a source's first answer brings nobody."""
@@ -5174,9 +5179,7 @@ class Arranger:
             if peers:
                 told.append(f"{len(peers)} {what} ({some(sorted(peers))})")
         if told:
-            endpoints = self.arrangement.endpoints
-            counts = {f"peers_{family.name}": len(endpoints[family].targets) for family in FAMILIES}
-            log("info", f"peers changed: {', '.join(told)}", **counts)
+            log("info", f"peers changed: {', '.join(told)}", **self._per_family())
         elif not new and self.arrangement.per_source.keys() != before.per_source.keys():
             self.tell()
 

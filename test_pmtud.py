@@ -5154,7 +5154,8 @@ def test_own_addresses_with_nonlocal_bind(cluster: Cluster) -> None:
     node.sysctl("net.ipv4.ip_nonlocal_bind", 1)
     try:
         with daemons([node], "--peers", PEER_LISTS[4]) as [process]:
-            assert "peers: 2 (10.0.0.12, 10.0.0.13)" in process.output()
+            told = "peers: 2 (10.0.0.12, 10.0.0.13) peers_ipv4=2 peers_ipv6=0\n"
+            assert told in process.output()
             assert "own address removed from peers: 10.0.0.11" in process.output()
     finally:
         node.sysctl("net.ipv4.ip_nonlocal_bind", 0)
