@@ -65,16 +65,20 @@ import ctypes
 import enum
 import errno
 import fnmatch
+import http.client
+import http.server
 import ipaddress
 import json
 import logging
 import math
 import platform
+import random
 import re
 import select
 import shlex
 import socket
 import socketserver
+import ssl
 import stat
 import struct
 import threading
@@ -84,10 +88,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional, Union
-
-if TYPE_CHECKING:  # with ssl it costs 6 MB and 20 ms at the start: imported where it is needed
-    import http.client
+from typing import Any, Callable, NamedTuple, NoReturn, Optional, Union
 
 __version__ = "0.2.0"
 
@@ -1359,7 +1360,6 @@ BUCKETS = 1 << 16
 # That one node should send: a third of a core; with more than 100 peers fewer errors pass
 COPIES_PER_SECOND = 100_000
 ELEMENTS_MAX = 1000  # in one message: an attribute holds 64 kB
-# Names of tables, by NFLOG group; the second holds the guard alone
 LIMIT_SECONDS = {"second": 1, "minute": 60}
 
 
@@ -2064,7 +2064,10 @@ class Membership:
 
 
 class WhoIsWho(NamedTuple):
-    """Whose addresses are whose, as this node sees it now; replaced as a whole when addresses or peers change."""
+    """Whose addresses are whose, as this node sees it now.
+
+    Replaced as a whole when addresses or peers change.
+    """
 
     own: frozenset[bytes] = frozenset()  # every address of this node
     unshared: frozenset[bytes] = frozenset()  # those by which peers know it; no VIPs
@@ -3666,11 +3669,6 @@ class Fanout:
 # Section: peers -- where addresses come from, and what they mean on this node
 
 
-def jitter(low: float, high: float) -> float:
-    """A number between the two; `random` would load OpenSSL's 4 MB for it."""
-    return low + (high - low) * int.from_bytes(os.urandom(2), "big") / 0xFFFF
-
-
 class PeerSource:
     """Something that names peers and may change its mind; one thread asks it."""
 
@@ -3745,7 +3743,9 @@ class DnsSource(PeerSource):
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses that the name has now; raises PeerSourceError also where it has none."""
-        self.interval = jitter(7.5, 12.5)  # so that the nodes of a cluster do not ask in step
+        self.interval = random.uniform(
+            7.5, 12.5
+        )  # so that the nodes of a cluster do not ask in step
         problems: dict[Family, str] = {}
         for family in FAMILIES:  # in one call the answer of one hides the failure of the other
             try:
@@ -3834,9 +3834,7 @@ class KubeSource(PeerSource):
         self._nodes: dict[str, list[str]] = {}  # InternalIPs by node name
         self._version = ""  # the resourceVersion of these; empty: list them
         self._connection: Optional[http.client.HTTPSConnection] = None
-        self._events: Optional[http.client.HTTPResponse] = None  # the watch
-        self._opened_at = 0.0
-        self._has_told = False  # this watch, anything
+        self._steps = self._list_and_watch()
         self._failures = 0  # in a row
         self._retry_after = 0.0  # seconds
 
@@ -3856,31 +3854,37 @@ class KubeSource(PeerSource):
         self.interval = 0.0
         self._retry_after = 0.0
         try:
-            if not self._version:
-                return self._list()
-            if not self._events:
-                self._start_watch()
-                return None
-            return self._next_event()
-        except Expired:
-            self._version = ""
-            self._hang_up()
-            return None
+            return next(self._steps)
         except Exception as problem:  # whatever a server says, the thread goes on
             if not isinstance(problem, OSError):  # what was not understood will not come again
                 self._version = ""
+            self._steps = self._list_and_watch()
             self._hang_up()
             self._failures = min(self._failures + 1, 5)
-            pause = jitter(0.5, 1.0) * min(30.0, 2.0**self._failures)
+            pause = random.uniform(0.5, 1.0) * min(30.0, 2.0**self._failures)
             self.interval = max(self._retry_after, pause)
             raise self.failed(str(problem) or type(problem).__name__) from problem
+
+    def _list_and_watch(self) -> Iterator[Optional[tuple[PeerAddress, ...]]]:
+        """List the nodes once, then watch them: the addresses after each step, None if the same."""
+        while True:
+            try:
+                if not self._version:
+                    yield self._list()
+                watch = self._open_watch()
+                yield None
+                for event in self._events(watch):
+                    yield self._apply(event)
+            except Expired:
+                self._version = ""
+            self._hang_up()
+            yield None
 
     def _hang_up(self) -> None:
         if self._connection:
             self._connection.close()
         self._connection = None
-        self._events = None
-        self.interval = jitter(0.5, 1.0)
+        self.interval = random.uniform(0.5, 1.0)
 
     @staticmethod
     def _server() -> tuple[str, int]:
@@ -3893,9 +3897,6 @@ class KubeSource(PeerSource):
 
     def _connect(self) -> http.client.HTTPSConnection:
         """A new connection to the API server; ACCOUNT/ca.crt says whom to believe."""
-        import http.client
-        import ssl
-
         context = ssl.create_default_context(cafile=f"{self.ACCOUNT}/ca.crt")
         # Python 3.13's default, which many a cluster does not pass
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -3934,20 +3935,19 @@ class KubeSource(PeerSource):
         """All nodes, page by page."""
         nodes: dict[str, list[str]] = {}
         page_token = ""
-        for _ in range(PEERS_MAX // self.PAGE_NODES):
+        for _ in range(math.ceil(PEERS_MAX / self.PAGE_NODES)):
             query = {"limit": self.PAGE_NODES, "continue": page_token}
             page = json.loads(self._read_page(self._get(self.READ_SECONDS, **query)))
             for node in page["items"] or ():
                 nodes[node["metadata"]["name"]] = internal_addresses(node)
             page_token = page["metadata"].get("continue") or ""
-            if page_token:
-                continue
-            self._version = page["metadata"]["resourceVersion"]
-            if not self._version:
-                raise ValueError("the API server tells no resourceVersion")
-            self._nodes = nodes
-            self._failures = 0
-            return self._peers()
+            if not page_token:
+                self._version = page["metadata"]["resourceVersion"]
+                if not self._version:
+                    raise ValueError("the API server tells no resourceVersion")
+                self._nodes = nodes
+                self._failures = 0
+                return self._peers()
         raise ValueError(f"more than {PEERS_MAX} nodes")
 
     def _read_page(self, response: http.client.HTTPResponse) -> bytes:
@@ -3963,33 +3963,35 @@ class KubeSource(PeerSource):
     def _peers(self) -> tuple[PeerAddress, ...]:
         return self._usable(text for addresses in self._nodes.values() for text in addresses)
 
-    def _start_watch(self) -> None:
-        seconds = int(jitter(240, 480))
-        self._events = self._get(
+    def _open_watch(self) -> http.client.HTTPResponse:
+        """An answer that grows by one line for each event, and ends by itself after some minutes."""
+        seconds = int(random.uniform(240, 480))
+        return self._get(
             seconds + 30.0,
             watch=1,
             resourceVersion=self._version,
             allowWatchBookmarks="true",
             timeoutSeconds=seconds,
         )
-        self._opened_at = time.monotonic()
-        self._has_told = False
 
-    def _next_event(self) -> Optional[tuple[PeerAddress, ...]]:
-        """Wait for one event of the watch; the addresses after it, None if it changes nothing."""
-        assert self._events
-        line = self._events.readline(self.EVENT_BYTES_MAX)
+    def _events(self, watch: http.client.HTTPResponse) -> Iterator[Any]:
+        """The events of a watch until it ends; raises OSError where it was cut off."""
+        opened_at = time.monotonic()
+        has_told = False
+        line = watch.readline(self.EVENT_BYTES_MAX)
+        while line.endswith(b"\n"):
+            self._failures = 0
+            has_told = True
+            yield json.loads(line)
+            line = watch.readline(self.EVENT_BYTES_MAX)
         if len(line) == self.EVENT_BYTES_MAX:
             raise ValueError(f"an event is larger than {self.EVENT_BYTES_MAX} bytes")
-        if not line.endswith(b"\n"):  # the end of timeoutSeconds, or of the connection
-            is_short = time.monotonic() - self._opened_at < 1.0
-            if line or (is_short and not self._has_told):
-                raise OSError("the watch was cut off")
-            self._hang_up()
-            return None
-        self._failures = 0
-        self._has_told = True
-        event = json.loads(line)
+        is_short = time.monotonic() - opened_at < 1.0
+        if line or (is_short and not has_told):
+            raise OSError("the watch was cut off")
+
+    def _apply(self, event: Any) -> Optional[tuple[PeerAddress, ...]]:
+        """The addresses after an event, None if it changes nothing."""
         node = event["object"]
         if event["type"] == "ERROR":
             if node["code"] == 410:
@@ -4560,7 +4562,7 @@ class Refusals:
         return lines
 
 
-# An error that is acted on, its origin, one of ACTIONS, whether strict reverse path filtering drops it
+# An error that is acted on, its origin, one of ACTIONS, whether strict rp_filter drops it
 Acted = tuple[MtuError, str, str, bool]
 
 
@@ -4881,8 +4883,9 @@ class StatusServer(socketserver.ThreadingTCPServer):
     ) -> None:
         self.render, self.unhealthy, self.unready = render, unhealthy, unready
         self.notes = notes
-        # only one process in the cluster says this: `check` knows by it who answers
-        self.name = f"pmtud/{__version__} ({config.nodename}, NFLOG group {config.nflog_group})"
+        # Only one process in the cluster says this: `check` knows by it who answers.
+        name = f"pmtud/{__version__} ({config.nodename}, NFLOG group {config.nflog_group})"
+        self.name = name.encode("ascii", "replace").decode()
         self._started: dict[Any, float] = {}  # open connections, by socket, the oldest first
         self._ended = threading.Condition()  # guards it
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -4938,35 +4941,24 @@ class StatusServer(socketserver.ThreadingTCPServer):
         """A client that hangs up or stalls is no news."""
 
 
-class StatusHandler(socketserver.StreamRequestHandler):
-    """Answers one GET on one of the three paths, in HTTP/1.0.
-
-    (http.server would load OpenSSL for it: 5 MB.)
-    """
+class StatusHandler(http.server.BaseHTTPRequestHandler):
+    """Answers GET on the three paths."""
 
     timeout = 5.0
-    LINE_BYTES_MAX, HEADERS_MAX = 4096, 100
+    wbufsize = -1  # head and body leave together
     server: StatusServer
 
-    def handle(self) -> None:
-        """Read the request and serve /metrics, /healthz or /readyz.
-
-        What the headers say does not matter.
-        """
-        method, _, rest = self.rfile.readline(self.LINE_BYTES_MAX).partition(b" ")
-        headers = (self.rfile.readline(self.LINE_BYTES_MAX) for _ in range(self.HEADERS_MAX))
-        complete = any(line in (b"\r\n", b"\n") for line in headers)
-        path = rest.split(b" ")[0].partition(b"?")[0]
-        if method != b"GET" or not complete:
-            self._answer("400 Bad Request", b"GET /metrics /healthz /readyz\n")
-        elif path == b"/metrics":
+    def do_GET(self) -> None:
+        """Serve /metrics, /healthz or /readyz."""
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
             self._answer_metrics()
-        elif path == b"/healthz":
+        elif path == "/healthz":
             self._answer_verdict(self.server.unhealthy(), self.server.notes())
-        elif path == b"/readyz":
+        elif path == "/readyz":
             self._answer_verdict(self.server.unready())
         else:
-            self._answer("404 Not Found", b"/metrics /healthz /readyz\n")
+            self._answer(404, b"/metrics /healthz /readyz\n")
 
     def _answer_metrics(self) -> None:
         try:
@@ -4974,26 +4966,30 @@ class StatusHandler(socketserver.StreamRequestHandler):
         except PmtudError as problem:
             self._answer_verdict([str(problem)])
         else:
-            self._answer("200 OK", body, "text/plain; version=0.0.4; charset=utf-8")
+            self._answer(200, body, "text/plain; version=0.0.4; charset=utf-8")
 
     def _answer_verdict(self, problems: list[str], notes: Sequence[str] = ()) -> None:
         """What is wrong, one thing a line; or that all is well, and what is worth a look."""
         if problems:
             body = "".join(f"{problem}\n" for problem in problems)
-            self._answer("503 Service Unavailable", body.encode("utf-8", "replace"))
+            self._answer(503, body.encode("utf-8", "replace"))
         else:
             body = "".join(f"{line}\n" for line in ["ok", *notes])
-            self._answer("200 OK", body.encode())
+            self._answer(200, body.encode())
 
-    def _answer(self, status: str, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
-        head = [
-            f"HTTP/1.0 {status}",
-            f"Content-Type: {kind}",
-            f"Content-Length: {len(body)}",
-            f"Server: {self.server.name}",
-            "Connection: close",
-        ]
-        self.wfile.write("\r\n".join([*head, "", ""]).encode("ascii", "replace") + body)
+    def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def version_string(self) -> str:
+        """What the Server header says."""
+        return self.server.name
+
+    def log_message(self, *_: object) -> None:
+        """Who asks is no news."""
 
 
 def render_metrics(counters: Counters) -> bytes:
@@ -6342,23 +6338,23 @@ def judge_answer(address: str, port: int, says: str, notes: list[str]) -> str:
 
     `says`: what the daemon calls itself there. `notes` gets what else it has to say.
     """
+    name = "without a name"
+    body = ""
     try:
-        with socket.create_connection((address, port), timeout=2.0) as connection:
-            connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-            data = connection.recv(4096)  # the daemon's answer comes in one piece
+        with contextlib.closing(http.client.HTTPConnection(address, port, 2.0)) as connection:
+            connection.request("GET", "/healthz")
+            answer = connection.getresponse()
+            name = answer.getheader("Server", name).strip()
+            body = answer.read(4096).decode("utf-8", "replace").strip()
+    except http.client.HTTPException:  # no HTTP at all
+        pass
     except OSError as problem:
         return f"{problem.strerror or problem}: the daemon is not heard there"
-    answer = data.decode("utf-8", "replace")
-    server = re.search(r"(?im)^server: *(.*?)\s*$", answer)
-    name = "without a name"
-    if server:
-        name = server[1]
     if not re.fullmatch(says, name):
         guess = "another program?"
         if port in NODE_PORTS:
             guess = f"a Service with nodePort {port}?"
         return f"somebody else answers, {name[:60]} ({guess})"
-    body = answer.partition("\r\n\r\n")[2].strip()
     first, *more = body.splitlines() or [""]
     if first == "ok":
         notes += more
@@ -7615,7 +7611,7 @@ def probe_port(node: Node) -> int:
     if node.daemon:
         with contextlib.suppress(ValueError):
             given = parse_ports(option_of(node.daemon.options, "ports")) or given
-    return min(given, default=49152 + int.from_bytes(os.urandom(2), "big") % 16384)
+    return min(given, default=random.randrange(49152, 65536))
 
 
 def judge_passage(node: Node, passage: Passage, said: str, source: bytes) -> Finding:

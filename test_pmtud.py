@@ -6887,16 +6887,13 @@ def test_http(cluster: Cluster) -> None:
         assert get(node, "/etc/passwd")[0] == "404"
         assert get(node, "/healthz?verbose") == ("200", "ok\n")
         head = node.run("curl", "-sSi", "http://127.0.0.1:30040/metrics").splitlines()
-        assert (head[0], head[1]) == (
-            "HTTP/1.0 200 OK",
-            "Content-Type: text/plain; version=0.0.4; charset=utf-8",
-        )
-        assert (
-            head[3] == f"Server: pmtud/{pmtud.__version__} ({socket.gethostname()}, NFLOG group 33)"
-        )
+        assert head[0] == "HTTP/1.0 200 OK"
+        assert "Content-Type: text/plain; version=0.0.4; charset=utf-8" in head
+        name = f"pmtud/{pmtud.__version__} ({socket.gethostname()}, NFLOG group 33)"
+        assert f"Server: {name}" in head
         for option in ("-XPOST", "-I"):
             url = "http://127.0.0.1:30040/healthz"
-            assert "400 Bad Request" in node.run("curl", "-sSi", option, url, check=False)
+            assert "501 Unsupported method" in node.run("curl", "-sSi", option, url, check=False)
         assert metrics(node)['pmtud_peers{source="static"}'] == 2
     with daemons([node], "--metrics-port", "31000", "--metrics-addr", "10.0.0.11"):
         assert get(node, "/healthz", 31000, "10.0.0.11") == ("200", "ok\n")
@@ -13281,7 +13278,7 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
         watched.fires("PmtudPeersDiffer", f"{address[far]} is not a peer of all other nodes")
         watched.fires("PmtudPeersDiffer", "10.0.0.99 is not a peer of all other nodes")
 
-        patch = "pmtud.jitter = lambda low, high: 0.3"
+        patch = "pmtud.random.uniform = lambda low, high: 0.3"
         watched.start(far, "--peers", f"{PEER_LISTS[4]},dns:no-such.invalid", patch=patch)
         watched.fires("PmtudPeerSourceFails", "dns:no-such.invalid")
         watched.fires("PmtudNotReady", address[far])
