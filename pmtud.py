@@ -56,8 +56,8 @@ if __name__ == "__main__" and not {"check", "rules"}.intersection(sys.argv):
     # signal to process 1 of a container while there is no handler. So far nothing is open; run()
     # sets the handlers that close everything.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the peers have not been read so far
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
 
 import argparse
 import contextlib
@@ -88,6 +88,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, islice, product
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, Union
 
 __version__ = "0.2.0"
@@ -464,6 +465,18 @@ HOST_LABEL = "(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?\Z)(?:{HOST_LABEL}\.)*(?![0-9]+\.?\Z){HOST_LABEL}\.?")
 
 
+def address_text(packed: bytes) -> str:
+    """A packed address for people; str() of ipaddress takes ten times as long."""
+    if len(packed) == 4:
+        return socket.inet_ntop(socket.AF_INET, packed)
+    return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+def packed_address(text: str) -> bytes:
+    """An address in network byte order, without its zone; raises ValueError."""
+    return ipaddress.ip_address(text.partition("%")[0]).packed
+
+
 class PeerAddress(NamedTuple):
     """An address to send copies to.
 
@@ -479,8 +492,7 @@ class PeerAddress(NamedTuple):
         return len(self.packed) == 16 and self.packed[0] == 0xFF
 
     def __str__(self) -> str:
-        family = socket.AF_INET if len(self.packed) == 4 else socket.AF_INET6
-        text = socket.inet_ntop(family, self.packed)  # str() of ipaddress takes ten times as long
+        text = address_text(self.packed)
         return f"{text}%{self.zone}" if self.zone else text
 
 
@@ -513,7 +525,8 @@ class Config(NamedTuple):
 
 def split_list(text: str) -> list[str]:
     """The non-empty items of a comma-separated list, stripped."""
-    return [item.strip() for item in text.split(",") if item.strip()]
+    items = map(str.strip, text.split(","))
+    return [item for item in items if item]
 
 
 def number_between(
@@ -523,8 +536,10 @@ def number_between(
 
     def parse_number(text: str) -> float:
         # int() and float() also take 1_0 and the digits of other scripts
-        if not re.fullmatch(r"-?[0-9]+" if convert is int else r"-?[0-9]*\.?[0-9]+", text):
-            raise ValueError(f"{text!r} is not a {'whole number' if convert is int else 'number'}")
+        if convert is int and not re.fullmatch("-?[0-9]+", text):
+            raise ValueError(f"{text!r} is not a whole number")
+        if not re.fullmatch(r"-?[0-9]*\.?[0-9]+", text):
+            raise ValueError(f"{text!r} is not a number")
         value = convert(text)
         if not low <= value <= high:
             raise ValueError(f"{text} is not between {low} and {high:.10g}")
@@ -548,23 +563,28 @@ def parse_ports(text: str) -> frozenset[int]:
     """Source ports and ranges of them, like 443,8000-8100."""
     ports: set[int] = set()
     for item in split_list(text) or [text]:
-        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", item)
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high <= 65535:
-            raise ValueError(
-                f"{item!r} is not a port or a range of ports; write them like 443,8000-8100"
-            )
+        first, dash, last = item.partition("-")
+        if not dash:
+            last = first
+        try:
+            low = number_between(1, 65535)(first)
+            high = number_between(low, 65535)(last)
+        except ValueError:
+            advice = "write them like 443,8000-8100"
+            raise ValueError(f"{item!r} is not a port or a range of ports; {advice}") from None
         ports.update(range(low, high + 1))
     return frozenset(ports)
 
 
 def parse_min_mtu(text: str) -> tuple[int, int]:
     """IPV4 or IPV4,IPV6: the smallest MTUs believed, in bytes."""
-    items = [item.strip() for item in text.split(",")]
-    if not 1 <= len(items) <= 2 or not all(items):
+    items = list(map(str.strip, text.split(",")))
+    if len(items) > 2 or not all(items):
         raise ValueError(f"{text!r} is not one MTU (IPv4) or two (IPv4,IPv6)")
-    ipv4: int = number_between(IPV4_MIN_MTU, 65535)(items[0])
-    ipv6: int = number_between(IPV6_MIN_MTU, 65535)(items[1]) if len(items) == 2 else IPV6_MIN_MTU
+    ipv4 = number_between(IPV4_MIN_MTU, 65535)(items[0])
+    ipv6 = IPV6_MIN_MTU
+    if len(items) == 2:
+        ipv6 = number_between(IPV6_MIN_MTU, 65535)(items[1])
     return ipv4, ipv6
 
 
@@ -572,9 +592,12 @@ def parse_copy_mark(text: str) -> Union[str, int]:
     """auto, none or a mark of 32 bits, decimal or like 0x3000000."""
     if text in ("auto", "none"):
         return text
-    if not re.fullmatch("0[xX][0-9a-fA-F]{1,8}|[0-9]{1,10}", text):
+    if re.fullmatch("0[xX][0-9a-fA-F]{1,8}", text):
+        mark = int(text, 16)
+    elif re.fullmatch("[0-9]{1,10}", text):
+        mark = int(text)
+    else:
         raise ValueError(f"{text!r} is not auto, none or a mark like 0x3000000")
-    mark = int(text, 16 if text[1:2] in ("x", "X") else 10)
     if mark > 0xFFFFFFFF:
         raise ValueError(f"{text} has more than 32 bits")
     if mark == MARK_DELIVER:
@@ -598,7 +621,8 @@ def parse_iface(text: str) -> tuple[str, ...]:
     """Interface names, comma-separated."""
     names = tuple(split_list(text))
     for name in names:
-        if len(name.encode()) >= IFNAMSIZ or name in (".", "..") or re.search(r'[/:"\s]', name):
+        is_odd = name in (".", "..") or re.search(r'[/:"\s]', name)
+        if is_odd or len(name.encode()) >= IFNAMSIZ:
             raise ValueError(f"{name!r} is not an interface name")
     return names
 
@@ -626,18 +650,20 @@ def parse_peer(text: str) -> PeerAddress:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise ValueError(explain_no_address(text)) from None
-    mapped = getattr(address, "ipv4_mapped", None)
-    address = mapped or address
-    zone = getattr(address, "scope_id", None) or ""
-    scoped = address.version == 6 and (address.is_link_local or address.is_multicast)
-    if scoped and not zone:
-        raise ValueError(f"{text} needs its interface, like {text}%eth0")
-    group = address.packed == b"\xff" * 4 or (address.version == 4 and address.is_multicast)
-    if address.is_loopback or address.is_unspecified or group:
-        raise ValueError(
-            f"{text} cannot be a peer; list node addresses or a subnet broadcast address"
-        )
-    return PeerAddress(address.packed, zone if scoped else "")
+    address = getattr(address, "ipv4_mapped", None) or address
+    packed = address.packed
+    is_group = packed == b"\xff" * 4 or address.is_multicast
+    zone = ""
+    is_zoned = address.is_link_local or address.is_multicast
+    if is_zoned and isinstance(address, ipaddress.IPv6Address):
+        is_group = False
+        zone = address.scope_id or ""
+        if not zone:
+            raise ValueError(f"{text} needs its interface, like {text}%eth0")
+    if address.is_loopback or address.is_unspecified or is_group:
+        advice = "list node addresses or a subnet broadcast address"
+        raise ValueError(f"{text} cannot be a peer; {advice}")
+    return PeerAddress(packed, zone)
 
 
 def parse_peer_lines(text: str) -> tuple[PeerAddress, ...]:
@@ -1028,13 +1054,11 @@ class MtuError(NamedTuple):
         return max(self.quoted_length + IPV4_HEADER_MAX, swapped + self.family.uncounted)
 
     def __str__(self) -> str:
-        addresses = [
-            str(ipaddress.ip_address(a))
-            for a in (self.src, self.dst, self.quoted_src, self.quoted_dst)
-        ]
+        start = f"{address_text(self.quoted_src)}:{self.source_port}"
+        end = f"{address_text(self.quoted_dst)}:{self.destination_port}"
         return (
-            f"router={addresses[0]} dst={addresses[1]} flow={addresses[2]}:{self.source_port}>"
-            f"{addresses[3]}:{self.destination_port}/{self.quoted_protocol} mtu={self.mtu}"
+            f"router={address_text(self.src)} dst={address_text(self.dst)} "
+            f"flow={start}>{end}/{self.quoted_protocol} mtu={self.mtu}"
         )
 
 
@@ -1201,7 +1225,9 @@ def walk_error(packet: bytes) -> Union[MtuError, Reason]:
         return Reason.QUOTED_FRAGMENT
     if end < transport + QUOTED_TRANSPORT_MIN:
         return Reason.QUOTED_SHORT
-    ports = PORTS.unpack_from(packet, transport) if protocol in PROTOCOLS_WITH_PORTS else (0, 0)
+    ports = (0, 0)
+    if protocol in PROTOCOLS_WITH_PORTS:
+        ports = PORTS.unpack_from(packet, transport)
     identifier = flow_id(family, protocol, packet, transport)
     return MtuError(
         family,
@@ -1286,6 +1312,16 @@ def attributes(data: bytes, at: int = 0) -> dict[int, bytes]:
         found[kind & NLA_TYPE_MASK] = data[at + NLA_HDRLEN : at + length]
         at += length + -length % NLMSG_ALIGNTO
     return found
+
+
+def host_number(attrs: Mapping[int, bytes], kind: int) -> int:
+    """The number in an attribute, in host byte order; 0 where it is not there."""
+    return int.from_bytes(attrs.get(kind, b""), sys.byteorder)
+
+
+def host_text(attrs: Mapping[int, bytes], kind: int) -> str:
+    """The string in an attribute, without its NUL; empty where it is not there."""
+    return attrs.get(kind, b"").rstrip(b"\0").decode(errors="surrogateescape")
 
 
 def error_number(payload: bytes) -> int:
@@ -1430,8 +1466,8 @@ class CopySenders(NamedTuple):
         """
         if not wanted:
             return 0
-        most = max(len(self.of(family)) for family in FAMILIES)
-        return max(1, int(min(wanted, COPIES_PER_SECOND / max(1, most))))
+        most = max(1, *(len(self.of(family)) for family in FAMILIES))
+        return max(1, int(min(wanted, COPIES_PER_SECOND / most)))
 
 
 NOBODY = CopySenders()
@@ -1487,13 +1523,6 @@ def load_payload(base: int, offset: int, length: int) -> bytes:
         PayloadAttr.LEN: length,
     }
     return expression("payload", numbers)
-
-
-def load_source(family: Family) -> bytes:
-    """The source address into register 1, for packets of this family."""
-    right_family = load_meta(NFT_META_NFPROTO) + compare(NFT_CMP_EQ, bytes([family.nfproto]))
-    base = NFT_PAYLOAD_NETWORK_HEADER
-    return right_family + load_payload(base, family.src_offset, family.address_len)
 
 
 def keep_bits(mask: bytes) -> bytes:
@@ -1588,6 +1617,13 @@ def is_family(family: Family) -> Part:
     return Part(f"meta nfproto {family.name}", data)
 
 
+def load_source(family: Family) -> bytes:
+    """The source address into register 1, for packets of this family."""
+    base = NFT_PAYLOAD_NETWORK_HEADER
+    address = load_payload(base, family.src_offset, family.address_len)
+    return is_family(family).data + address
+
+
 def count(name: str) -> Part:
     """Count the packet in a counter of the table."""
     numbers = {ObjrefAttr.IMM_TYPE: NFT_OBJECT_COUNTER}
@@ -1605,7 +1641,8 @@ def is_error(family: Family) -> Part:
 
 def is_from_set(family: Family, name: str) -> Part:
     """The packet's source is in this set of addresses."""
-    lookup = expression("lookup", {LookupAttr.SREG: NFT_REG_1}, string(LookupAttr.SET, name))
+    named = string(LookupAttr.SET, name)
+    lookup = expression("lookup", {LookupAttr.SREG: NFT_REG_1}, named)
     return Part(f"{family.nft} saddr @{name}", load_source(family) + lookup)
 
 
@@ -1614,7 +1651,8 @@ def is_from_network(network: Network) -> Part:
     address = network.network_address.packed
     family = family_of(address)
     bits = load_source(family) + keep_bits(network.netmask.packed)
-    return equal(Part(f"{family.nft} saddr", bits), Part(str(network), address))
+    source = Part(f"{family.nft} saddr", bits)
+    return equal(source, Part(str(network), address))
 
 
 def to_group(group: int, prefix: str = "") -> Part:
@@ -1736,7 +1774,8 @@ def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
     Within a chain they stand in the order in which they are appended.
     """
     rpf = (FAILS_RPF, to_group(group, RPF_PREFIX), RETURN)
-    rules = [Rule("mtu_errors", rpf), Rule("mtu_errors", (to_group(group),))]
+    rules = [Rule("mtu_errors", rpf)]
+    rules.append(Rule("mtu_errors", (to_group(group),)))
     after_copies = "mtu_errors"  # where copies, and routers' errors, go next
     after_routers = "mtu_errors"
     if rate:
@@ -1745,12 +1784,14 @@ def nflog_rules(group: int, site: Site, rate: int) -> list[Rule]:
         rules.append(Rule("copies_in", (per_second(rate), goto("mtu_errors"))))
         rules += shed_rules(rate, site.bursts)
         for family in FAMILIES:
-            for chain in ("copies_in", "shed"):
-                rules.append(Rule(chain, (is_family(family), count(shed_counter(family)))))
+            counted = (is_family(family), count(shed_counter(family)))
+            rules.append(Rule("copies_in", counted))
+            rules.append(Rule("shed", counted))
     for parts in copy_senders(site.senders):
         rules.append(Rule("senders", (*parts, goto(after_copies))))
     for iface in site.ifaces:
-        rules.append(Rule("senders", (equal(IIFNAME, interface(iface)), goto(after_routers))))
+        came_in = equal(IIFNAME, interface(iface))
+        rules.append(Rule("senders", (came_in, goto(after_routers))))
     for family in FAMILIES:
         rules.append(Rule("prerouting", (is_error(family), goto("senders"))))
     return rules
@@ -1773,7 +1814,8 @@ def shed_rules(rate: int, bursts: bool) -> list[Rule]:
         return [Rule("shed", (per_second(rate), goto("mtu_errors")))]
     # Of low rates more, up to half: with 1,000 peers 100 errors pass, and bursts have ten
     kept = min(max(50, rate // 8), max(1, rate // 2))
-    rules = [Rule("shed", (per_second(max(1, rate - kept)), goto("mtu_errors")))]
+    first_come = per_second(max(1, rate - kept))
+    rules = [Rule("shed", (first_come, goto("mtu_errors")))]
     for family in FAMILIES:
         parts = (in_a_burst(family), per_second(kept), goto("mtu_errors"))
         rules.append(Rule("shed", parts))
@@ -1838,10 +1880,10 @@ def owned_flows(site: Site) -> Iterator[tuple[Part, ...]]:
         yield RELATED, TRANSLATED
     # What it routes elsewhere than where errors come in: pods with routed addresses
     if site.uplinks:
-        inward = tuple(unequal(OIFNAME, interface(name)) for name in ("lo", *site.uplinks))
+        inward = [unequal(OIFNAME, interface(name)) for name in ("lo", *site.uplinks)]
         if site.conntrack:
-            inward = (RELATED, *inward)
-        yield inward
+            inward.insert(0, RELATED)
+        yield tuple(inward)
     # Its own addresses. To `lo` alone: where an address has just gone, what was meant for it would
     # take the default route.
     yield equal(OIFNAME, interface("lo")), TO_LOCAL
@@ -1898,7 +1940,7 @@ def set_text(one: Set) -> str:
     text = " ".join(f"{part.text};" for part in one.parts)
     if not one.elements:
         return text
-    elements = ", ".join(str(ipaddress.ip_address(address)) for address in one.elements)
+    elements = ", ".join(map(address_text, one.elements))
     return f"{text} elements = {{ {elements} }}"
 
 
@@ -1921,13 +1963,16 @@ def replace_requests(table: Table, flags: int) -> list[Request]:
     for number, one in enumerate(table.sets, 1):
         requests += set_requests(table.name, one, number)
     for chain in table.chains:
-        payload = string(ChainAttr.TABLE, table.name) + string(ChainAttr.NAME, chain.name)
+        payload = string(ChainAttr.TABLE, table.name)
+        payload += string(ChainAttr.NAME, chain.name)
         if chain.hook:
             payload += chain.hook.data
         requests.append((NFT_MSG_NEWCHAIN, payload))
     for rule in table.rules:
-        payload = string(RuleAttr.TABLE, table.name) + string(RuleAttr.CHAIN, rule.chain)
-        requests.append((NFT_MSG_NEWRULE, payload + nested(RuleAttr.EXPRESSIONS, rule.data)))
+        payload = string(RuleAttr.TABLE, table.name)
+        payload += string(RuleAttr.CHAIN, rule.chain)
+        payload += nested(RuleAttr.EXPRESSIONS, rule.data)
+        requests.append((NFT_MSG_NEWRULE, payload))
     return requests
 
 
@@ -1951,7 +1996,8 @@ def set_requests(table: str, one: Set, number: int) -> Iterator[Request]:
 
 def set_element(address: bytes) -> bytes:
     """One element of a set of addresses."""
-    return nested(ListAttr.ELEM, nested(ElemAttr.KEY, attribute(DataAttr.VALUE, address)))
+    value = attribute(DataAttr.VALUE, address)
+    return nested(ListAttr.ELEM, nested(ElemAttr.KEY, value))
 
 
 IPTABLES_ADDRESSES_MAX = 100  # in one command: a line that people can still read
@@ -2011,7 +2057,7 @@ def iptables_guard(family: Family, site: Site) -> Iterator[str]:
 def iptables_senders(family: Family, senders: CopySenders) -> Iterator[str]:
     """What matches a copy by its sender; iptables makes a rule of each address in a list."""
     ends_here = "-m addrtype ! --dst-type UNICAST"
-    addresses = [str(ipaddress.ip_address(address)) for address in senders.of(family)]
+    addresses = list(map(address_text, senders.of(family)))
     for start in range(0, len(addresses), IPTABLES_ADDRESSES_MAX):
         yield f"-s {','.join(addresses[start : start + IPTABLES_ADDRESSES_MAX])} {ends_here}"
     for network in senders.networks:
@@ -2084,7 +2130,9 @@ class Recent:
     """
 
     def __init__(self, seconds: float, capacity: int = 8192) -> None:
-        self._seconds, self._capacity, self._turned = seconds, capacity, 0.0
+        self._seconds = seconds
+        self._capacity = capacity
+        self._turned = 0.0
         self._young: dict[Any, Any] = {}
         self._old: dict[Any, Any] = {}
 
@@ -2095,8 +2143,11 @@ class Recent:
 
     def put(self, key: Any, value: Any, now: float) -> None:
         """Remember; two generations make forgetting cost nothing."""
-        if now - self._turned >= self._seconds or len(self._young) >= self._capacity:
-            self._young, self._old, self._turned = {}, self._young, now
+        is_over = now - self._turned >= self._seconds
+        if is_over or len(self._young) >= self._capacity:
+            self._old = self._young
+            self._young = {}
+            self._turned = now
         self._young[key] = value
 
     def __len__(self) -> int:
@@ -2214,9 +2265,12 @@ def is_martian(packed: bytes) -> bool:
     Linux takes 240.0.0.0/4 as unicast, and all of 0.0.0.0/8 but 0.0.0.0 itself (since 5.3); private
     fabrics use them.
     """
-    if len(packed) == 4:
-        return packed[0] == 127 or 224 <= packed[0] < 240 or packed in (bytes(4), b"\xff" * 4)
-    return packed[0] == 0xFF or packed[:10] == bytes(10)
+    first = packed[0]
+    if len(packed) == 16:
+        return first == 0xFF or packed[:10] == bytes(10)
+    if packed in (bytes(4), b"\xff" * 4):
+        return True
+    return first == 127 or 224 <= first < 240
 
 
 def is_link_local(packed: bytes) -> bool:
@@ -2224,11 +2278,9 @@ def is_link_local(packed: bytes) -> bool:
 
     A router may report from there, but no routed flow has such an end.
     """
-    return (
-        packed[:2] == b"\xa9\xfe"
-        if len(packed) == 4
-        else packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-    )
+    if len(packed) == 4:
+        return packed[:2] == b"\xa9\xfe"
+    return packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
 
 
 def classify(error: MtuError, who: WhoIsWho) -> tuple[str, Optional[Reason]]:
@@ -2248,7 +2300,8 @@ def classify(error: MtuError, who: WhoIsWho) -> tuple[str, Optional[Reason]]:
         return PEER if inside else ROUTER, Reason.MISADDRESSED
     if error.dst == quoted_src:
         return (PEER, Reason.IGNORED_NETWORK) if inside else (ROUTER, None)
-    if (inside or src in who.neighbours) and (error.dst in who.own or error.dst in who.groups):
+    is_for_us = error.dst in who.own or error.dst in who.groups
+    if is_for_us and (inside or src in who.neighbours):
         return PEER, None
     return PEER if inside else ROUTER, Reason.MISADDRESSED
 
@@ -2320,11 +2373,8 @@ class Histogram:
 
     def cumulative(self) -> list[tuple[str, float]]:
         """The (le, count) pairs Prometheus expects."""
-        total, pairs = 0, []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts):
-            total += count
-            pairs.append((bound, float(total)))
-        return pairs
+        labels = [*map(str, self.bounds), "+Inf"]
+        return list(zip(labels, map(float, accumulate(self.counts))))
 
 
 class CopyCounts:
@@ -2349,14 +2399,17 @@ class CopyCounts:
 
     def sent(self) -> dict[str, int]:
         """Copies the kernel took, by peer."""
-        return {
-            p: self._sent_before.get(p, 0) + self.rounds - n
-            for p, n in zip(self.peers, self.refused)
-        }
+        sent = {}
+        for peer, refused in zip(self.peers, self.refused):
+            sent[peer] = self._sent_before.get(peer, 0) + self.rounds - refused
+        return sent
 
     def errors(self) -> dict[str, int]:
         """Copies the kernel refused, by peer."""
-        return {p: self._refused_before.get(p, 0) + n for p, n in zip(self.peers, self.refused)}
+        found = {}
+        for peer, refused in zip(self.peers, self.refused):
+            found[peer] = self._refused_before.get(peer, 0) + refused
+        return found
 
 
 OTHER = "other"
@@ -2366,16 +2419,17 @@ class Counters:
     """Everything counted since the start."""
 
     def __init__(self) -> None:
-        self.received = {(f.name, o): 0 for f in FAMILIES for o in ORIGINS}
+        names = [family.name for family in FAMILIES]
+        self.received = dict.fromkeys(product(names, ORIGINS), 0)
         self.dropped = dict.fromkeys(Reason, 0)
         self.acted = dict.fromkeys(ACTIONS, 0)
-        self.delivered = {(f.name, result): 0 for f in FAMILIES for result in DELIVERY_RESULTS}
+        self.delivered = dict.fromkeys(product(names, DELIVERY_RESULTS), 0)
         self.copies: dict[str, CopyCounts] = {}  # by family
         self.peers: Mapping[str, int] = {}  # by source
         self.refresh_failures: dict[str, int] = {}
         self.rpf_rescued = 0
         self.nflog_lost = 0
-        self.copies_needed = {(f.name,): 0 for f in FAMILIES}
+        self.copies_needed = dict.fromkeys(names, 0)
         # By peer; of those that are not listed: OTHER
         self.copies_received: dict[str, int] = {OTHER: 0}
         # What is looked up for a scrape
@@ -2395,17 +2449,17 @@ class Counters:
 
     def copies_sent(self) -> dict[str, int]:
         """Copies handed to the kernel, by peer, for the peers of now."""
-        return {
-            peer: count for copies in self.copies.values() for peer, count in copies.sent().items()
-        }
+        found: dict[str, int] = {}
+        for copies in self.copies.values():
+            found.update(copies.sent())
+        return found
 
     def copy_errors(self) -> dict[str, int]:
         """Copies the kernel refused, by peer, for the peers of now."""
-        return {
-            peer: count
-            for copies in self.copies.values()
-            for peer, count in copies.errors().items()
-        }
+        found: dict[str, int] = {}
+        for copies in self.copies.values():
+            found.update(copies.errors())
+        return found
 
     def summary(self) -> dict[str, int]:
         """The totals of the minute's log line; they never fall."""
@@ -2414,12 +2468,13 @@ class Counters:
             "received": sum(self.received.values()),
             "replicated": self.acted["replicate"],
             "copies": sum(sent for sent, _ in copies),
-            "owned": sum(n for (_, result), n in self.delivered.items() if result == "owner"),
+            "owned": sum(self.delivered[family.name, "owner"] for family in FAMILIES),
             "rpf_rescued": self.rpf_rescued,
             "copy_errors": sum(refused for _, refused in copies),
             "nflog_lost": self.nflog_lost,
         }
-        totals.update({f"dropped_{reason.value}": count for reason, count in self.dropped.items()})
+        for reason, count in self.dropped.items():
+            totals[f"dropped_{reason.value}"] = count
         return totals
 
 
@@ -2610,7 +2665,8 @@ class Collector:
                 continue
             family = families[metric.kind](metric.name, metric.help, labels=metric.labels)
             for key, value in values.items():
-                family.add_metric([key] if isinstance(key, str) else list(key), value)
+                labels = [key] if isinstance(key, str) else list(key)
+                family.add_metric(labels, value)
             yield family
 
 
@@ -2633,14 +2689,18 @@ class Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""
         fields = getattr(record, "fields", {})
-        now, level, text = self.formatTime(record), record.levelname, record.getMessage()
+        now = self.formatTime(record)
+        level = record.levelname
+        text = record.getMessage()
         if self._as_json:
             return json.dumps({"time": now, "level": level.lower(), "message": text, **fields})
-        pairs = [
-            f"{key}={json.dumps(str(value)) if ' ' in str(value) else value}"
-            for key, value in fields.items()
-        ]
-        return " ".join([now, level, text, *pairs])
+        words = [now, level, text]
+        for name, value in fields.items():
+            said = str(value)
+            if " " in said:
+                said = json.dumps(said)
+            words.append(f"{name}={said}")
+        return " ".join(words)
 
 
 def log(level: str, text: str, **fields: object) -> None:
@@ -2648,10 +2708,9 @@ def log(level: str, text: str, **fields: object) -> None:
     number = getattr(logging, level.upper())
     if not LOGGER.isEnabledFor(number):
         return
-    plain = {
-        name: value if isinstance(value, (int, float)) else str(value)
-        for name, value in fields.items()
-    }
+    plain = {}
+    for name, value in fields.items():
+        plain[name] = value if isinstance(value, (int, float)) else str(value)
     LOGGER.log(number, text, extra={"fields": plain})
 
 
@@ -2677,8 +2736,9 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
         with contextlib.suppress(OSError, ValueError, TypeError):  # closed, or not there at all
             poll = select.poll()
             poll.register(self.stream, select.POLLOUT)
-            if [events for _, events in poll.poll(0)] == [select.POLLOUT]:
-                super().emit(record)
+            for _, events in poll.poll(0):
+                if events == select.POLLOUT:
+                    super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; its texts are cut where it is longer than what a pipe takes, so that it stays
@@ -2689,8 +2749,10 @@ class PatientHandler(logging.StreamHandler):  # type: ignore[type-arg]
             return line
         fields = getattr(record, "fields", {})
         short = {name: shortened(value) for name, value in fields.items()}
-        cut = logging.makeLogRecord({**vars(record), "msg": shortened(record.msg), "fields": short})
-        return super().format(cut).encode()[: select.PIPE_BUF - 1].decode(errors="ignore")
+        changed = {"msg": shortened(record.msg), "fields": short}
+        cut = logging.makeLogRecord({**vars(record), **changed})
+        line = super().format(cut)
+        return line.encode()[: select.PIPE_BUF - 1].decode(errors="ignore")
 
 
 def set_up_logging(level: str, form: str) -> None:
@@ -2892,6 +2954,13 @@ class LocalAddress(NamedTuple):
     broadcast: bytes
 
 
+def ask(protocol: int, operation: str, kind: int, payload: bytes) -> bytes:
+    """The first answer to one netlink request; raises NetlinkError."""
+    with Netlink(protocol) as netlink:
+        answers: list[tuple[int, bytes]] = netlink.request(operation, kind, 0, payload)
+    return answers[0][1]
+
+
 def dump(operation: str, request: int, answer: int, header: bytes) -> Iterator[bytes]:
     """The payloads of all answers to one rtnetlink dump request, at least as long as its header."""
     with Netlink(NETLINK_ROUTE) as netlink:
@@ -2907,19 +2976,19 @@ def local_addresses() -> list[LocalAddress]:
     succeed.
     """
     found = []
-    for payload in dump("list addresses", RTM_GETADDR, RTM_NEWADDR, bytes(IFADDRMSG.size)):
+    query = bytes(IFADDRMSG.size)
+    for payload in dump("list addresses", RTM_GETADDR, RTM_NEWADDR, query):
         _, prefix_length, _, _, ifindex = IFADDRMSG.unpack_from(payload)
         attrs = attributes(payload, IFADDRMSG.size)
-        packed = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS, b""))
+        packed = attrs.get(IFA_ADDRESS, b"")
+        packed = attrs.get(IFA_LOCAL, packed)
+        broadcast = attrs.get(IFA_BROADCAST, b"")
+        if not broadcast and len(packed) == 4 and prefix_length < 31:
+            # `ip addr add` without `brd +`
+            network = ipaddress.ip_interface((packed, prefix_length)).network
+            broadcast = network.broadcast_address.packed
         if len(packed) in (4, 16):
-            found.append(
-                LocalAddress(packed, prefix_length, ifindex, attrs.get(IFA_BROADCAST, b""))
-            )
-            if (
-                len(packed) == 4 and prefix_length < 31 and IFA_BROADCAST not in attrs
-            ):  # `ip addr add` without `brd +`
-                network = ipaddress.ip_interface((packed, prefix_length)).network
-                found[-1] = found[-1]._replace(broadcast=network.broadcast_address.packed)
+            found.append(LocalAddress(packed, prefix_length, ifindex, broadcast))
     return found
 
 
@@ -2940,20 +3009,27 @@ def nexthop_hops(number: bytes) -> list[Hop]:
     None if it is gone or a blackhole, or if the kernel takes the number for none.
     """
     query = NHMSG.pack(*bytes(5)) + attribute(NHA_ID, number)
-    answer = bytes(NHMSG.size)
-    with contextlib.suppress(NetlinkError), Netlink(NETLINK_ROUTE) as netlink:
-        answer = netlink.request("find a nexthop", RTM_GETNEXTHOP, 0, query)[0][1]
-    attrs, flags = attributes(answer, NHMSG.size), NHMSG.unpack_from(answer)[4]
+    try:
+        answer = ask(NETLINK_ROUTE, "find a nexthop", RTM_GETNEXTHOP, query)
+    except NetlinkError:
+        return []
+    attrs = attributes(answer, NHMSG.size)
     if NHA_GROUP in attrs:  # of nexthops, never of groups
-        return [
-            hop
-            for (member,) in NEXTHOP_GRP.iter_unpack(attrs[NHA_GROUP])
-            for hop in nexthop_hops(member.to_bytes(4, sys.byteorder))
-        ]
+        hops = []
+        for (member,) in NEXTHOP_GRP.iter_unpack(attrs[NHA_GROUP]):
+            hops += nexthop_hops(host32(member))
+        return hops
     if NHA_OIF not in attrs:
         return []
-    ifindex = int.from_bytes(attrs[NHA_OIF], sys.byteorder)
-    return [Hop(ifindex, attrs.get(NHA_GATEWAY, b""), bool(flags & RTNH_F_ONLINK))]
+    flags = NHMSG.unpack_from(answer)[4]
+    is_onlink = bool(flags & RTNH_F_ONLINK)
+    return [Hop(host_number(attrs, NHA_OIF), attrs.get(NHA_GATEWAY, b""), is_onlink)]
+
+
+def gateway_of(attrs: dict[int, bytes]) -> bytes:
+    """The packed gateway of a route or next hop, empty where there is none."""
+    via = attrs.get(RTA_VIA, b"")[2:]  # struct rtvia: the family before the address
+    return attrs.get(RTA_GATEWAY, via)
 
 
 def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
@@ -2961,9 +3037,8 @@ def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
 
     With net.ipv4.nexthop_compat_mode 0 the kernel names a nexthop object only by its number.
     """
-    gateway = attrs.get(RTA_GATEWAY, attrs.get(RTA_VIA, bytes(2))[2:])
     if RTA_OIF in attrs:
-        return [Hop(int.from_bytes(attrs[RTA_OIF], sys.byteorder), gateway)]
+        return [Hop(host_number(attrs, RTA_OIF), gateway_of(attrs))]
     if RTA_NH_ID in attrs and RTA_MULTIPATH not in attrs:
         return nexthop_hops(attrs[RTA_NH_ID])
     data = attrs.get(RTA_MULTIPATH, b"")
@@ -2974,7 +3049,7 @@ def route_hops(attrs: dict[int, bytes]) -> list[Hop]:
         if length < RTNEXTHOP.size:
             break
         own = attributes(data[: at + length], at + RTNEXTHOP.size)
-        found.append(Hop(ifindex, own.get(RTA_GATEWAY, own.get(RTA_VIA, bytes(2))[2:])))
+        found.append(Hop(ifindex, gateway_of(own)))
         at += length + -length % NLMSG_ALIGNTO
     return found
 
@@ -2993,13 +3068,14 @@ def find_route(packed: bytes, ifindex: int = 0, flags: int = 0) -> tuple[int, li
 
     Raises NetlinkError.
     """
-    query = RTMSG.pack(family_of(packed).af, 8 * len(packed), *bytes(6), flags)
+    af = family_of(packed).af
+    query = RTMSG.pack(af, 8 * len(packed), *bytes(6), flags)
     query += attribute(RTA_DST, packed)
     if ifindex:
-        query += attribute(RTA_OIF, struct.pack("=I", ifindex))
-    with Netlink(NETLINK_ROUTE) as netlink:
-        route = netlink.request("find a route", RTM_GETROUTE, 0, query)[0][1]
-    return RTMSG.unpack_from(route)[8], route_hops(attributes(route, RTMSG.size))
+        query += attribute(RTA_OIF, host32(ifindex))
+    route = ask(NETLINK_ROUTE, "find a route", RTM_GETROUTE, query)
+    hops = route_hops(attributes(route, RTMSG.size))
+    return RTMSG.unpack_from(route)[8], hops
 
 
 class Neighbour(NamedTuple):
@@ -3012,12 +3088,14 @@ class Neighbour(NamedTuple):
 def neighbours() -> dict[tuple[int, bytes], Neighbour]:
     """The neighbour tables of IPv4 and IPv6 (RTM_GETNEIGH), by interface index and address."""
     found = {}
-    for payload in dump("list neighbours", RTM_GETNEIGH, RTM_NEWNEIGH, bytes(NDMSG.size)):
+    query = bytes(NDMSG.size)
+    for payload in dump("list neighbours", RTM_GETNEIGH, RTM_NEWNEIGH, query):
         _, ifindex, state, _, _ = NDMSG.unpack_from(payload)
         attrs = attributes(payload, NDMSG.size)
+        lladdr = attrs.get(NDA_LLADDR, b"")
         is_resolved = not state & (NUD_INCOMPLETE | NUD_FAILED)
         key = (ifindex, attrs.get(NDA_DST, b""))
-        found[key] = Neighbour(attrs.get(NDA_LLADDR, b""), is_resolved)
+        found[key] = Neighbour(lladdr, is_resolved)
     return found
 
 
@@ -3025,22 +3103,23 @@ def default_route_interfaces() -> tuple[str, ...]:
     """The interfaces of the default routes with the lowest metric, IPv4 and IPv6."""
     hops: list[Hop] = []
     for family in FAMILIES:
-        routes: list[tuple[int, list[Hop]]] = []
-        for payload in dump(
-            "list routes", RTM_GETROUTE, RTM_NEWROUTE, RTMSG.pack(family.af, *bytes(8))
-        ):
-            af, dst_len, _, _, table, _, _, kind, _ = RTMSG.unpack_from(payload)
-            if (af, dst_len, table, kind) == (family.af, 0, RT_TABLE_MAIN, RTN_UNICAST):
-                attrs = attributes(payload, RTMSG.size)
-                routes.append(
-                    (
-                        int.from_bytes(attrs.get(RTA_PRIORITY, b"\0"), sys.byteorder),
-                        route_hops(attrs),
-                    )
-                )
-        lowest = min((metric for metric, _ in routes), default=0)
-        hops += (hop for metric, found in routes if metric == lowest for hop in found)
+        by_metric: dict[int, list[Hop]] = {}
+        for attrs in default_routes(family):
+            metric = host_number(attrs, RTA_PRIORITY)
+            by_metric.setdefault(metric, []).extend(route_hops(attrs))
+        if by_metric:
+            hops += by_metric[min(by_metric)]
     return interfaces_of(hops)
+
+
+def default_routes(family: Family) -> Iterator[dict[int, bytes]]:
+    """The attributes of each default route in the main table."""
+    query = RTMSG.pack(family.af, *bytes(8))
+    wanted = (family.af, 0, RT_TABLE_MAIN, RTN_UNICAST)
+    for payload in dump("list routes", RTM_GETROUTE, RTM_NEWROUTE, query):
+        af, dst_len, _, _, table, _, _, kind, _ = RTMSG.unpack_from(payload)
+        if (af, dst_len, table, kind) == wanted:
+            yield attributes(payload, RTMSG.size)
 
 
 def uplinks(ifaces: Sequence[str]) -> tuple[str, ...]:
@@ -3048,25 +3127,53 @@ def uplinks(ifaces: Sequence[str]) -> tuple[str, ...]:
 
     No error about another node's flow may leave there.
     """
-    return tuple(dict.fromkeys((*ifaces, *default_route_interfaces())))
+    names = [*ifaces, *default_route_interfaces()]
+    return tuple(dict.fromkeys(names))
+
+
+class Interface(NamedTuple):
+    """A network interface as the kernel lists it."""
+
+    ifindex: int
+    flags: int
+    attrs: dict[int, bytes]  # IFLA_
+    info: dict[int, bytes]  # IFLA_INFO_, about its kind
+
+    @property
+    def name(self) -> str:
+        """Like eth0."""
+        return host_text(self.attrs, IFLA_IFNAME)
+
+    @property
+    def kind(self) -> str:
+        """Like vlan or vxlan; empty for hardware."""
+        return host_text(self.info, IFLA_INFO_KIND)
+
+
+def list_interfaces() -> Iterator[Interface]:
+    """All interfaces of this network namespace (RTM_GETLINK)."""
+    query = bytes(IFINFOMSG.size)
+    for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, query):
+        _, _, ifindex, flags, _ = IFINFOMSG.unpack_from(payload)
+        attrs = attributes(payload, IFINFOMSG.size)
+        info = attributes(attrs.get(IFLA_LINKINFO, b""))
+        yield Interface(ifindex, flags, attrs, info)
 
 
 def vrfs_of(ifaces: Iterable[str]) -> tuple[str, ...]:
     """The VRF devices that these interfaces belong to, mostly none."""
     masters: dict[str, int] = {}  # index of the master, by interface
     devices: dict[int, str] = {}
-    for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
-        ifindex = IFINFOMSG.unpack_from(payload)[2]
-        attrs = attributes(payload, IFINFOMSG.size)
-        name = os.fsdecode(attrs[IFLA_IFNAME].rstrip(b"\0"))
-        masters[name] = int.from_bytes(attrs.get(IFLA_MASTER, b""), sys.byteorder)
-        if (
-            attributes(attrs.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"").rstrip(b"\0")
-            == b"vrf"
-        ):
-            devices[ifindex] = name
-    found = (devices.get(masters.get(iface, 0), "") for iface in ifaces)
-    return tuple(dict.fromkeys(filter(None, found)))
+    for device in list_interfaces():
+        masters[device.name] = host_number(device.attrs, IFLA_MASTER)
+        if device.kind == "vrf":
+            devices[device.ifindex] = device.name
+    found = []
+    for iface in ifaces:
+        master = masters.get(iface, 0)
+        if master in devices:
+            found.append(devices[master])
+    return tuple(dict.fromkeys(found))
 
 
 def foreign_vrf(ifaces: Iterable[str]) -> str:
@@ -3084,61 +3191,70 @@ def foreign_vrf(ifaces: Iterable[str]) -> str:
     return next((vrf for vrf in vrfs if vrf != own), "")
 
 
+def read_file(path: str) -> bytes:
+    """What is in a file of /proc, empty where it is not there or may not be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        return stream.read()
+    return b""
+
+
 def describe_process(pid: int) -> str:
     """`pid 4711 (python3 pmtud.py)`, or what is known of it."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as stream:
-            words = stream.read(4096).replace(b"\0", b" ").decode("ascii", "replace")
-    except OSError:
+    if not os.path.exists(f"/proc/{pid}/cmdline"):
         return "a process not visible from here"
-    return f"pid {pid} ({shortened(' '.join(words.split()))})"
+    words = read_file(f"/proc/{pid}/cmdline").split(b"\0")
+    text = b" ".join(words).decode("ascii", "replace")
+    return f"pid {pid} ({shortened(' '.join(text.split()))})"
 
 
 def is_pmtud(pid: int) -> bool:
     """Whether a process is a daemon of ours: by the name it gives itself, or by its script."""
-    said = b""
-    for name in ("comm", "cmdline"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
-            said += stream.read() + b"\0"
-    return said.startswith(b"pmtud\n") or bool(re.search(rb"[\0/]pmtud\.py\0", said))
+    if read_file(f"/proc/{pid}/comm") == b"pmtud\n":
+        return True
+    command = b"\0" + read_file(f"/proc/{pid}/cmdline")
+    return bool(re.search(rb"[\0/]pmtud\.py\0", command))
 
 
 def netlink_holder(port: int) -> int:
     """The process behind a port id of NETLINK_NETFILTER, by its socket's inode; 0: not visible."""
-    with contextlib.suppress(OSError, ValueError):
-        with open("/proc/net/netlink") as stream:
-            rows = [line.split() for line in stream.readlines()[1:]]
-        inodes = {
-            f"socket:[{row[-1]}]"
-            for row in rows
-            if row[1] == str(NETLINK_NETFILTER) and int(row[2]) == port
-        }
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                    if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                        return int(pid)
+    sockets = set()
+    for line in read_file("/proc/net/netlink").decode().splitlines():
+        # The socket's address, its protocol, its port id ... its inode
+        _, protocol, number, *_, inode = line.split()
+        if (protocol, number) == (str(NETLINK_NETFILTER), str(port)):
+            sockets.add(f"socket:[{inode}]")
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in sockets:
+                    return int(pid)
     return 0
 
 
 def group_holder(group: int) -> Optional[int]:
     """The netlink port id that holds an NFLOG group, None if the kernel lists none."""
-    with contextlib.suppress(OSError, ValueError), open(NFLOG_INSTANCES) as stream:
-        for fields in (line.split() for line in stream):
-            if int(fields[0]) == group:
-                return int(fields[1])
+    for line in read_file(NFLOG_INSTANCES).splitlines():
+        number, port, *_ = line.split()
+        if int(number) == group:
+            return int(port)
     return None
+
+
+def ask_nftables(operation: str, kind: int, named: bytes) -> dict[int, bytes]:
+    """The attributes of an object of nftables; raises PmtudError."""
+    query = NFGENMSG.pack(NFPROTO_INET, 0, 0) + named
+    answer = ask(NETLINK_NETFILTER, operation, NFNL_SUBSYS_NFTABLES << 8 | kind, query)
+    return attributes(answer, NFGENMSG.size)
 
 
 def table_owner_lives(group: int) -> bool:
     """Whether pmtud runs for this group: the kernel removes such a table with its process."""
     for name in (whole_name(group), guard_name(group)):
-        query = NFGENMSG.pack(NFPROTO_INET, 0, 0) + string(TableAttr.NAME, name)
-        with contextlib.suppress(PmtudError), Netlink(NETLINK_NETFILTER) as netlink:
-            kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE
-            answer = netlink.request("look for our table", kind, 0, query)[0][1]
-            table = attributes(answer, NFGENMSG.size)
-            if int.from_bytes(table[TableAttr.FLAGS], "big") & NFT_TABLE_F_OWNER:
+        with contextlib.suppress(PmtudError):
+            named = string(TableAttr.NAME, name)
+            table = ask_nftables("look for our table", NFT_MSG_GETTABLE, named)
+            flags = int.from_bytes(table[TableAttr.FLAGS], "big")
+            if flags & NFT_TABLE_F_OWNER:
                 return True
     return False
 
@@ -3257,21 +3373,17 @@ def copy_mark(config: Config) -> Optional[int]:
 
 def conntrack_in_use() -> bool:
     """Whether this network namespace tracks any connection now; asking does not start tracking."""
-    with contextlib.suppress(OSError, ValueError), open(CONNTRACK_COUNT) as stream:
-        return int(stream.read()) > 0
-    return False
+    return int(read_file(CONNTRACK_COUNT) or 0) > 0
 
 
 def read_counter(table: str, name: str) -> Optional[int]:
     """The packets in a counter of one of our tables, None where it is not there."""
-    query = NFGENMSG.pack(NFPROTO_INET, 0, 0) + counter_object(table, name)
-    kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETOBJ
+    named = counter_object(table, name)
     try:
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            answer = netlink.request("read a counter", kind, 0, query)[0][1]
+        found = ask_nftables("read a counter", NFT_MSG_GETOBJ, named)
     except PmtudError:
         return None
-    data = attributes(attributes(answer, NFGENMSG.size)[ObjectAttr.DATA])
+    data = attributes(found[ObjectAttr.DATA])
     return int.from_bytes(data[CounterAttr.PACKETS], "big")
 
 
@@ -3436,7 +3548,7 @@ class CopySocket(Descriptor):
             else:
                 self._set_ipv6_options(ttl)
             if source:
-                self.socket.bind((socket.inet_ntop(family.af, source), 0))
+                self.socket.bind((address_text(source), 0))
             if family is IPV4:
                 # Our own address is not looked up again for each copy: 2 to 3 %
                 option(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
@@ -3486,9 +3598,9 @@ class DeliverySocket(Descriptor):
 
     def __init__(self, family: Family, at: Optional[LocalAddress] = None) -> None:
         self._family = family
-        loopback = socket.inet_pton(family.af, family.loopback)
+        loopback = packed_address(family.loopback)
         self._at = at or LocalAddress(loopback, 8 * family.address_len, 0, b"")
-        self._inside = socket.inet_ntop(family.af, self._at.packed)
+        self._inside = address_text(self._at.packed)
         # It receives nothing
         self.socket = open_socket(family.af, socket.SOCK_RAW, socket.IPPROTO_RAW)
         option = self.socket.setsockopt
@@ -3510,7 +3622,7 @@ class DeliverySocket(Descriptor):
         """
         packet = delivery_packet(self._family, self._at.packed, destination, icmp)
         if not own:
-            code = self._send(packet, socket.inet_ntop(self._family.af, destination), 0)
+            code = self._send(packet, address_text(destination), 0)
             if code in (0, errno.EPERM):
                 return code
         return self._send(packet, self._inside, self._at.ifindex)
@@ -3551,7 +3663,7 @@ def guard_holds(family: Family) -> Optional[bool]:
 
     None if it cannot be told.
     """
-    code = probe_delivery(family, socket.inet_pton(family.af, family.probe_address))
+    code = probe_delivery(family, packed_address(family.probe_address))
     if code in (0, errno.EPERM):
         return code == errno.EPERM
     return None
@@ -3559,9 +3671,8 @@ def guard_holds(family: Family) -> Optional[bool]:
 
 def sockaddr(peer: PeerAddress) -> tuple[Any, ...]:
     """The address of a peer as sendto() takes it; raises OSError if its zone is gone."""
-    family = family_of(peer.packed)
-    address = socket.inet_ntop(family.af, peer.packed)
-    if family is IPV4:
+    address = address_text(peer.packed)
+    if len(peer.packed) == 4:
         return address, 0
     scope = 0
     if peer.zone:
@@ -3601,10 +3712,10 @@ class Fanout:
         # In one piece: objects cost 0.1 us a copy more
         addresses = [packed_sockaddr(peer) for peer in peers]
         self._addresses = ctypes.create_string_buffer(b"".join(addresses))
-        self._messages = ctypes.create_string_buffer(self._headers(len(addresses[0])))
-        self._sendmmsg = libc_function(
-            "sendmmsg", ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
-        )
+        headers = self._headers(len(addresses[0]))
+        self._messages = ctypes.create_string_buffer(headers)
+        types = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+        self._sendmmsg = libc_function("sendmmsg", *types)
 
     def _headers(self, size: int) -> bytes:
         """A struct mmsghdr for each body and peer, whose address has this size."""
@@ -3734,7 +3845,8 @@ class DnsSource(PeerSource):
             found = socket.getaddrinfo(self._host, None, family.af, socket.SOCK_DGRAM)
         except socket.gaierror as problem:
             is_empty = problem.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
-            if not is_empty or now < self._answered_at.get(family, -math.inf) + self.KEEP:
+            answered_at = self._answered_at.get(family, -math.inf)
+            if not is_empty or now < answered_at + self.KEEP:
                 raise
             self._answers.pop(family, None)
             return
@@ -3758,8 +3870,10 @@ class DnsSource(PeerSource):
         is_this_node = bool(texts) and not others and not self.answer
         if len(problems) == len(FAMILIES) or not (peers or is_this_node):
             raise self.failed(next(iter(problems.values()), "no usable address"))
-        doubts = [f"{name.name}: {why}" for name, why in problems.items() if name in self._answers]
-        self.doubt = "".join(f"{self.name}: {doubt}" for doubt in doubts)
+        self.doubt = ""
+        for family, why in problems.items():
+            if family in self._answers:
+                self.doubt = f"{self.name}: {family.name}: {why}"
         return peers
 
 
@@ -3803,8 +3917,12 @@ class FileSource(PeerSource):
 
 def internal_addresses(node: Mapping[str, Any]) -> list[str]:
     """The InternalIPs of a Kubernetes Node object; none before its kubelet has told them."""
-    addresses = (node.get("status") or {}).get("addresses") or ()
-    return [str(one.get("address")) for one in addresses if one.get("type") == "InternalIP"]
+    status = node.get("status") or {}
+    found = []
+    for one in status.get("addresses") or ():
+        if one.get("type") == "InternalIP":
+            found.append(str(one.get("address")))
+    return found
 
 
 class Expired(Exception):
@@ -3829,7 +3947,7 @@ class KubeSource(PeerSource):
     KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
     def __init__(self, selector: str = "") -> None:
-        super().__init__("?".join(filter(None, ("kube:nodes", selector))))
+        super().__init__(f"kube:nodes?{selector}" if selector else "kube:nodes")
         self._selector = urllib.parse.unquote(selector)
         self._nodes: dict[str, list[str]] = {}  # InternalIPs by node name
         self._version = ""  # the resourceVersion of these; empty: list them
@@ -3937,7 +4055,8 @@ class KubeSource(PeerSource):
         page_token = ""
         for _ in range(math.ceil(PEERS_MAX / self.PAGE_NODES)):
             query = {"limit": self.PAGE_NODES, "continue": page_token}
-            page = json.loads(self._read_page(self._get(self.READ_SECONDS, **query)))
+            response = self._get(self.READ_SECONDS, **query)
+            page = json.loads(self._read_page(response))
             for node in page["items"] or ():
                 nodes[node["metadata"]["name"]] = internal_addresses(node)
             page_token = page["metadata"].get("continue") or ""
@@ -3961,10 +4080,13 @@ class KubeSource(PeerSource):
         raise ValueError(f"a page is larger than {self.PAGE_BYTES_MAX} bytes")
 
     def _peers(self) -> tuple[PeerAddress, ...]:
-        return self._usable(text for addresses in self._nodes.values() for text in addresses)
+        texts: list[str] = []
+        for addresses in self._nodes.values():
+            texts += addresses
+        return self._usable(texts)
 
     def _open_watch(self) -> http.client.HTTPResponse:
-        """An answer that grows by one line for each event, and ends by itself after some minutes."""
+        """An answer that grows by a line for each event, and ends by itself after some minutes."""
         seconds = int(random.uniform(240, 480))
         return self._get(
             seconds + 30.0,
@@ -4053,7 +4175,8 @@ class PeerSources:
                 self._kicks.append(kick)
                 share = sources[first :: kind.THREADS]
                 work = partial(self._follow, share, kick)
-                threading.Thread(target=work, name=share[0].name, daemon=True).start()
+                thread = threading.Thread(target=work, name=share[0].name, daemon=True)
+                thread.start()
 
     def listed(self) -> dict[str, tuple[PeerAddress, ...]]:
         """The last good answer of each source that has given one."""
@@ -4107,9 +4230,14 @@ class PeerSources:
             self._changed()
 
 
+def errno_text(code: int) -> str:
+    """Like `No buffer space available (ENOBUFS)`."""
+    return f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+
+
 def some(peers: Collection[PeerAddress], most: int = 8) -> str:
     """The addresses of a few of them, and how many more there are."""
-    shown = ", ".join(map(str, list(peers)[:most]))
+    shown = ", ".join(map(str, islice(peers, most)))
     if len(peers) > most:
         shown += f" and {len(peers) - most} more"
     return shown
@@ -4153,7 +4281,7 @@ class Arrangement(NamedTuple):
     @property
     def everyone(self) -> list[PeerAddress]:
         """The peers of both families."""
-        return [peer for endpoints in self.endpoints.values() for peer in endpoints.targets]
+        return [*self.endpoints[IPV4].targets, *self.endpoints[IPV6].targets]
 
     def needs_sockets_after(self, before: Arrangement) -> bool:
         """Whether the sockets of an arrangement before do not fit."""
@@ -4175,7 +4303,7 @@ def kernel_source(peer: PeerAddress) -> bytes:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         host, _, *scope = sockaddr(peer)
         probe.connect((host, 9, *scope))  # a datagram socket sends nothing for it
-        return socket.inet_pton(family.af, probe.getsockname()[0].partition("%")[0])
+        return packed_address(probe.getsockname()[0])
     return b""
 
 
@@ -4188,16 +4316,22 @@ def resolved_peers(arrangement: Arrangement) -> dict[str, int]:
     with contextlib.suppress(PmtudError):
         for (_, packed), neighbour in neighbours().items():
             known[packed] = int(neighbour.is_resolved)
-    return {str(peer): known[peer.packed] for peer in arrangement.everyone if peer.packed in known}
+    found = {}
+    for peer in arrangement.everyone:
+        if peer.packed in known:
+            found[str(peer)] = known[peer.packed]
+    return found
 
 
 def node_info(nodename: str, arrangement: Arrangement) -> dict[tuple[str, str, str], int]:
     """The labels by which senders and receivers of copies are joined: name, family, address."""
     found = {}
     for family, endpoints in arrangement.endpoints.items():
-        source = endpoints.source or next(iter(map(kernel_source, endpoints.targets)), b"")
+        source = endpoints.source
+        if not source and endpoints.targets:
+            source = kernel_source(endpoints.targets[0])
         if source:
-            found[nodename, family.name, str(ipaddress.ip_address(source))] = 1
+            found[nodename, family.name, address_text(source)] = 1
     return found
 
 
@@ -4207,7 +4341,7 @@ def network_of(address: LocalAddress) -> Network:
 
 
 def networks_of(peer: PeerAddress, local: Iterable[LocalAddress]) -> Iterator[Network]:
-    """A group peer's networks: a broadcast address's subnet, a multicast group's link's prefixes."""
+    """The networks of a group: the subnet of a broadcast address, the prefixes of a link."""
     ifindex = 0
     with contextlib.suppress(OSError):
         ifindex = sockaddr(peer)[-1]
@@ -4225,8 +4359,11 @@ def inside_address(
     On the first of these interfaces that has one, where sockets bound to a device expect the error,
     else on any.
     """
-    found = [one for one in local if len(one.packed) == family.address_len]
-    found = [one for one in found if not is_martian(one.packed) and not is_link_local(one.packed)]
+    found = []
+    for one in local:
+        is_usable = not is_martian(one.packed) and not is_link_local(one.packed)
+        if is_usable and family_of(one.packed) is family:
+            found.append(one)
     for ifindex in ifindexes:
         for address in found:
             if address.ifindex == ifindex:
@@ -4325,7 +4462,7 @@ class FamilySockets:
 
 
 def reachable(peer: PeerAddress, copies: CopySocket, join: bool) -> bool:
-    """Whether the peer's interface exists; a multicast group is joined there: that sends reports."""
+    """Whether the peer's interface exists; to join a multicast group there sends reports."""
     try:
         sockaddr(peer)
         if peer.is_multicast and join:
@@ -4506,6 +4643,23 @@ def check_ifaces(names: Sequence[str]) -> None:
         )
 
 
+class LastSeen:
+    """When each of a few things was last seen; the first `most` of them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._at: dict[Any, float] = {}
+
+    def note(self, key: Any, now: float) -> None:
+        """It is seen now."""
+        if key in self._at or len(self._at) < self._most:
+            self._at[key] = now
+
+    def since(self, moment: float) -> list[Any]:
+        """Those seen after that moment; from any thread."""
+        return [key for key, at in list(self._at.items()) if at > moment]
+
+
 class Refusals:
     """Copies that the kernel refused: a line each at debug, a warning for all once a minute."""
 
@@ -4516,16 +4670,14 @@ class Refusals:
         self._untold: Counter[tuple[PeerAddress, int]] = Counter()  # by peer and errno
         self._copies = 0  # sent or refused in the same time
         self._tell_at = 0.0
-        self._last: dict[tuple[PeerAddress, int], float] = {}  # when, of a few
+        self._last = LastSeen(self.SHOWN)  # (peer, errno)
 
     def add(self, refused: Sequence[tuple[PeerAddress, int]], copies: int) -> None:
         """Remember these (peer, errno) of so many copies."""
         self._copies += copies
         self._untold.update(refused)
-        for key in refused:
-            if key in self._last or len(self._last) < self.SHOWN:
-                self._last[key] = time.monotonic()
         for peer, code in refused:
+            self._last.note((peer, code), time.monotonic())
             log("debug", "copy not sent", peer=peer, problem=os.strerror(code))
 
     def tell(self, now: float) -> None:
@@ -4538,8 +4690,7 @@ class Refusals:
             return
         shown = []
         for (peer, code), count in self._untold.most_common(self.SHOWN):
-            problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
-            shown.append(f"{peer}: {problem}, {count} times")
+            shown.append(f"{peer}: {errno_text(code)}, {count} times")
         if len(self._untold) > len(shown):
             shown.append(f"and {len(self._untold) - len(shown)} more")
         text = f"the kernel refused copies to {'; '.join(shown)}"
@@ -4555,10 +4706,9 @@ class Refusals:
     def since(self, then: float) -> list[str]:
         """A line for each peer and errno that was refused since; from any thread."""
         lines = []
-        for (peer, code), at in list(self._last.items()):
-            if at > then:
-                problem = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
-                lines.append(f"copies to {peer} were refused within the last hour: {problem}")
+        for peer, code in self._last.since(then):
+            text = f"copies to {peer} were refused within the last hour"
+            lines.append(f"{text}: {errno_text(code)}")
         return lines
 
 
@@ -4568,13 +4718,12 @@ Acted = tuple[MtuError, str, str, bool]
 
 def explain_circle(service: bytes) -> str:
     """What it means that a node forwards an error to the fabric, which returns it."""
-    address = ipaddress.ip_address(service)
-    ip = "ip" if address.version == 4 else "ip -6"
+    ip = "ip -6" if family_of(service) is IPV6 else "ip"
     # A discard route would do that, too, and end what this node itself sends to services: the way
     # is looked up before kube-proxy's NAT in OUTPUT.
     return (
-        f"errors about {address} circle between the fabric and this node until their TTL ends; "
-        "discard what comes in for services that are not here: "
+        f"errors about {address_text(service)} circle between the fabric and this node until "
+        "their TTL ends; discard what comes in for services that are not here: "
         f"{ip} rule add iif IFACE to NETWORK blackhole"
     )
 
@@ -4590,18 +4739,17 @@ class Circles:
 
     def __init__(self, news: News) -> None:
         self._news = news
-        self._last: dict[bytes, float] = {}
+        self._last = LastSeen(self.MAX)
 
     def note(self, service: bytes, now: float) -> None:
         """An error about this address was forwarded by this node, and came back."""
-        if service in self._last or len(self._last) < self.MAX:
-            self._last[service] = now
+        self._last.note(service, now)
         if self._news.is_due(("circling", service), now):
             log("warning", explain_circle(service))
 
     def since(self, moment: float) -> list[str]:
         """A line for each that was heard of after that moment; in the thread that asks."""
-        return [explain_circle(service) for service, at in list(self._last.items()) if at > moment]
+        return list(map(explain_circle, self._last.since(moment)))
 
 
 class Forwarder:
@@ -4649,7 +4797,8 @@ class Forwarder:
         self.open_missing(arrangement)
         self._policy.set_who(arrangement.who)
         groups = arrangement.who.groups
-        self._labels = {p.packed: str(p) for p in arrangement.everyone if p.packed not in groups}
+        nodes = [peer for peer in arrangement.everyone if peer.packed not in groups]
+        self._labels = {peer.packed: str(peer) for peer in nodes}
         self._counters.follow(arrangement.per_source, self._labels.values())
         self.gather()  # with more peers fewer errors a turn
 
@@ -4696,8 +4845,8 @@ class Forwarder:
         """While errors are many, have the kernel hand over as many at a time as a turn may take."""
         errors = 1
         if self._recent > self.BUSY:
-            most = max(len(sockets.counts.peers) for sockets in self._families.values())
-            errors = max(1, min(self.BATCH, self.BATCH_COPIES // max(1, most)))
+            most = max(1, *(len(sockets.counts.peers) for sockets in self._families.values()))
+            errors = max(1, min(self.BATCH, self.BATCH_COPIES // most))
         if self._nflog and errors != self._gathering:
             with contextlib.suppress(OSError):
                 self._nflog.gather(errors)
@@ -4793,7 +4942,7 @@ class Forwarder:
         if rpf and result == "owner":
             self._counters.rpf_rescued += 1
         if error.dst != error.quoted_src and result == "owner" and not own:
-            self._counters.copies_needed[(error.family.name,)] += 1
+            self._counters.copies_needed[error.family.name] += 1
 
     # -- count and tell
 
@@ -4820,8 +4969,8 @@ class Forwarder:
             log(
                 "info",
                 "a router reports an MTU",
-                router=ipaddress.ip_address(error.src),
-                destination=ipaddress.ip_address(error.quoted_dst),
+                router=address_text(error.src),
+                destination=address_text(error.quoted_dst),
                 mtu=error.mtu,
             )
 
@@ -4837,7 +4986,7 @@ class Forwarder:
         if LOGGER.isEnabledFor(logging.DEBUG):
             log("debug", "dropped", reason=reason.value, error=error)
         if reason is Reason.MISADDRESSED and self.news.is_due(error.src, now):
-            source = ipaddress.ip_address(error.src)
+            source = address_text(error.src)
             text = (
                 f"dropped an error that is neither a router's nor a peer's copy; if {source} is an "
                 "address of a peer, add it to --peers or --ignore-networks"
@@ -4849,11 +4998,8 @@ class Forwarder:
         problem = os.strerror(code)
         log("debug", "not delivered", error=error, problem=problem)
         if self.news.is_due(code, time.monotonic(), rationed=False):
-            text = (
-                "this node's stack refuses a delivery: that flow does not learn; "
-                "see `pmtud.py check`"
-            )
-            log("warning", text, problem=problem, error=error)
+            text = "this node's stack refuses a delivery: that flow does not learn"
+            log("warning", f"{text}; see `pmtud.py check`", problem=problem, error=error)
 
 
 # -----------------------------------------------------------------------------
@@ -4932,10 +5078,9 @@ class StatusServer(socketserver.ThreadingTCPServer):
         """Twice a second: end connections whose time is over, however busy they are."""
         overdue = time.monotonic() - StatusHandler.timeout
         with self._ended:
-            for request in [
-                request for request, started in self._started.items() if started < overdue
-            ]:
-                end_connection(request)
+            for request, started in list(self._started.items()):
+                if started < overdue:
+                    end_connection(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up or stalls is no news."""
@@ -5035,13 +5180,17 @@ class ServiceManager:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        wanted = environ.get("WATCHDOG_USEC", "") if ours else ""
-        self._period = (
-            int(wanted) / 2e6 if wanted.isdecimal() else 0.0
-        )  # half of what systemd waits
-        self.watchdog_at = time.monotonic() if self._address and self._period else math.inf
+        if address.startswith("@"):  # the abstract namespace of unix(7)
+            address = "\0" + address[1:]
+        self._address = address
+        self._period = 0.0  # seconds from one WATCHDOG=1 to the next; 0: nobody waits for it
+        own = str(os.getpid())
+        wanted = environ.get("WATCHDOG_USEC", "")
+        if environ.get("WATCHDOG_PID", own) == own and wanted.isdecimal():
+            self._period = int(wanted) / 2e6  # half of what systemd waits
+        self.watchdog_at = math.inf
+        if self._address and self._period:
+            self.watchdog_at = time.monotonic()
 
     def tell(self, *lines: str) -> None:
         """Send these VARIABLE=value lines."""
@@ -5268,7 +5417,8 @@ class Daemon:
             self.peers.follow()
             if self._server:
                 serve = self._server.serve_forever
-                threading.Thread(target=serve, name="http", daemon=True).start()
+                thread = threading.Thread(target=serve, name="http", daemon=True)
+                thread.start()
                 stack.callback(self._server.shutdown)  # which waits for that thread
             self._stack = stack.pop_all()
         self._announce()
@@ -5619,9 +5769,7 @@ class RunningDaemon(NamedTuple):
 
 def setting(path: str) -> int:
     """The number in /proc/sys/net/PATH, -1 where there is none."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/sys/net/{path}") as stream:
-        return int(stream.read())
-    return -1
+    return int(read_file(f"/proc/sys/net/{path}") or -1)
 
 
 # -- interfaces
@@ -5629,32 +5777,29 @@ def setting(path: str) -> int:
 
 def list_links() -> Iterator[Link]:
     """Every interface that is up (RTM_GETLINK)."""
-    for payload in dump("list interfaces", RTM_GETLINK, RTM_NEWLINK, bytes(IFINFOMSG.size)):
-        flags = IFINFOMSG.unpack_from(payload)[3]
-        if flags & IFF_UP:
-            yield read_link(attributes(payload, IFINFOMSG.size), flags)
+    for device in list_interfaces():
+        if device.flags & IFF_UP:
+            yield read_link(device)
 
 
-def read_link(attrs: dict[int, bytes], flags: int) -> Link:
-    """One interface of the kernel's list."""
-    info = attributes(attrs.get(IFLA_LINKINFO, b""))
-    name = os.fsdecode(attrs[IFLA_IFNAME].rstrip(b"\0"))
-    kind = os.fsdecode(info.get(IFLA_INFO_KIND, b"").rstrip(b"\0"))
-    mtu = int.from_bytes(attrs[IFLA_MTU], sys.byteorder)
-    tunnel = TUNNELS.get(kind) or tunnel_named(name)
+def read_link(device: Interface) -> Link:
+    """What the checks ask of an device."""
+    name = device.name
+    mtu = host_number(device.attrs, IFLA_MTU)
+    tunnel = TUNNELS.get(device.kind) or tunnel_named(name)
     if not tunnel:
-        is_elsewhere = IFLA_LINK_NETNSID in attrs  # its other end
-        xdp = any(attributes(attrs.get(IFLA_XDP, b"")).get(IFLA_XDP_ATTACHED, b""))
-        return Link(name, mtu, role_of(name, kind, flags, is_elsewhere), xdp=xdp)
-    data = attributes(info.get(IFLA_INFO_DATA, b""))
-    addresses = [data[key] for key in tunnel.addresses if any(data.get(key, b""))]
+        xdp = attributes(device.attrs.get(IFLA_XDP, b""))
+        has_program = host_number(xdp, IFLA_XDP_ATTACHED) > 0
+        return Link(name, mtu, role_of(device), xdp=has_program)
+    data = attributes(device.info.get(IFLA_INFO_DATA, b""))
+    addresses = [data.get(kind, b"") for kind in tunnel.addresses]
+    addresses = list(filter(any, addresses))  # 0.0.0.0 is none
     overhead = tunnel.overhead_ipv4
     if "-v6" in name or IPV6 in map(family_of, addresses):
         overhead = tunnel.overhead_ipv6
-    encap = int.from_bytes(data.get(tunnel.encap, b""), sys.byteorder)
-    overhead += ENCAP_BYTES.get(encap, 0)
-    index = int.from_bytes(data.get(tunnel.link, b""), sys.byteorder)
-    return Link(name, mtu, "tunnel", overhead, interface_under(index, addresses))
+    overhead += ENCAP_BYTES.get(host_number(data, tunnel.encap), 0)
+    under = interface_under(host_number(data, tunnel.link), addresses)
+    return Link(name, mtu, "tunnel", overhead, under)
 
 
 def tunnel_named(name: str) -> Optional[Tunnel]:
@@ -5665,13 +5810,15 @@ def tunnel_named(name: str) -> Optional[Tunnel]:
     return None
 
 
-def role_of(name: str, kind: str, flags: int, is_elsewhere: bool) -> str:
+def role_of(device: Interface) -> str:
     """Whether an interface that is no tunnel is a NIC or a pod's, empty if neither."""
-    if kind == "veth" and re.match(VETH_NIC_NAMES, name):
+    is_veth = device.kind == "veth"
+    if is_veth and re.match(VETH_NIC_NAMES, device.name):
         return "nic"
-    if kind in NIC_KINDS and not flags & IFF_LOOPBACK:
+    if device.kind in NIC_KINDS and not device.flags & IFF_LOOPBACK:
         return "nic"
-    if re.fullmatch(POD_NAMES, name) or (kind == "veth" and is_elsewhere):
+    is_elsewhere = IFLA_LINK_NETNSID in device.attrs  # its other end
+    if (is_veth and is_elsewhere) or re.fullmatch(POD_NAMES, device.name):
         return "pod"
     return ""
 
@@ -6022,10 +6169,7 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     has_table = any(chain.startswith(tables) for chain in ruleset.hooks)
     if not has_table and not is_pmtud(pid):
         return None
-    options = b"\0"
-    for name in ("cmdline", "environ"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as stream:
-            options += stream.read()
+    options = b"\0" + read_file(f"/proc/{pid}/cmdline") + read_file(f"/proc/{pid}/environ")
     idle = re.search(
         rb"(?i)\0(--dry-run|--no-rescue|PMTUD_(DRY_RUN|NO_RESCUE)=(1|true|yes|on))\0", options
     )
@@ -6034,7 +6178,7 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
     peers = []
     for family in FAMILIES:
         for text in ruleset.sets.get(f"{table} {peers_set(family)}", ()):
-            packed = ipaddress.ip_address(text).packed
+            packed = packed_address(text)
             if not is_link_local(packed):  # the set knows no zones
                 peers.append(PeerAddress(packed))
     return RunningDaemon(
@@ -6049,9 +6193,8 @@ def find_daemon(group: int, ruleset: Ruleset) -> Optional[RunningDaemon]:
 
 def is_stopped(pid: int) -> bool:
     """Whether SIGSTOP or a debugger holds a process: state T or t in proc(5), stat."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as stream:
-        return stream.read().rpartition(b")")[2].split()[0] in b"Tt"
-    return False
+    fields = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return bool(fields) and fields[0] in (b"T", b"t")
 
 
 def option_of(options: bytes, name: str) -> str:
@@ -6329,7 +6472,7 @@ def served_addresses(node: Node, address: str) -> list[str]:
         is_ours = names.get(local.ifindex) in node.ifaces
         is_served = address != "0.0.0.0" or family_of(local.packed) is IPV4
         if is_ours and is_served and not is_link_local(local.packed):
-            own.append(str(ipaddress.ip_address(local.packed)))
+            own.append(address_text(local.packed))
     return own[:16] or ["127.0.0.1"]
 
 
@@ -6740,7 +6883,7 @@ def hear_replies(
     """Take those who answer out of `waiting`; any ICMP message of theirs shows that they live."""
     for ping in select.select(list(pings.values()), [], [], max(0.0, seconds))[0]:
         _, sender = ping.recvfrom(0, socket.MSG_TRUNC)
-        waiting.pop(ipaddress.ip_address(sender[0].partition("%")[0]).packed, None)
+        waiting.pop(packed_address(sender[0]), None)
 
 
 def look_into(source: str) -> str:
@@ -7030,8 +7173,8 @@ SO_ATTACH_FILTER = 26
 ETH_P_IP = 0x0800
 ETH_P_IPV6 = 0x86DD
 
-# linux/errqueue.h, struct sock_extended_err: errno, origin, type, code, info (the MTU), data; behind
-# it struct sockaddr_in or sockaddr_in6 of who said so
+# linux/errqueue.h, struct sock_extended_err: errno, origin, type, code, info (the MTU), data;
+# behind it struct sockaddr_in or sockaddr_in6 of who said so
 EXTENDED_ERR = struct.Struct("=IBBBxII")
 
 # linux/filter.h: struct sock_filter (code, jump if true, jump if false, operand), struct sock_fprog
@@ -7261,7 +7404,7 @@ class Prober:
     def __init__(self, node: Node, address: tuple[Any, ...]) -> None:
         self.host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
         self.host_alone = self.host.partition("%")[0]  # without the zone
-        self.packed = ipaddress.ip_address(self.host_alone).packed
+        self.packed = packed_address(self.host_alone)
         self.address = (self.host_alone, PROBE_PORT, *address[2:])
         self.family = family_of(self.packed)
         self.options = PROBES[self.family]
@@ -7311,8 +7454,8 @@ class Prober:
                     udp.send(bytes(size - options.headers))
                     return self._listen(udp)
                 source, self.port, *_ = udp.getsockname()
-                source = ipaddress.ip_address(source.partition("%")[0]).packed
-                packet = udp_packet(self.family, source, self.packed, self.port, size)
+                packed = packed_address(source)
+                packet = udp_packet(self.family, packed, self.packed, self.port, size)
                 self.sockets.mouth.sendto(packet, (self.host_alone, 0, *self.address[2:]))
                 return self._listen(udp)
             except OSError as problem:
@@ -7329,7 +7472,7 @@ class Prober:
             ready = select.select(waiting, [], [], left)[0]
             for error in self.taken():
                 if self.is_about_probe(error):
-                    router = str(ipaddress.ip_address(error.src))
+                    router = address_text(error.src)
                     return Answer("report", router, error.believed_mtu)
             if udp in ready:
                 return self._read(udp)
@@ -7344,7 +7487,7 @@ class Prober:
             return Answer("reply")
         number, _, _, _, mtu, _ = EXTENDED_ERR.unpack_from(data)
         packed = data[self.options.sender]
-        sender = str(ipaddress.ip_address(packed))
+        sender = address_text(packed)
         if number == errno.EMSGSIZE:
             return Answer("report", sender, mtu or self.family.unstated_mtu)
         if packed == self.packed:
@@ -7359,7 +7502,7 @@ class Prober:
         for report, iface in self.came_in():
             if not self.is_about_probe(report):
                 continue
-            router = str(ipaddress.ip_address(report.src))
+            router = address_text(report.src)
             if answer.kind in ("silence", "dropped"):
                 # The last one counts: a bond or VLAN shows up after its port.
                 answer = Answer("dropped", router, report.believed_mtu, iface)
@@ -7392,7 +7535,7 @@ class Prober:
                 ear = self.sockets.ear
                 packet, control, _, sender = ear.recvmsg(4096, 64, socket.MSG_DONTWAIT)
                 if self.family is IPV6:  # it gives the message alone
-                    src = ipaddress.ip_address(sender[0].partition("%")[0]).packed
+                    src = packed_address(sender[0])
                     packet = ipv6_head(src, control[0][2][:16], packet) + packet
                 error = parse(packet)
                 if isinstance(error, MtuError) and not discards(error):
@@ -7429,13 +7572,12 @@ class Prober:
         for error, iface in self.came_in():
             if error.src in self.own or not self.is_about_probe(error):
                 continue
+            sender = address_text(error.src)
             if error.dst == source:
-                router = str(ipaddress.ip_address(error.src))
-                passage = passage._replace(iface=iface, router=router)
-            else:
-                sender = str(ipaddress.ip_address(error.src))
-                copies = dict.fromkeys((*passage.copies_from, sender))
-                passage = passage._replace(copies_from=tuple(copies))
+                passage = passage._replace(iface=iface, router=sender)
+            elif sender not in passage.copies_from:
+                copies_from = (*passage.copies_from, sender)
+                passage = passage._replace(copies_from=copies_from)
         for error in self.taken():
             # A copy itself is addressed to this node, not to the service
             if error.dst == source and self.is_about_probe(error):
@@ -7502,7 +7644,7 @@ def blame(node: Node, report: Answer) -> tuple[str, str]:
 
     And the command that gets the next one through, or finds it.
     """
-    packed = ipaddress.ip_address(report.router).packed
+    packed = packed_address(report.router)
     version = family_of(packed).version
     culprit = path_filter(node, report.iface, version)
     if culprit and interface_towards(packed, report.iface) != report.iface:
@@ -7585,10 +7727,10 @@ def judge_passages(
     node: Node, prober: Prober, measured: Measurement, source: bytes
 ) -> Iterator[Finding]:
     """Whether the routers' errors about packets from a service address come to this node."""
-    said = f"{ipaddress.ip_address(source)} to {prober.host}"
+    said = f"{address_text(source)} to {prober.host}"
     if not prober.sockets:
         command = f"sudo {check_command(node.config, prober.host)}"
-        fix = f"{command} --from {ipaddress.ip_address(source)}"
+        fix = f"{command} --from {address_text(source)}"
         yield warn("path_from", f"{said}: only root can send from an address of many nodes", fix)
         return
     reports = {report.router: report for report in measured.reports}
@@ -7672,9 +7814,9 @@ def route_command(prober: Prober, mtu: int) -> str:
     gateway = prober.hop.gateway
     command = f"ip route replace {prober.host_alone}"
     if len(gateway) > len(prober.packed):
-        command += f" via inet6 {ipaddress.ip_address(gateway)}"
+        command += f" via inet6 {address_text(gateway)}"
     elif gateway:
-        command += f" via {ipaddress.ip_address(gateway)}"
+        command += f" via {address_text(gateway)}"
     command += f" dev {shlex.quote(prober.iface)}"
     flags, hops = find_route(prober.packed, prober.hop.ifindex, RTM_F_FIB_MATCH)
     is_onlink = flags & RTNH_F_ONLINK or any(hop.onlink for hop in hops)
@@ -8119,7 +8261,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     warnings = tuple(unknown_variables(parser, environ))
     source = b""
     if words["from"]:
-        source = ipaddress.ip_address(words["from"]).packed
+        source = packed_address(words["from"])
     return Invocation(command, config, hosts, bool(words["json"]), color, warnings, source)
 
 

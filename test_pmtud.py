@@ -92,7 +92,8 @@ def look_for_programs(command: str) -> None:
 
 def prepare() -> None:
     """Make the virtual environment if need be, and go on in it."""
-    python, stamp = VENV / "bin" / "python", VENV / "requirements.txt"
+    python = VENV / "bin" / "python"
+    stamp = VENV / "requirements.txt"
     wanted = "\n".join((sys.version, *REQUIREMENTS))
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"preparing {VENV} ...", flush=True)
@@ -223,15 +224,35 @@ def turn(
 # -----------------------------------------------------------------------------
 # Section: builders -- packets made from the RFCs, every field can be broken
 
-TCP_PROTOCOL, UDP_PROTOCOL = 6, 17
-HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS = 0, 43, 44, 51, 60
-DF, MF = 0x4000, 0x2000
+TCP_PROTOCOL = 6
+UDP_PROTOCOL = 17
+HOP_BY_HOP = 0
+ROUTING = 43
+FRAGMENT = 44
+AUTHENTICATION = 51
+DESTINATION_OPTIONS = 60
+DF = 0x4000
+MF = 0x2000
 Extension = tuple[int, bytes]  # its number, and its bytes with any value in the next-header byte
 
 
 def packed(address: str) -> bytes:
     """An address in network byte order."""
     return ip_address(address).packed
+
+
+def source_of(packet: bytes) -> bytes:
+    """The packed source address of an IP packet."""
+    if packet[0] >> 4 == 4:
+        return packet[12:16]
+    return packet[8:24]
+
+
+def destination_of(packet: bytes) -> bytes:
+    """The packed destination address of an IP packet."""
+    if packet[0] >> 4 == 4:
+        return packet[16:20]
+    return packet[24:40]
 
 
 def internet_checksum(data: bytes) -> int:
@@ -279,14 +300,13 @@ def ipv6(
 ) -> bytes:
     """RFC 8200 section 3; `length` is what IPv4 calls total length, the header included."""
     kinds = [kind for kind, _ in extensions] + [protocol]
-    chain = (
-        b"".join(
-            bytes([following]) + data[1:] for (_, data), following in zip(extensions, kinds[1:])
-        )
-        + payload
-    )
+    chain = b""
+    for (_, data), following in zip(extensions, kinds[1:]):
+        chain += bytes([following]) + data[1:]
+    chain += payload
     size = len(chain) if length is None else length - 40
-    return struct.pack("!B3xHBB", first, size, kinds[0], ttl) + packed(src) + packed(dst) + chain
+    start = struct.pack("!B3xHBB", first, size, kinds[0], ttl)
+    return start + packed(src) + packed(dst) + chain
 
 
 def fragment_header(offset: int, more: bool) -> Extension:
@@ -353,6 +373,7 @@ V6 = Plan(
     "fd09::/64",
 )
 NETS = {"ipv4": V4, "ipv6": V6}
+PLANS = {4: V4, 6: V6}
 both_families = pytest.mark.parametrize("net", [V4, V6], ids=lambda net: str(net.family.name))
 
 
@@ -371,12 +392,21 @@ def icmp_error(
 
     The checksum of section 2.3 covers a pseudo-header.
     """
-    start = bytes([net.error[0] if kind is None else kind, net.error[1] if code is None else code])
-    end = struct.pack("!HH" if net is V4 else "!I", *((0, mtu) if net is V4 else (mtu,))) + quoted
+    usual_kind, usual_code = net.error
+    start = bytes(
+        [
+            usual_kind if kind is None else kind,
+            usual_code if code is None else code,
+        ]
+    )
+    end = struct.pack("!I", mtu) + quoted  # IPv4: 16 bits unused, and the MTU
     size = len(start) + 2 + len(end)
-    pseudo = b"" if net is V4 else packed(src) + packed(dst) + struct.pack("!I3xB", size, 58)
-    summed = internet_checksum(pseudo + start + bytes(2) + end) if checksum is None else checksum
-    return start + struct.pack("!H", summed) + end
+    pseudo = b""
+    if net is V6:
+        pseudo = packed(src) + packed(dst) + struct.pack("!I3xB", size, 58)
+    if checksum is None:
+        checksum = internet_checksum(pseudo + start + bytes(2) + end)
+    return start + struct.pack("!H", checksum) + end
 
 
 def mtu_error(
@@ -402,14 +432,18 @@ def mtu_error(
     `quoted` replaces the quoted packet, `payload` the ICMP message; `inner` and `outer` are more
     arguments of the quoted and outer header's builder, `icmp` of icmp_error().
     """
-    src, dst, quoted_src = src or net.router, dst or net.vip, quoted_src or net.vip
+    src = src or net.router
+    dst = dst or net.vip
+    quoted_src = quoted_src or net.vip
     if quoted is None:
         start = tcp_start() if transport is None else transport
         fields = {"length": quoted_length, **dict(inner)}
         quoted = net.wrap(quoted_src, quoted_dst or net.client, protocol, start, **fields)
-    body = icmp_error(net, src, dst, quoted, mtu=mtu, **icmp) if payload is None else payload
-    number = (1 if net is V4 else 58) if outer_protocol is None else outer_protocol
-    return net.wrap(src, dst, number, body, **dict(outer))
+    if payload is None:
+        payload = icmp_error(net, src, dst, quoted, mtu=mtu, **icmp)
+    if outer_protocol is None:
+        outer_protocol = net.family.icmp_protocol
+    return net.wrap(src, dst, outer_protocol, payload, **dict(outer))
 
 
 def error4(**fields: Any) -> bytes:
@@ -450,21 +484,21 @@ N = TypeVar("N", bound="Net")
 
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 ETH_P_ALL = 0x0003  # <linux/if_ether.h>
-SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33  # <asm-generic/socket.h>
-SOL_PACKET, PACKET_STATISTICS = 263, 6  # <linux/if_packet.h>
-NETLINK_NETFILTER, NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE = (
-    12,
-    1,
-    2,
-)  # <linux/netfilter/nfnetlink*.h>
-NLM_F_REQUEST, NLM_F_ACK = 1, 4  # <linux/netlink.h>
+SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>
+SO_RCVBUFFORCE = 33
+SOL_PACKET = 263  # <linux/if_packet.h>
+PACKET_STATISTICS = 6
+NETLINK_NETFILTER = 12  # <linux/netfilter/nfnetlink*.h>
+NFNL_SUBSYS_CTNETLINK = 1
+IPCTNL_MSG_CT_DELETE = 2
+NLM_F_REQUEST = 1  # <linux/netlink.h>
+NLM_F_ACK = 4
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.setns.argtypes, libc.setns.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-libc.bind.argtypes, libc.bind.restype = (
-    (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32),
-    ctypes.c_int,
-)
+libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+libc.setns.restype = ctypes.c_int
+libc.bind.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+libc.bind.restype = ctypes.c_int
 
 
 # How many times as slow as the machine on which these tests were written another one may be.
@@ -479,6 +513,11 @@ def poll(condition: Callable[[], T], timeout: float) -> T:
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
     return value
+
+
+def openssl(words: str) -> None:
+    """One command of openssl."""
+    execute("openssl", *words.split())
 
 
 def becomes(read: Callable[[], Any], wanted: Any, seconds: float) -> bool:
@@ -586,7 +625,9 @@ class Host:
     """One network namespace. Made by Net.host()."""
 
     def __init__(self, net: Net, name: str) -> None:
-        self.net, self.name, self.namespace = net, name, f"pm{os.getpid()}-{net.serial}-{name}"
+        self.net = net
+        self.name = name
+        self.namespace = f"pm{os.getpid()}-{net.serial}-{name}"
 
     def __repr__(self) -> str:
         return self.namespace
@@ -723,7 +764,8 @@ class Net:
 
         gso_max_segs 1: each TCP segment is a packet and gets its own ICMP error, as on a wire.
         """
-        name_a, name_b = names[0] or f"to-{b.name}", names[1] or f"to-{a.name}"
+        name_a = names[0] or f"to-{b.name}"
+        name_b = names[1] or f"to-{a.name}"
         settings = f"mtu {mtu} gso_max_segs 1"
         a.ip(
             f"link add {name_a} {settings} type veth peer name {name_b} {settings} netns "
@@ -770,7 +812,8 @@ class Capture:
     """
 
     def __init__(self, host: Host, interface: str = "") -> None:
-        self._host, self._interface = host, interface
+        self._host = host
+        self._interface = interface
         self._seen: list[Seen] = []
         self._lost = 0
         self._stop = threading.Event()
@@ -843,12 +886,14 @@ class Capture:
 
     def settle(self, quiet: float = 0.3, timeout: float = 10) -> list[Seen]:
         """All packets, once none has come for quiet seconds. TimeoutError if they keep coming."""
-        count, since = len(self._seen), time.monotonic()
+        count = len(self._seen)
+        since = time.monotonic()
 
         def is_quiet() -> bool:
             nonlocal count, since
             if len(self._seen) != count:
-                count, since = len(self._seen), time.monotonic()
+                count = len(self._seen)
+                since = time.monotonic()
             return time.monotonic() - since >= quiet
 
         if not poll(is_quiet, timeout):
@@ -856,7 +901,8 @@ class Capture:
         return self.packets()
 
 
-PORT, DOWNLOAD_BYTES = 80, 200_000
+PORT = 80
+DOWNLOAD_BYTES = 200_000
 
 SERVER = """
 import socket, sys, threading
@@ -932,6 +978,11 @@ INVALID_DROP_RULES = (
 )
 
 
+def start_server(host: Host, size: int) -> Process:
+    """A server on PORT that sends so many bytes to everybody; it says when it listens."""
+    return host.start(sys.executable, "-ISc", SERVER, str(PORT), str(size))
+
+
 class Cluster(Net):
     """An ECMP cluster whose clients sit behind a thin link.
 
@@ -956,7 +1007,9 @@ class Cluster(Net):
         node.
         """
         super().__init__()
-        self.size, self.invalid_drop, self.conntrack = nodes, invalid_drop, conntrack
+        self.size = nodes
+        self.invalid_drop = invalid_drop
+        self.conntrack = conntrack
 
     @staticmethod
     def vip(service: str, family: int = 4) -> str:
@@ -971,12 +1024,19 @@ class Cluster(Net):
         """number counts from 1, as in the names node1 and pod1."""
         return f"{'10.0.0.' if family == 4 else 'fd00::'}{10 + number}"
 
+    @staticmethod
+    def node_addresses(*families: int) -> list[str]:
+        """Those of the three nodes that most clusters have."""
+        addresses = []
+        for family in families:
+            addresses += [Cluster.node_address(number, family) for number in (1, 2, 3)]
+        return addresses
+
     def build(self) -> None:
-        self.client, self.mgmt = self.host("client"), self.host("mgmt")
-        self.router, self.fabric = (
-            self.host("router", forward=True),
-            self.host("fabric", forward=True),
-        )
+        self.client = self.host("client")
+        self.mgmt = self.host("mgmt")
+        self.router = self.host("router", forward=True)
+        self.fabric = self.host("fabric", forward=True)
         numbers = range(1, self.size + 1)
         self.nodes = [self.host(f"node{i}", forward=True) for i in numbers]
         self.pods = [self.host(f"pod{i}") for i in numbers if self.conntrack]
@@ -984,10 +1044,7 @@ class Cluster(Net):
         self._build_fabric()
         for i in numbers:
             self._build_node(i)
-        servers = [
-            host.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES))
-            for host in self.nodes + self.pods
-        ]
+        servers = [start_server(host, DOWNLOAD_BYTES) for host in self.nodes + self.pods]
         for server in servers:
             server.wait_for("listening")
 
@@ -1064,7 +1121,8 @@ class Cluster(Net):
             self._build_pod(i)
 
     def _build_pod(self, i: int) -> None:
-        node, pod = self.nodes[i - 1], self.pods[i - 1]
+        node = self.nodes[i - 1]
+        pod = self.pods[i - 1]
         self.link(node, pod, names=("to-pod", "eth0"))
         pod.ip(
             f"addr add 10.244.{i}.2/24 dev eth0",
@@ -1144,8 +1202,10 @@ class Cluster(Net):
         found: list[int | None] = []
         for line in printed.splitlines():
             [route] = json.loads(line)
-            mtus = [int(metric["mtu"]) for metric in route.get("metrics", ()) if "mtu" in metric]
-            found.append(mtus[0] if mtus else None)
+            mtu = None
+            for metric in route.get("metrics", ()):
+                mtu = metric.get("mtu", mtu)
+            found.append(mtu)
         assert len(found) == len(addresses), printed
         return found
 
@@ -1174,10 +1234,17 @@ def flush_conntrack() -> None:
 
 
 PEER_LISTS = {
-    4: ",".join(Cluster.node_address(i, 4) for i in (1, 2, 3)),
-    6: ",".join(Cluster.node_address(i, 6) for i in (1, 2, 3)),
+    4: ",".join(Cluster.node_addresses(4)),
+    6: ",".join(Cluster.node_addresses(6)),
 }
 ALL_PEERS = ",".join(PEER_LISTS.values())
+
+
+def peers_of(family: int) -> tuple[str, str]:
+    """The option that names the cluster's nodes."""
+    return "--peers", PEER_LISTS[family]
+
+
 CASES = [(family, service) for family in (4, 6) for service in Cluster.SERVICES]
 ERRORS = 23
 
@@ -1261,8 +1328,31 @@ def is_ready(host: Host) -> bool:
 def metrics(host: Host, port: int = 30040) -> dict[str, float]:
     """Every sample of a host's /metrics, by `name{labels}`."""
     text = host.run("curl", "-sS", "--max-time", "20", f"http://127.0.0.1:{port}/metrics")
-    rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in rows}
+    samples = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            samples[name] = float(value)
+    return samples
+
+
+def total(samples: dict[str, float], name: str) -> int:
+    """The sum of a counter over its labels."""
+    found = 0.0
+    for key, value in samples.items():
+        if key.partition("{")[0] == f"{name}_total":
+            found += value
+    return int(found)
+
+
+def total_of(hosts: Sequence[Host], name: str) -> int:
+    """The same over all hosts."""
+    return sum(total(metrics(host), name) for host in hosts)
+
+
+def metric_becomes(host: Host, name: str, value: float, seconds: float = 5) -> bool:
+    """Whether a sample has this value soon."""
+    return bool(poll(lambda: metrics(host).get(name) == value, seconds))
 
 
 def received(host: Host, at_least: int) -> dict[str, float]:
@@ -1282,8 +1372,12 @@ def received(host: Host, at_least: int) -> dict[str, float]:
 
 def drops(samples: dict[str, float]) -> dict[str, int]:
     """The reasons with a count, without their metric's name."""
-    rows = {k: int(n) for k, n in samples.items() if k.startswith("pmtud_dropped_total") and n}
-    return {re.findall('"(.*)"', name)[0]: count for name, count in rows.items()}
+    found = {}
+    for reason in pmtud.Reason:
+        count = samples.get(f'pmtud_dropped_total{{reason="{reason.value}"}}', 0)
+        if count:
+            found[reason.value] = int(count)
+    return found
 
 
 def inject(host: Host, family: int, packets: Sequence[bytes], gap: float = 0.002) -> None:
@@ -1293,8 +1387,8 @@ def inject(host: Host, family: int, packets: Sequence[bytes], gap: float = 0.002
         af = socket.AF_INET if family == 4 else socket.AF_INET6
         with socket.socket(af, socket.SOCK_RAW, socket.IPPROTO_RAW) as sender:
             for packet in packets:
-                destination = packet[16:20] if family == 4 else packet[24:40]
-                sender.sendto(packet, (socket.inet_ntop(af, destination), 0))
+                destination = socket.inet_ntop(af, destination_of(packet))
+                sender.sendto(packet, (destination, 0))
                 time.sleep(gap)
 
     host.inside(send)
@@ -1304,7 +1398,8 @@ def flow_errors(
     family: int, service: str = "host", count: int = ERRORS, **fields: Any
 ) -> list[bytes]:
     """Errors of the cluster's router about `count` flows from a service's address."""
-    net, vip = (V4, V6)[family == 6], Cluster.vip(service, family)
+    net = PLANS[family]
+    vip = Cluster.vip(service, family)
     fields = {
         "src": {4: "10.8.0.1", 6: "fd08::1"}[family],
         "dst": vip,
@@ -1364,7 +1459,7 @@ def learners(cluster: Cluster, service: str, family: int) -> list[Host]:
 def assert_learned(cluster: Cluster, service: str, family: int, mtu: int = 1400) -> None:
     """`ip route get` in the owners' namespaces shows the MTU the router reported, for each client."""
     if service == "cross":  # a masqueraded pod knows its clients by their node's address
-        clients = [Cluster.node_address(i, family) for i in (1, 2, 3)]
+        clients = Cluster.node_addresses(family)
         needed = 1
     else:
         clients = [Cluster.client_address(k, family) for k in range(1, 24)]
@@ -1395,7 +1490,8 @@ def assert_learned(cluster: Cluster, service: str, family: int, mtu: int = 1400)
 def test_errors_are_one_line_with_an_exit_code(
     problem: pmtud.PmtudError, text: str, code: int
 ) -> None:
-    assert (str(problem), problem.exit_code) == (text, code)
+    assert str(problem) == text
+    assert problem.exit_code == code
 
 
 # -----------------------------------------------------------------------------
@@ -1627,7 +1723,8 @@ def test_errors_made_by_a_real_kernel(
 
     A is both outer destination and quoted source.
     """
-    golden, net = GOLDEN[name], NETS[name]
+    golden = GOLDEN[name]
+    net = NETS[name]
     assert pmtud.parse(golden) == pmtud.MtuError(
         net.family,
         packed(src),
@@ -1908,9 +2005,13 @@ GOOD_ROWS = [
 @pytest.mark.parametrize(("net", "fields"), GOOD_ROWS)
 def test_parse_accepts(net: Plan, fields: dict[str, Any]) -> None:
     """Only TCP, UDP, DCCP and SCTP have ports."""
-    found, protocol = parsed(net, **fields), fields.get("protocol", TCP_PROTOCOL)
-    assert (found.quoted_protocol, found.src, found.mtu) == (protocol, packed(net.router), 1400)
-    assert (found.quoted_src, found.quoted_dst) == (packed(net.vip), packed(net.client))
+    found = parsed(net, **fields)
+    protocol = fields.get("protocol", TCP_PROTOCOL)
+    assert found.quoted_protocol == protocol
+    assert found.src == packed(net.router)
+    assert found.mtu == 1400
+    assert found.quoted_src == packed(net.vip)
+    assert found.quoted_dst == packed(net.client)
     ports = (443, 40000) if protocol in (6, 17, 33, 132) else (0, 0)
     assert (found.source_port, found.destination_port) == ports
 
@@ -1935,11 +2036,14 @@ def test_an_error_made_to_be_about_an_echo_reply(
     packet = packet[:25] + bytes([length]) + packet[26:]
     summed = internet_checksum(packet[20:]) if checksum is None else checksum
     packet = packet[:22] + struct.pack("!H", summed) + packet[24:]
-    before, after = packet[20:], pmtud.as_about_echo_reply(packet[20:])
+    before = packet[20:]
+    after = pmtud.as_about_echo_reply(packet[20:])
     assert len(after) == len(before)
     at = 8 + 20 + len(options)
     changed = bytearray(before)
-    changed[2:4], changed[8 + 9], changed[at : at + 2] = after[2:4], 1, bytes(2)
+    changed[2:4] = after[2:4]
+    changed[8 + 9] = 1
+    changed[at : at + 2] = bytes(2)
     assert after == bytes(changed)
     right = not pmtud.checksum_remainder(pmtud.IPV4, b"", b"", after)
     assert right is (checksum is None)
@@ -2073,13 +2177,16 @@ def nflog_message(
     `between` stands for interface and hardware.
     """
     attrs = [(1, b"\x08\0\0\0")]
-    attrs += [(10, prefix)] * bool(prefix) + [(4, data) for data in between]
-    attrs += [(12, struct.pack("!I", sequence))] if sequence is not None else []
-    attrs += [(9, packet)]
+    if prefix:
+        attrs.append((10, prefix))
+    attrs += [(4, data) for data in between]
+    if sequence is not None:
+        attrs.append((12, struct.pack("!I", sequence)))
+    attrs.append((9, packet))
     body = struct.pack("!BBH", 2, 0, 33)
-    body += b"".join(
-        nla(4 + len(data), number) + data + bytes(-len(data) % 4) for number, data in attrs
-    )
+    for number, data in attrs:
+        padding = bytes(-len(data) % 4)
+        body += nla(4 + len(data), number) + data + padding
     return nlmsg(16 + len(body), kind, 0, 0, 0) + body
 
 
@@ -2140,9 +2247,7 @@ def test_rules_off_with_the_operators_own_rule(tool: str) -> None:
     with Cluster() as cluster:
         for node in cluster.nodes:
             FEEDS[tool](node)
-        with daemons_keeping_rules(
-            cluster, "--peers", PEER_LISTS[4], "--rules", "off"
-        ) as processes:
+        with daemons_keeping_rules(cluster, *peers_of(4), "--rules", "off") as processes:
             assert "table inet pmtud_33_guard" in processes[0].output()
             with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
                 for service in Cluster.SERVICES:
@@ -2176,17 +2281,13 @@ def test_rules_off_where_no_guard_can_be_installed() -> None:
             node.start(sys.executable, "-c", NAME_TAKEN, env={"PYTHONPATH": str(HERE)}).wait_for(
                 "up"
             )
-        processes = [
-            daemon(node, "--peers", PEER_LISTS[4], "--rules", "off") for node in cluster.nodes
-        ]
+        processes = [daemon(node, *peers_of(4), "--rules", "off") for node in cluster.nodes]
         assert len(cluster.download("host")) == 23
         # with this the operator guards, but the daemon has not looked again yet
         with invalid_dropped(cluster), Capture(cluster.fabric) as wire:
             assert len(cluster.download("pod", deadline=1.0)) < 20
-            leaked = [
-                s for s in node_packets(wire.settle(), 4) if s.packet[16:19] == bytes([10, 96, 0])
-            ]
-        assert not leaked
+            leaked = service_packets(wire, 4)
+        assert leaked == []
         for process in processes:
             assert process.stop() == 0
             assert "cannot install the guard" in process.output()
@@ -2225,7 +2326,7 @@ def test_printed_rules_do_what_the_daemons_own_do(tool: str, family: int) -> Non
                 assert len(cluster.download(service, family)) == 23
             assert not any("no guard" in process.output() for process in processes)
             if family == 4:
-                assert sum(metrics(node)["pmtud_rpf_rescued_total"] for node in cluster.nodes) > 0
+                assert total_of(cluster.nodes, "pmtud_rpf_rescued") > 0
 
 
 def paste_rules(node: Host, tool: str) -> None:
@@ -2271,7 +2372,7 @@ def test_installed_rules_are_the_printed_rules(cluster: Cluster) -> None:
 @quick
 def test_flush_ruleset_leaves_our_table(cluster: Cluster) -> None:
     """`nft flush ruleset`, a firewall reload beside us: an owned table stays."""
-    with Cluster(conntrack=False) as plain, daemons(plain.nodes, "--peers", PEER_LISTS[4]):
+    with Cluster(conntrack=False) as plain, daemons(plain.nodes, *peers_of(4)):
         for node in plain.nodes:
             node.run("nft", "flush", "ruleset")
             assert "pmtud_33" in node.run("nft", "list", "ruleset")
@@ -2329,7 +2430,8 @@ def test_table_without_ownership_is_replaced_and_removed(cluster_of_its_own: Clu
     assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
     flushed.stop(signal.SIGKILL)
     final = node.start(sys.executable, "-c", OLD_KERNEL, env=env)
-    assert poll(lambda: final.returncode() is not None, 5) and final.returncode() == 0
+    assert poll(lambda: final.returncode() is not None, 5)
+    assert final.returncode() == 0
     assert "pmtud" not in node.run("nft", "list", "ruleset")
 
 
@@ -2376,7 +2478,8 @@ class WhoCase(NamedTuple):
     nets: tuple[Plan, ...] = (V4, V6)
 
 
-DELIVER, REPLICATE = pmtud.DELIVER, pmtud.REPLICATE
+DELIVER = pmtud.DELIVER
+REPLICATE = pmtud.REPLICATE
 NEIGHBOURS = (("10.77.0.5", V4), ("fd77::5", V6), ("fe80::1", V6))  # nodes or routers
 LINK_LOCAL = ("169.254.7.7", "fe80::7", "febf::7")
 SPECIAL = [
@@ -2537,7 +2640,8 @@ INVALID_ROWS = [(case, net) for case in INVALID_CASES for net in case.nets]
 @unit
 @pytest.mark.parametrize(("case", "net"), INVALID_ROWS)
 def test_what_is_believed(case: InvalidCase, net: Plan) -> None:
-    found, policy = parsed(net, **case.fields), make_policy(net, **case.options)
+    found = parsed(net, **case.fields)
+    policy = make_policy(net, **case.options)
     assert policy.invalid(found) is (None if case.reason is Reason.NOT_SERVICE else case.reason)
     assert outcome(found, policy, 1.0) is (case.reason or REPLICATE)
 
@@ -2743,7 +2847,8 @@ def test_what_changes_with_each_packet_makes_no_flow(
 def test_memory_is_bounded_under_a_spoofed_flood() -> None:
     """100,000 sources, each with a flow of its own, in one interval."""
     policy = make_policy(flow_interval=60.0, source_rate=500.0, rate=1e9)
-    template, passed = parsed(V4), 0
+    template = parsed(V4)
+    passed = 0
     for number in range(100_000):
         source = struct.pack("!I", 0x0B000000 + number)
         spoofed = template._replace(src=source, quoted_dst=source, mtu=1300 + number % 50)
@@ -2758,7 +2863,8 @@ def test_memory_is_bounded_under_a_spoofed_flood() -> None:
 @unit
 def test_the_total_holds_against_a_spoofed_flood() -> None:
     """New sources each time get past the limit per source, never past the one for all."""
-    policy, template = make_policy(source_rate=1.0, rate=100.0), parsed(V4)
+    policy = make_policy(source_rate=1.0, rate=100.0)
+    template = parsed(V4)
     spoofed = (
         template._replace(src=struct.pack("!I", 0x0B000000 + number)) for number in range(20_000)
     )
@@ -2806,20 +2912,29 @@ def test_histogram_bounds_are_inclusive() -> None:
 @unit
 def test_copy_counts_stay_with_the_peers_that_stay() -> None:
     first = pmtud.CopyCounts(["a", "b"])
-    first.rounds, first.refused[1] = 10, 3
-    assert (first.sent(), first.errors()) == ({"a": 10, "b": 7}, {"a": 0, "b": 3})
+    first.rounds = 10
+    first.refused[1] = 3
+    assert first.sent() == {"a": 10, "b": 7}
+    assert first.errors() == {"a": 0, "b": 3}
     second = pmtud.CopyCounts(["b", "c"], first)
-    second.rounds, second.refused[0] = 5, 1
-    assert (second.sent(), second.errors()) == ({"b": 11, "c": 5}, {"b": 4, "c": 0})
-    assert (first.totals(), second.totals()) == ((17, 3), (26, 4))
+    second.rounds = 5
+    second.refused[0] = 1
+    assert second.sent() == {"b": 11, "c": 5}
+    assert second.errors() == {"b": 4, "c": 0}
+    assert first.totals() == (17, 3)
+    assert second.totals() == (26, 4)
     assert pmtud.CopyCounts([], second).totals() == (26, 4)
 
 
-def scrape(counters: pmtud.Counters) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def scrape(counters: pmtud.Counters) -> dict[tuple[str, tuple[Any, ...]], float]:
     """The samples a Prometheus server would read, by name and labels."""
-    families = text_string_to_metric_families(pmtud.render_metrics(counters).decode())
-    samples = [sample for family in families for sample in family.samples]
-    return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples}
+    text = pmtud.render_metrics(counters).decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = sorted(sample.labels.items())
+            found[sample.name, tuple(labels)] = sample.value
+    return found
 
 
 METRIC_LABELS: dict[str, set[tuple[str, ...]]] = {
@@ -2855,8 +2970,10 @@ METRIC_LABELS: dict[str, set[tuple[str, ...]]] = {
 def test_scrape_has_the_metrics_of_the_design() -> None:
     counters = pmtud.Counters()
     counters.copies["ipv4"] = pmtud.CopyCounts(["10.0.0.12"])
-    counters.peers, counters.refresh_failures = {"static": 1}, {"file:x": 0}
-    counters.shed, counters.unready = {"ipv4": 0}, {"rules": 1}
+    counters.peers = {"static": 1}
+    counters.refresh_failures = {"file:x": 0}
+    counters.shed = {"ipv4": 0}
+    counters.unready = {"rules": 1}
     counters.resolved = {"10.0.0.12": 1}
     counters.node = {("node1", "ipv4", "10.0.0.11"): 1}
     found: dict[str, set[tuple[str, ...]]] = {}
@@ -2884,8 +3001,11 @@ def test_scrape_shows_what_was_counted() -> None:
     counters.received["ipv6", "peer"] = 4
     counters.delivered["ipv4", "not_owner"] = 5
     counters.copies["ipv6"] = pmtud.CopyCounts(["fd00::12"])
-    counters.copies["ipv6"].rounds, counters.copies["ipv6"].refused[0] = 9, 2
-    counters.rpf_rescued, counters.nflog_lost, counters.last_error_received = 6, 7, 1.5e9
+    counters.copies["ipv6"].rounds = 9
+    counters.copies["ipv6"].refused[0] = 2
+    counters.rpf_rescued = 6
+    counters.nflog_lost = 7
+    counters.last_error_received = 1.5e9
     counters.reported_mtu.observe(1400)
     samples = scrape(counters)
     assert samples["pmtud_dropped_total", (("reason", "own"),)] == 3
@@ -2893,7 +3013,8 @@ def test_scrape_shows_what_was_counted() -> None:
     assert samples["pmtud_delivered_total", (("family", "ipv4"), ("result", "not_owner"))] == 5
     assert samples["pmtud_copies_sent_total", (("peer", "fd00::12"),)] == 7
     assert samples["pmtud_copy_errors_total", (("peer", "fd00::12"),)] == 2
-    assert (samples["pmtud_rpf_rescued_total", ()], samples["pmtud_nflog_lost_total", ()]) == (6, 7)
+    assert samples["pmtud_rpf_rescued_total", ()] == 6
+    assert samples["pmtud_nflog_lost_total", ()] == 7
     assert samples["pmtud_last_error_received_timestamp_seconds", ()] == 1.5e9
     assert samples["pmtud_reported_mtu_bytes_bucket", (("le", "1380"),)] == 0
     assert samples["pmtud_reported_mtu_bytes_bucket", (("le", "1400"),)] == 1
@@ -2914,7 +3035,7 @@ def test_copies_are_counted_on_both_ends(cluster: Cluster, family: int) -> None:
     def received(node: Host, label: str) -> float:
         return metrics(node)[f'pmtud_copies_received_total{{peer="{label}"}}']
 
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[family]):
+    with daemons(cluster.nodes, *peers_of(family)):
         chain = "type filter hook ingress device eth0 priority -10"
         protocol = {4: "icmp type destination-unreachable", 6: "icmpv6 type packet-too-big"}[family]
         rule = f"{protocol} numgen inc mod 2 0 drop"
@@ -2932,7 +3053,7 @@ def test_copies_are_counted_on_both_ends(cluster: Cluster, family: int) -> None:
         far.run("nft", "delete", "table", "netdev", "lose")
     others = [cluster.node_address(i + 1, family) for i in range(3) if i != sender]
     with (
-        daemons([cluster.nodes[sender]], "--peers", PEER_LISTS[family], "--metrics-port", "0"),
+        daemons([cluster.nodes[sender]], *peers_of(family), "--metrics-port", "0"),
         daemons([near, far], "--peers", ",".join(others), "--ignore-networks", f"{address}"),
     ):
         inject(cluster.router, family, flow_errors(family, count=5))
@@ -2951,11 +3072,12 @@ def test_what_the_kernel_sheds_is_counted(cluster: Cluster, family: int, tmp_pat
         inject(cluster.router, family, flow_errors(family, count=100), 0)
         first = metrics(node)
         assert first[name] > 0
-        assert first[name] + total(first, "pmtud_received_total") == 100
+        assert first[name] + total(first, "pmtud_received") == 100
         path.write_text(path.read_text() + "\n10.0.0.77\nfd00::77\n")
         process.wait_for("peers changed")
+        other = f'pmtud_shed_total{{family="ipv{10 - family}"}}'
         assert metrics(node)[name] == first[name]
-        assert metrics(node)[name.replace(str(family), "46".replace(str(family), ""))] == 0
+        assert metrics(node)[other] == 0
 
 
 def test_readiness_and_dead_neighbours_are_metrics(cluster: Cluster, tmp_path: Path) -> None:
@@ -2964,7 +3086,8 @@ def test_readiness_and_dead_neighbours_are_metrics(cluster: Cluster, tmp_path: P
     peers = f"{PEER_LISTS[4]},10.0.0.99"
     with daemons([node], "--peers", f"{peers},dns:no-such.invalid"):
         samples = metrics(node)
-        assert (samples["pmtud_ready"], samples['pmtud_unready{reason="peers"}']) == (0, 1)
+        assert samples["pmtud_ready"] == 0
+        assert samples['pmtud_unready{reason="peers"}'] == 1
         assert (
             samples['pmtud_unready{reason="rules"}'] == samples['pmtud_unready{reason="loop"}'] == 0
         )
@@ -2972,7 +3095,7 @@ def test_readiness_and_dead_neighbours_are_metrics(cluster: Cluster, tmp_path: P
         assert metrics(node)["pmtud_ready"] == 1
         inject(cluster.router, 4, flow_errors(4, count=1))
         dead = 'pmtud_peer_resolved{peer="10.0.0.99"}'
-        assert poll(lambda: metrics(node).get(dead) == 0, 5)
+        assert metric_becomes(node, dead, 0)
         alive = [
             value for name, value in metrics(node).items() if name.startswith("pmtud_peer_res")
         ]
@@ -2982,7 +3105,7 @@ def test_readiness_and_dead_neighbours_are_metrics(cluster: Cluster, tmp_path: P
 def test_refused_copies_are_a_warning_of_the_doctor(cluster: Cluster) -> None:
     """A local firewall, for an hour: with the peer and the errno."""
     node = cluster.nodes[ingress(cluster, 4)]
-    with daemons([node], "--peers", PEER_LISTS[4]):
+    with daemons([node], *peers_of(4)):
         assert "daemon_says" not in [entry["check"] for entry in diagnose(node).checks]
         rule = "icmp type destination-unreachable ip daddr 10.0.0.0/24 drop"
         chain = "type filter hook output priority 0"
@@ -3024,7 +3147,8 @@ def test_file_source_follows_changes(tmp_path: Path) -> None:
     path = tmp_path / "peers"
     path.write_text("10.0.0.12\n")
     source = pmtud.FileSource(str(path))
-    assert (source.name, source.load()) == (f"file:{path}", addresses("10.0.0.12"))
+    assert source.name == f"file:{path}"
+    assert source.load() == addresses("10.0.0.12")
     assert source.load() is None
     path.touch()
     assert source.load() is None
@@ -3084,7 +3208,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 @unit
 def test_the_last_good_peers_stay(tmp_path: Path) -> None:
-    path, counters, changes = tmp_path / "peers", pmtud.Counters(), []
+    path = tmp_path / "peers"
+    counters = pmtud.Counters()
+    changes = []
     path.write_text("10.0.0.12")
     name = f"file:{path}"
     config = pmtud.Config(peers=addresses("fd00::12"), peer_sources=(name,))
@@ -3095,11 +3221,13 @@ def test_the_last_good_peers_stay(tmp_path: Path) -> None:
     try:
         good = {"static": addresses("fd00::12"), name: addresses("10.0.0.12")}
         assert all_answered(peers)
-        assert (peers.listed(), counters.refresh_failures) == (good, {name: 0})
+        assert peers.listed() == good
+        assert counters.refresh_failures == {name: 0}
         path.write_text("nonsense")
         peers.reload()
         until(lambda: counters.refresh_failures[name] >= 1)
-        assert (peers.listed(), changes) == (good, [])
+        assert peers.listed() == good
+        assert changes == []
         path.write_text("10.0.0.13")
         peers.reload()
         until(lambda: peers.listed()[name] == addresses("10.0.0.13"))
@@ -3158,10 +3286,8 @@ def complaint_of(source: pmtud.PeerSource) -> str:
 @unit
 def test_dns_source_takes_all_addresses_and_keeps_none_that_left(dns: Answers) -> None:
     source = pmtud.DnsSource("nodes")
-    dns[socket.AF_INET], dns[socket.AF_INET6] = (
-        ["10.0.0.13", "10.0.0.12", "10.0.0.13"],
-        ["fd00::12"],
-    )
+    dns[socket.AF_INET] = ["10.0.0.13", "10.0.0.12", "10.0.0.13"]
+    dns[socket.AF_INET6] = ["fd00::12"]
     assert look(source) == ["10.0.0.12", "10.0.0.13", "fd00::12"]
     dns[socket.AF_INET] = ["10.0.0.12"]
     assert look(source) == ["10.0.0.12", "fd00::12"]
@@ -3181,27 +3307,32 @@ def test_dns_source_takes_a_familys_last_address_away_after_a_while(
     monkeypatch.setattr(pmtud.DnsSource, "KEEP", 0.2)
     source = pmtud.DnsSource("nodes")
     for _ in range(2):
-        dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.12"], ["fd00::12"]
-        assert (look(source), source.doubt) == (["10.0.0.12", "fd00::12"], "")
-        dns[socket.AF_INET], dns[socket.AF_INET6] = [], ["fd00::13"]
-        assert (look(source), source.doubt) == (
-            ["10.0.0.12", "fd00::13"],
-            "dns:nodes: ipv4: no data",
-        )
+        dns[socket.AF_INET] = ["10.0.0.12"]
+        dns[socket.AF_INET6] = ["fd00::12"]
+        assert look(source) == ["10.0.0.12", "fd00::12"]
+        assert source.doubt == ""
+        dns[socket.AF_INET] = []
+        dns[socket.AF_INET6] = ["fd00::13"]
+        assert look(source) == ["10.0.0.12", "fd00::13"]
+        assert source.doubt == "dns:nodes: ipv4: no data"
         time.sleep(0.3)
-        assert (look(source), source.doubt) == (["fd00::13"], "")
+        assert look(source) == ["fd00::13"]
+        assert source.doubt == ""
 
 
 @unit
 def test_dns_source_survives_one_family_that_cannot_be_asked(dns: Answers) -> None:
     source = pmtud.DnsSource("nodes")
-    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.12"], ["fd00::12"]
+    dns[socket.AF_INET] = ["10.0.0.12"]
+    dns[socket.AF_INET6] = ["fd00::12"]
     assert look(source) == ["10.0.0.12", "fd00::12"]
-    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.13"], socket.EAI_AGAIN
+    dns[socket.AF_INET] = ["10.0.0.13"]
+    dns[socket.AF_INET6] = socket.EAI_AGAIN
     assert look(source) == ["10.0.0.13", "fd00::12"]
     assert source.doubt == "dns:nodes: ipv6: try again"
     dns[socket.AF_INET6] = ["fd00::12"]
-    assert (look(source), source.doubt) == (["10.0.0.13", "fd00::12"], "")
+    assert look(source) == ["10.0.0.13", "fd00::12"]
+    assert source.doubt == ""
 
 
 @unit
@@ -3221,12 +3352,15 @@ def test_dns_source_explains_and_goes_on(
     dns[socket.AF_INET] = ["10.0.0.12"]
     source.answer = source.load()
     assert source.answer == addresses("10.0.0.12")
-    dns[socket.AF_INET], dns[socket.AF_INET6] = ipv4, ipv6
+    dns[socket.AF_INET] = ipv4
+    dns[socket.AF_INET6] = ipv6
     assert [look(source), look(source)] == [f"dns:nodes: {complaint}"] * 2
-    dns[socket.AF_INET], dns[socket.AF_INET6] = [], []
+    dns[socket.AF_INET] = []
+    dns[socket.AF_INET6] = []
     monkeypatch.setattr(pmtud.DnsSource, "KEEP", 0.0)
     assert look(source) == "dns:nodes: no usable address"
-    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.14"], []
+    dns[socket.AF_INET] = ["10.0.0.14"]
+    dns[socket.AF_INET6] = []
     assert look(source) == ["10.0.0.14"]
 
 
@@ -3244,7 +3378,8 @@ def fixture_logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_dns_source_leaves_unusable_addresses_out(dns: Answers, logged: list[str]) -> None:
     """One warning for each, as long as it is there; the others count."""
     source = pmtud.DnsSource("nodes")
-    dns[socket.AF_INET], dns[socket.AF_INET6] = ["10.0.0.12", "0.0.0.0", "224.0.0.1"], ["fe80::1"]
+    dns[socket.AF_INET] = ["10.0.0.12", "0.0.0.0", "224.0.0.1"]
+    dns[socket.AF_INET6] = ["fe80::1"]
     assert [look(source), look(source)] == [["10.0.0.12"]] * 2
     assert logged == [
         "0.0.0.0" + PEER_HINT,
@@ -3254,7 +3389,9 @@ def test_dns_source_leaves_unusable_addresses_out(dns: Answers, logged: list[str
     dns[socket.AF_INET] = ["10.0.0.12"]
     assert look(source) == ["10.0.0.12"]
     dns[socket.AF_INET] = ["10.0.0.12", "0.0.0.0"]
-    assert (look(source), logged[3:], source.doubt) == (["10.0.0.12"], ["0.0.0.0" + PEER_HINT], "")
+    assert look(source) == ["10.0.0.12"]
+    assert logged[3:] == ["0.0.0.0" + PEER_HINT]
+    assert source.doubt == ""
 
 
 @unit
@@ -3262,7 +3399,8 @@ def test_hundreds_of_names_need_few_threads(dns: Answers) -> None:
     """The unit allows 64 tasks; every name is asked for all the same, and again after SIGHUP."""
     dns[socket.AF_INET] = ["10.0.0.12"]
     names = tuple(f"dns:node-{number}" for number in range(300))
-    before, counters = threading.active_count(), pmtud.Counters()
+    before = threading.active_count()
+    counters = pmtud.Counters()
     peers = pmtud.PeerSources(pmtud.Config(peer_sources=names), counters, lambda: None)
     try:
         peers.follow()
@@ -3282,7 +3420,9 @@ def test_sighup_during_a_look_asks_for_another(
     dns: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a look that had begun before says may be old."""
-    begun, free, answer = threading.Event(), threading.Event(), socket.getaddrinfo
+    begun = threading.Event()
+    free = threading.Event()
+    answer = socket.getaddrinfo
     looks: list[int] = []
 
     def slow(host: str, port: None, family: int, kind: int) -> Any:
@@ -3323,7 +3463,9 @@ def test_start_does_not_wait_for_dns(dns: Answers, monkeypatch: pytest.MonkeyPat
 
     A refresh at once after SIGHUP, failures counted, nothing lost.
     """
-    counters, free, answer = pmtud.Counters(), threading.Event(), socket.getaddrinfo
+    counters = pmtud.Counters()
+    free = threading.Event()
+    answer = socket.getaddrinfo
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda *arguments: (free.wait(10), answer(*arguments))[1]
     )
@@ -3357,7 +3499,10 @@ class FakeApi(http.server.ThreadingHTTPServer):
 
     def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         super().__init__((address, 0), FakeApiHandler)
-        self.account, self.nodes, self.version, self.compacted = folder, dict[str, Any](), 100, 0
+        self.account = folder
+        self.nodes = dict[str, Any]()
+        self.version = 100
+        self.compacted = 0
         self.history: list[tuple[int, str, Any]] = []  # version, kind, object
         self.requests: list[dict[str, str]] = []
         self.faults: list[str] = []  # one for each request to come
@@ -3368,50 +3513,20 @@ class FakeApi(http.server.ThreadingHTTPServer):
         (folder / "openssl.cnf").write_text(
             "[req]\ndistinguished_name=name\n[name]\n"
         )  # no extension by default
-        certify = [
-            "openssl",
-            "req",
-            "-config",
-            str(folder / "openssl.cnf"),
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "2",
-            "-addext",
-            "subjectKeyIdentifier=none",
-            "-addext",
-            "authorityKeyIdentifier=none",
-        ]
-        authority, key, leaf = (str(folder / name) for name in ("ca.crt", "key.pem", "leaf.pem"))
-        execute(
-            *certify,
-            "-keyout",
-            key,
-            "-out",
-            authority,
-            "-subj",
-            "/CN=kubernetes",
-            "-addext",
-            "basicConstraints=critical,CA:TRUE",
+        certify = (
+            f"req -config {folder}/openssl.cnf -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 "
+            "-nodes -days 2 -addext subjectKeyIdentifier=none -addext authorityKeyIdentifier=none"
         )
-        execute(
-            *certify,
-            "-CA",
-            authority,
-            "-CAkey",
-            key,
-            "-keyout",
-            leaf,
-            "-out",
-            leaf + ".crt",
-            "-subj",
-            "/CN=kube-apiserver",
-            "-addext",
-            f"subjectAltName=IP:{address}",
+        authority = f"{folder}/ca.crt"
+        key = f"{folder}/key.pem"
+        leaf = f"{folder}/leaf.pem"
+        openssl(
+            f"{certify} -keyout {key} -out {authority} -subj /CN=kubernetes "
+            "-addext basicConstraints=critical,CA:TRUE"
+        )
+        openssl(
+            f"{certify} -CA {authority} -CAkey {key} -keyout {leaf} -out {leaf}.crt "
+            f"-subj /CN=kube-apiserver -addext subjectAltName=IP:{address}"
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(leaf + ".crt", leaf)
@@ -3474,7 +3589,8 @@ class FakeApiHandler(http.server.BaseHTTPRequestHandler):
     server: FakeApi
 
     def do_GET(self) -> None:
-        api, (path, _, query) = self.server, self.path.partition("?")
+        api = self.server
+        path, _, query = self.path.partition("?")
         asked = dict(urllib.parse.parse_qsl(query))  # leaves out what is empty
         fault = api.faults.pop(0) if api.faults else ""
         api.requests.append(asked)
@@ -3497,10 +3613,8 @@ class FakeApiHandler(http.server.BaseHTTPRequestHandler):
             self._list(asked)
 
     def _list(self, asked: dict[str, str]) -> None:
-        start, (key, _, value) = (
-            int(asked.get("continue", 0)),
-            asked.get("labelSelector", "").partition("="),
-        )
+        start = int(asked.get("continue", 0))
+        key, _, value = asked.get("labelSelector", "").partition("=")
         nodes = [
             node
             for node in self.server.nodes.values()
@@ -3532,7 +3646,8 @@ class FakeApiHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         with api.changed:
-            cut, told = api.cut, version
+            cut = api.cut
+            told = version
             api.watches += 1
             while api.cut == cut:
                 if version < api.compacted:
@@ -3587,7 +3702,8 @@ NODES = ["10.0.0.11", "10.0.0.12", "fd00::11"]
 def watching(api: FakeApi) -> pmtud.KubeSource:
     """A source that has listed the nodes and watches them."""
     source = pmtud.KubeSource()
-    assert (look(source), source.load()) == (NODES, None)
+    assert look(source) == NODES
+    assert source.load() is None
     assert source.interval == 0.0
     until(lambda: api.watches == 1)
     return source
@@ -3638,7 +3754,8 @@ def test_kube_source_lists_in_pages(api: FakeApi, monkeypatch: pytest.MonkeyPatc
 @unit
 def test_kube_source_waits_as_long_as_the_server_wants(api: FakeApi) -> None:
     """Retry-After, up to a minute."""
-    source, api.faults = pmtud.KubeSource(), ["429"] * 4
+    source = pmtud.KubeSource()
+    api.faults = ["429"] * 4
     for seconds, low, high in (
         ("17", 17, 17),
         ("86400", 60, 60),
@@ -3658,7 +3775,8 @@ def test_kube_source_gives_a_stalled_answer_up(
 ) -> None:
     """The list, or the handshake; an open watch may be silent for longer."""
     monkeypatch.setattr(pmtud.KubeSource, "READ_SECONDS", 0.5)
-    source, api.faults = pmtud.KubeSource(), ["stall"]
+    source = pmtud.KubeSource()
+    api.faults = ["stall"]
     assert complaint_of(source).endswith("timed out")
     assert look(source) == NODES
     assert source.load() is None
@@ -3678,9 +3796,11 @@ def test_kube_source_waits_when_watches_are_cut_at_once(api: FakeApi) -> None:
     api.faults = ["cut"] * 4
     pauses = []
     for _ in range(4):
-        assert (source.load(), look(source)) == (None, "kube:nodes: the watch was cut off")
+        assert source.load() is None
+        assert look(source) == "kube:nodes: the watch was cut off"
         pauses.append(source.interval)
-    assert all(low <= pause <= 2 * low for low, pause in zip((1, 2, 4, 8), pauses))
+    for low, pause in zip((1, 2, 4, 8), pauses):
+        assert low <= pause <= 2 * low
     assert source.load() is None
     api.change("DELETED", "node-1")
     assert look(source) == ["10.0.0.12"]
@@ -3802,7 +3922,8 @@ def test_kube_source_goes_on_where_it_was(api: FakeApi) -> None:
     assert source.load() is None
     api.disconnect()  # between two events
     assert source.load() is None
-    assert (source.load(), api.requests[-1]["resourceVersion"]) == (None, "105")
+    assert source.load() is None
+    assert api.requests[-1]["resourceVersion"] == "105"
     until(lambda: api.watches == 1)
     api.tell("RAW", b'{"type": "DELE')
     until(lambda: api.told == api.version)
@@ -3877,9 +3998,8 @@ def test_kube_source_survives_a_broken_list(fault: str, complaint: str, api: Fak
     for _ in range(9):
         assert complaint_of(source).startswith(f"kube:nodes: {complaint}")
         pauses.append(source.interval)
-    assert all(
-        low <= pause <= 2 * low for low, pause in zip((1, 2, 4, 8, 15, 15, 15, 15, 15), pauses)
-    )
+    for low, pause in zip((1, 2, 4, 8, 15, 15, 15, 15, 15), pauses):
+        assert low <= pause <= 2 * low
     assert look(source) == NODES
     assert source.interval <= 1.0
 
@@ -4029,10 +4149,13 @@ def test_arrange_removes_this_node_and_sends_from_its_listed_address(
         "file:x": addresses("10.0.0.12"),
     }
     found = pmtud.arrange(listed, LOCAL, [ip_network("10.9.0.0/16")])
-    ipv4, ipv6 = found.endpoints[pmtud.IPV4], found.endpoints[pmtud.IPV6]
-    assert (ipv4.targets, ipv6.targets) == (addresses("10.0.0.12"), addresses("fd00::12"))
+    ipv4 = found.endpoints[pmtud.IPV4]
+    ipv6 = found.endpoints[pmtud.IPV6]
+    assert ipv4.targets == addresses("10.0.0.12")
+    assert ipv6.targets == addresses("fd00::12")
     assert found.removed == addresses("10.0.0.11", "fd00::11")
-    assert (ipv4.source, ipv6.source) == (packed("10.0.0.11"), packed("fd00::11"))
+    assert ipv4.source == packed("10.0.0.11")
+    assert ipv6.source == packed("fd00::11")
     assert found.per_source == {"static": 2, "file:x": 1}
     assert found.who.own == {address.packed for address in LOCAL}
     assert found.who.unshared == {packed("10.0.0.11"), packed("fd00::11")}
@@ -4122,7 +4245,8 @@ def test_peer_file_is_followed(cluster: Cluster, tmp_path: Path) -> None:
 
     A bad file keeps the old peers and says why.
     """
-    node, path = cluster.nodes[0], tmp_path / "peers"
+    node = cluster.nodes[0]
+    path = tmp_path / "peers"
     path.write_text("10.0.0.12  # worker\n\n10.0.0.11, 10.0.0.13\n")
 
     def count() -> float:
@@ -4156,7 +4280,7 @@ def account_in(folder: Path) -> str:
 
 def test_sighup_without_peer_sources_says_that_it_reads_nothing(cluster: Cluster) -> None:
     line = "SIGHUP: nothing to read again, no peer source is in use; options are read at the start"
-    for options in ((), ("--peers", PEER_LISTS[4])):
+    for options in ((), peers_of(4)):
         with daemons(cluster.nodes[:1], *options) as [process]:
             os.kill(process.pid, signal.SIGHUP)
             process.wait_for(line)
@@ -4263,11 +4387,10 @@ class NameServer:
     """dnsmasq in a host, its records changed while it runs; where the hosts of a cluster ask."""
 
     def __init__(self, cluster: Cluster, address: str) -> None:
-        self._host, self._records = (
-            cluster.fabric,
-            Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records",
-        )
-        self.name, self._address = "pmtud.kube-system.svc.cluster.local", address
+        self._host = cluster.fabric
+        self._records = Path(tempfile.mkdtemp(prefix="pmtud-dns-")) / "records"
+        self.name = "pmtud.kube-system.svc.cluster.local"
+        self._address = address
         self._etc = [Path("/etc/netns") / node.namespace for node in cluster.nodes]
         self.process: Optional[Process] = None
 
@@ -4323,7 +4446,8 @@ class OddNameServer(NameServer):
     The resolver is told nothing.
     """
 
-    A, AAAA = 1, 28
+    A = 1
+    AAAA = 28
 
     def __enter__(self) -> OddNameServer:
         super().__enter__()
@@ -4357,10 +4481,12 @@ class OddNameServer(NameServer):
             if kind == self.garbled:
                 data = [item[:3] for item in data]  # an address of three bytes
             head = query[:2] + struct.pack(">5H", 0x8180, 1, len(data), 0, 0)
-            records = [struct.pack(">3HIH", 0xC00C, kind, 1, 1, len(item)) + item for item in data]
+            answer = head + query[12:end]
+            for item in data:
+                answer += struct.pack(">3HIH", 0xC00C, kind, 1, 1, len(item)) + item
             self.silences += kind == self.swallowed
             if kind != self.swallowed:
-                self._socket.sendto(head + query[12:end] + b"".join(records), client)
+                self._socket.sendto(answer, client)
 
 
 def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
@@ -4373,7 +4499,7 @@ def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
         names.records = {names.A: ["10.0.0.12", "10.0.0.13"], names.AAAA: ["fd00::12"]}
         with daemons([node], "--peers", "pmtud.example.") as [process]:
             label = 'pmtud_peers{source="dns:pmtud.example."}'
-            assert poll(lambda: metrics(node).get(label) == 3, 5)
+            assert metric_becomes(node, label, 3)
             names.garbled = names.A
             os.kill(process.pid, signal.SIGHUP)
             process.wait_for("ipv4: No address associated", 5)
@@ -4381,14 +4507,15 @@ def test_odd_answers_of_a_name_server(cluster: Cluster) -> None:
             assert (
                 metrics(node)['pmtud_peer_refresh_failures_total{source="dns:pmtud.example."}'] == 1
             )
-            names.garbled, names.records[names.AAAA] = 0, ["fd00::12", "fd00::13"]
+            names.garbled = 0
+            names.records[names.AAAA] = ["fd00::12", "fd00::13"]
             os.kill(process.pid, signal.SIGHUP)
-            assert poll(lambda: metrics(node)[label] == 4, 5)
+            assert metric_becomes(node, label, 4)
             names.swallowed = names.AAAA
             os.kill(process.pid, signal.SIGHUP)
             process.wait_for("ipv6: Temporary failure in name resolution", 9)
             names.records[names.A] = ["10.0.0.12"]
-            assert poll(lambda: metrics(node)[label] == 3, 30), process.output()
+            assert metric_becomes(node, label, 3, 30), process.output()
             assert not [name for name in metrics(node) if "10.0.0.13" in name]
 
 
@@ -4407,7 +4534,7 @@ def test_two_daemons_that_find_each_other_through_dns(cluster: Cluster) -> None:
         for process in processes:
             process.wait_for("peer source failed problem=")
             assert "kept=" not in process.output()
-        nodes = [Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)]
+        nodes = Cluster.node_addresses(4, 6)
         names.serve(*nodes)
         for process in processes:
             os.kill(process.pid, signal.SIGHUP)
@@ -4440,10 +4567,10 @@ def test_peers_follow_dns(cluster: Cluster) -> None:
                     and complaint in process.output().splitlines()[-1]
                 )
 
-            assert poll(lambda: metrics(node).get(label) == 3, 5)
+            assert metric_becomes(node, label, 3)
             assert 'pmtud_copies_sent_total{peer="10.0.0.13"}' in metrics(node)
             names.serve("10.0.0.11", "10.0.0.12", "fd00::13")
-            assert poll(lambda: metrics(node)[label] == 2, 30)
+            assert metric_becomes(node, label, 2, 30)
             assert not [name for name in metrics(node) if "10.0.0.13" in name]
             temporary = "Temporary failure in name resolution"
             for trouble, said in (
@@ -4499,9 +4626,9 @@ def test_an_address_that_moves_here_is_removed_from_the_peers(cluster: Cluster) 
     with daemons([node], "--peers", "10.0.0.12,10.0.0.77"):
         assert metrics(node)['pmtud_peers{source="static"}'] == 2
         node.ip("addr add 10.0.0.77/24 dev eth0")
-        assert poll(lambda: metrics(node)['pmtud_peers{source="static"}'] == 1, 3)
+        assert metric_becomes(node, 'pmtud_peers{source="static"}', 1, 3)
         node.ip("addr del 10.0.0.77/24 dev eth0")
-        assert poll(lambda: metrics(node)['pmtud_peers{source="static"}'] == 2, 3)
+        assert metric_becomes(node, 'pmtud_peers{source="static"}', 2, 3)
 
 
 def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
@@ -4510,12 +4637,13 @@ def test_one_bad_peer_does_not_starve_the_others(cluster: Cluster) -> None:
     Its copies are counted as refused, every other peer still gets all of its own.
     """
     first = ingress(cluster, 4)
-    node, peer = cluster.nodes[first], (first + 1) % 3
+    node = cluster.nodes[first]
+    peer = (first + 1) % 3
     node.ip("route add unreachable 203.0.113.7")
     try:
         with (
             daemons([node], "--peers", f"203.0.113.7,{Cluster.node_address(peer + 1)}"),
-            daemons([cluster.nodes[peer]], "--peers", PEER_LISTS[4]),
+            daemons([cluster.nodes[peer]], *peers_of(4)),
         ):
             inject(cluster.router, 4, flow_errors(4))
             received(cluster.nodes[peer], ERRORS)
@@ -4584,10 +4712,10 @@ def test_strict_rpf_and_an_error_from_a_management_address(cluster: Cluster, ser
     cluster.error_from_management()
     assert cluster.download(service, deadline=2.5) == []
     cluster.flush()
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+    with daemons(cluster.nodes, *peers_of(4)):
         assert len(cluster.download(service)) == 23
         assert_learned(cluster, service, 4)
-        assert sum(metrics(node)["pmtud_rpf_rescued_total"] for node in cluster.nodes) > 0
+        assert total_of(cluster.nodes, "pmtud_rpf_rescued") > 0
     for node in cluster.nodes:
         assert node.read("/proc/sys/net/ipv4/conf/eth0/rp_filter").strip() == "1"
         assert node.read("/proc/sys/net/ipv4/conf/all/rp_filter").strip() == "1"
@@ -4614,7 +4742,7 @@ def test_standalone_without_rescue_option(cluster: Cluster) -> None:
     """
     cluster.strict_rpf()
     cluster.error_from_management()
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[4], "--no-rescue"):
+    with daemons(cluster.nodes, *peers_of(4), "--no-rescue"):
         assert 0 < len(cluster.download("host", deadline=4)) < 23
         samples = [metrics(node) for node in cluster.nodes]
     assert sum(s["pmtud_rpf_rescued_total"] for s in samples) == 0
@@ -4625,16 +4753,13 @@ def node_packets(seen: Sequence[Seen], family: int) -> list[Seen]:
 
     The errors that nodes sent from their own addresses.
     """
-    sources = {socket.inet_pton(AF[family], Cluster.node_address(i, family)) for i in (1, 2, 3)}
-    at = slice(12, 16) if family == 4 else slice(8, 24)
-    arrived = (
-        s for s in seen if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING
-    )
-    return [s for s in arrived if s.packet[at] in sources]
-
-
-AF = {4: socket.AF_INET, 6: socket.AF_INET6}
-DST = {4: slice(16, 20), 6: slice(24, 40)}
+    sources = set(map(packed, Cluster.node_addresses(family)))
+    arrived = []
+    for one in seen:
+        is_towards_node = one.interface.startswith("to-node")
+        if is_towards_node and one.kind != socket.PACKET_OUTGOING:
+            arrived.append(one)
+    return [one for one in arrived if source_of(one.packet) in sources]
 
 
 def ingress(cluster: Cluster, family: int, service: str = "host") -> int:
@@ -4669,7 +4794,7 @@ def test_exact_copies_and_no_echo(
             for host in running[1:]:
                 received(host, ERRORS)
             seen = node_packets(wire.settle(1.0), family)
-        destinations = Counter(socket.inet_ntop(AF[family], s.packet[DST[family]]) for s in seen)
+        destinations = Counter(str(ip_address(destination_of(s.packet))) for s in seen)
         sources = {
             node.name
             for node, samples in ((h, metrics(h)) for h in running)
@@ -4705,7 +4830,7 @@ def test_no_loop_with_odd_peer_lists(cluster: Cluster, lists: tuple[Any, ...]) -
         received(cluster.nodes[first], ERRORS)
         seen = node_packets(wire.settle(1.0), 4)
     assert [process.stop() for process in processes] == [0, 0, 0]
-    way = Counter((s.packet[12:16], s.packet[16:20]) for s in seen)
+    way = Counter((source_of(s.packet), destination_of(s.packet)) for s in seen)
     assert way == {(packed(addresses[0]), packed(peer)): ERRORS for peer in to[0]}
 
 
@@ -4714,7 +4839,7 @@ def test_delivered_counts_tell_the_owner(cluster: Cluster) -> None:
 
     The EPERM of the guard says so, per error.
     """
-    with invalid_dropped(cluster), daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+    with invalid_dropped(cluster), daemons(cluster.nodes, *peers_of(4)):
         assert len(cluster.download("pod")) == 23
         delivered = 'pmtud_delivered_total{{family="ipv4",result="{}"}}'
 
@@ -4748,7 +4873,8 @@ def test_conntrack_not_in_use_stays_so(family: int) -> None:
             assert len(plain.download("host", family)) == 23
             assert [node.read(count).strip() for node in plain.nodes] == ["0"] * 3
             ruleset = plain.nodes[0].run("nft", "list", "ruleset")
-            assert "pmtud_33" in ruleset and "ct state" not in ruleset
+            assert "pmtud_33" in ruleset
+            assert "ct state" not in ruleset
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -4770,7 +4896,7 @@ def open_sender(family: int) -> socket.socket:
     level, discover, do = ((socket.IPPROTO_IP, 10, 2), (socket.IPPROTO_IPV6, 23, 2))[
         family == 6
     ]  # IP_PMTUDISC_DO
-    sender = socket.socket(AF[family], socket.SOCK_DGRAM)
+    sender = socket.socket(PLANS[family].family.af, socket.SOCK_DGRAM)
     sender.setsockopt(level, discover, do)
     sender.bind((Cluster.vip("host", family), 0))
     sender.connect((Cluster.client_address(5, family), 9))
@@ -4791,14 +4917,14 @@ def test_a_corrupt_error_teaches_nobody(cluster: Cluster, family: int) -> None:
     """
     node = cluster.nodes[0]
     with (
-        daemons([node], "--peers", PEER_LISTS[family]),
+        daemons([node], *peers_of(family)),
         node.inside(partial(open_sender, family)) as sender,
     ):
 
         def report(**fields: Any) -> None:
             ports = struct.pack("!HHHH", sender.getsockname()[1], 9, 1480, 0)
             packet = mtu_error(
-                (V4, V6)[family == 6],
+                PLANS[family],
                 src={4: "10.8.0.1", 6: "fd08::1"}[family],
                 mtu=1400,
                 dst=Cluster.vip("host", family),
@@ -4881,8 +5007,10 @@ def test_a_socket_learns_from_odd_errors(cluster: Cluster, name: str, net: Plan)
     The same with a length that cannot be meant teaches nobody.
     """
     changes, learned, _ = ODD_ERRORS[name]
-    family, node = net.family.version, cluster.nodes[0]
-    vip, client = Cluster.vip("host", family), Cluster.client_address(5, family)
+    family = net.family.version
+    node = cluster.nodes[0]
+    vip = Cluster.vip("host", family)
+    client = Cluster.client_address(5, family)
     with deaf_to_the_wire(node), node.inside(partial(open_sender, family)) as sender:
 
         def report(**fields: Any) -> None:
@@ -4899,7 +5027,7 @@ def test_a_socket_learns_from_odd_errors(cluster: Cluster, name: str, net: Plan)
             blast(cluster.fabric, f"to-{node.name}", node, "eth0", [packet])
 
         report()
-        with daemons([node], "--peers", PEER_LISTS[family]):
+        with daemons([node], *peers_of(family)):
             report(quoted_length=UNCOUNTED[net.family.name] + 0x0505)
             assert drops(received(node, 1)) == {"mtu_not_smaller": 1}
             assert known_mtu(sender) == 1500
@@ -4927,7 +5055,9 @@ def test_the_end_of_a_tunnel_learns(cluster: Cluster, name: str) -> None:
     corrupt error teaches nobody, and an error about a pod's tunnel is the pod's.
     """
     protocol, start = TUNNEL_ENDS[name]
-    node, vip, client = cluster.nodes[0], Cluster.vip("host"), Cluster.client_address(5)
+    node = cluster.nodes[0]
+    vip = Cluster.vip("host")
+    client = Cluster.client_address(5)
 
     def report(address: str, mtu: int, **fields: Any) -> None:
         packet = mtu_error(
@@ -4945,7 +5075,7 @@ def test_the_end_of_a_tunnel_learns(cluster: Cluster, name: str) -> None:
     report(vip, 1398)
     with (
         deaf_to_the_wire(node),
-        daemons([node], "--peers", PEER_LISTS[4]),
+        daemons([node], *peers_of(4)),
         Capture(node, "lo") as loopback,
     ):
         report(vip, 1399, checksum=1)
@@ -4967,13 +5097,12 @@ def test_the_end_of_a_tunnel_learns(cluster: Cluster, name: str) -> None:
     assert samples['pmtud_delivered_total{family="ipv4",result="not_owner"}'] == 1
 
 
-IFLA_GSO_MAX_SIZE, IFLA_GRO_MAX_SIZE, IFLA_GSO_IPV4_MAX_SIZE, IFLA_GRO_IPV4_MAX_SIZE = (
-    41,
-    58,
-    63,
-    64,
-)  # linux/if_link.h
-BIG_TCP_BYTES, BIG_TCP_DOWNLOAD = 200_000, 100_000_000
+IFLA_GSO_MAX_SIZE = 41  # linux/if_link.h
+IFLA_GRO_MAX_SIZE = 58
+IFLA_GSO_IPV4_MAX_SIZE = 63
+IFLA_GRO_IPV4_MAX_SIZE = 64
+BIG_TCP_BYTES = 200_000
+BIG_TCP_DOWNLOAD = 100_000_000
 
 
 def allow_big_tcp(host: Host, interface: str) -> None:
@@ -5005,7 +5134,8 @@ def narrow_a_transfer(net: TwoNodes, client: Host) -> None:
         while got < BIG_TCP_DOWNLOAD:
             data = transfer.recv(1 << 20)
             assert data, "closed early"
-            before, got = got, got + len(data)
+            before = got
+            got = got + len(data)
             if before < BIG_TCP_DOWNLOAD // 3 <= got:
                 net.router.ip("link set to-client mtu 1400")
 
@@ -5016,7 +5146,8 @@ def test_big_tcp_quotes_no_length() -> None:
     Its report is acted on like any other.
     """
     with TwoNodes(10) as net:
-        client, node = net.host("client"), net.nodes[0]
+        client = net.host("client")
+        node = net.nodes[0]
         net.link(net.router, client, names=("to-client", "eth0"))
         net.router.ip("addr add 10.9.0.1/24 dev to-client")
         client.ip(f"addr add {net.client_address}/24 dev eth0", "route add default via 10.9.0.1")
@@ -5029,13 +5160,12 @@ def test_big_tcp_quotes_no_length() -> None:
         ):
             host.ip(f"link set {interface} gso_max_segs 65535")
             allow_big_tcp(host, interface)
-        node.start(sys.executable, "-ISc", SERVER, str(PORT), str(BIG_TCP_DOWNLOAD)).wait_for(
-            "listening"
-        )
+        start_server(node, BIG_TCP_DOWNLOAD).wait_for("listening")
         with daemons([node], "--peers", net.addresses[1]), Capture(net.router, "nodes") as wire:
 
             def quoted_lengths() -> list[int]:
-                errors = [s.packet for s in wire.settle() if s.packet[16:20] == packed(net.vip)]
+                packets = [one.packet for one in wire.settle()]
+                errors = [one for one in packets if destination_of(one) == packed(net.vip)]
                 return [struct.unpack_from("!H", error, 30)[0] for error in errors]
 
             for _ in range(10):  # what the link cuts first may be small
@@ -5064,16 +5194,13 @@ def test_routers_that_report_no_mtu(cluster: Cluster, service: str) -> None:
         assert cluster.download(service, deadline=2.5) == []
         cluster.flush()
         with (
-            daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes,
+            daemons(cluster.nodes, *peers_of(4)) as processes,
             Capture(cluster.fabric) as wire,
         ):
             assert len(cluster.download(service)) == 23
             copies = [s.packet for s in node_packets(wire.settle(), 4)]
-            assert [drops(metrics(node)).get("mtu_too_small", 0) for node in cluster.nodes] == [
-                0,
-                0,
-                0,
-            ]
+            for node in cluster.nodes:
+                assert "mtu_too_small" not in drops(metrics(node))
             assert any(
                 "a router reports an MTU router=172.20.20.2" in p.output() for p in processes
             )
@@ -5110,7 +5237,7 @@ def test_udp_socket_gets_emsgsize(cluster: Cluster, family: int) -> None:
             "only the node the fabric chose"
         )
         cluster.flush()
-        with daemons(cluster.nodes, "--peers", PEER_LISTS[family]):
+        with daemons(cluster.nodes, *peers_of(family)):
             for sender in open_senders():
                 assert poll(partial(refused, sender), 2.5)
                 assert known_mtu(sender) == 1400
@@ -5129,7 +5256,7 @@ def test_one_group_copy_reaches_every_node(
 
     One copy per error on the wire, and every owner learns.
     """
-    group = socket.inet_pton(AF[family], peer.partition("%")[0])
+    group = packed(peer.partition("%")[0])
     with (
         invalid_dropped(cluster),
         daemons(cluster.nodes, "--peers", peer),
@@ -5142,7 +5269,7 @@ def test_one_group_copy_reaches_every_node(
             if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING
         ]
         samples = [metrics(node) for node in cluster.nodes]
-    copies = sum(s.packet[DST[family]] == group for s in arrived)
+    copies = sum(destination_of(s.packet) == group for s in arrived)
     assert copies == sum(s[f'pmtud_copies_sent_total{{peer="{peer}"}}'] for s in samples)
     assert copies == sum(s['pmtud_acted_total{action="replicate"}'] for s in samples) > 0
     assert_learned(cluster, service, family)
@@ -5153,7 +5280,7 @@ def test_own_addresses_with_nonlocal_bind(cluster: Cluster) -> None:
     node = cluster.nodes[0]
     node.sysctl("net.ipv4.ip_nonlocal_bind", 1)
     try:
-        with daemons([node], "--peers", PEER_LISTS[4]) as [process]:
+        with daemons([node], *peers_of(4)) as [process]:
             told = "peers: 2 (10.0.0.12, 10.0.0.13) peers_ipv4=2 peers_ipv6=0\n"
             assert told in process.output()
             assert "own address removed from peers: 10.0.0.11" in process.output()
@@ -5169,7 +5296,8 @@ def test_nodes_with_several_addresses(cluster: Cluster) -> None:
     peers = ",".join(f"172.20.20.{10 + i}" for i in (1, 2, 3))
     with daemons(cluster.nodes, "--peers", peers, "--iface", "eth0,mgmt"):
         assert len(cluster.download("pod")) == 23
-        assert [drops(metrics(node)).get("misaddressed", 0) for node in cluster.nodes] == [0, 0, 0]
+        for node in cluster.nodes:
+            assert "misaddressed" not in drops(metrics(node))
 
 
 def test_a_peers_other_address_is_named_once(cluster: Cluster) -> None:
@@ -5184,7 +5312,8 @@ def test_a_peers_other_address_is_named_once(cluster: Cluster) -> None:
         inject(stranger, 4, copy)
         assert drops(received(receiver, ERRORS)) == {"misaddressed": ERRORS}
         lines = [line for line in process.output().splitlines() if "add it to --peers" in line]
-        assert len(lines) == 1 and Cluster.node_address(first + 1) in lines[0]
+        assert len(lines) == 1
+        assert Cluster.node_address(first + 1) in lines[0]
 
 
 class TwoNodes(Net):
@@ -5273,7 +5402,7 @@ def test_addresses_that_only_private_fabrics_use(
 def test_dry_run_sends_nothing(cluster: Cluster) -> None:
     """--dry-run decides, counts and logs, and not one packet leaves or is delivered."""
     node = cluster.nodes[ingress(cluster, 4)]
-    with daemons([node], "--peers", PEER_LISTS[4], "--dry-run") as [process]:
+    with daemons([node], *peers_of(4), "--dry-run") as [process]:
         with Capture(cluster.fabric) as wire, Capture(node, "lo") as loopback:
             inject(cluster.router, 4, flow_errors(4))
             assert drops(received(node, ERRORS)) == {"dry_run": ERRORS}
@@ -5320,7 +5449,7 @@ def test_option_effects(
     packets = flow_errors(4)
     if changes.get("dport_step") == 0:
         packets = packets[:1] * ERRORS
-    with daemons([node], "--peers", PEER_LISTS[4], *options):
+    with daemons([node], *peers_of(4), *options):
         inject(cluster.router, 4, packets)
         assert drops(received(node, ERRORS)) == expected
 
@@ -5331,12 +5460,10 @@ def test_pings_from_one_address_are_flows_of_their_own(cluster: Cluster, family:
 
     All errors reach one node, and each is acted on.
     """
-    net, vip, client = (
-        (V4, V6)[family == 6],
-        Cluster.vip("host", family),
-        Cluster.client_address(5, family),
-    )
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[family], "--flow-interval", "60"):
+    net = PLANS[family]
+    vip = Cluster.vip("host", family)
+    client = Cluster.client_address(5, family)
+    with daemons(cluster.nodes, *peers_of(family), "--flow-interval", "60"):
         for number, node in enumerate(
             cluster.nodes
         ):  # as frames: whatever the kernel has learned by then, they leave
@@ -5361,29 +5488,28 @@ def test_what_an_interval_of_0_costs_where_service_addresses_loop(
     """
     node = cluster.nodes[ingress(cluster, 4, "pod")]
     with (
-        daemons([node], "--peers", PEER_LISTS[4], "--flow-interval", interval),
+        daemons([node], *peers_of(4), "--flow-interval", interval),
         Capture(cluster.fabric) as wire,
     ):
         inject(cluster.router, 4, flow_errors(4, "pod", 1))
         sent = node_packets(wire.settle(), 4)
         assert sum(drops(metrics(node)).values()) == 32 - copies
-    destinations = Counter(socket.inet_ntop(AF[4], s.packet[DST[4]]) for s in sent)
-    assert len(destinations) == 2 and set(destinations.values()) == {copies}
+    destinations = Counter(str(ip_address(destination_of(s.packet))) for s in sent)
+    assert len(destinations) == 2
+    assert set(destinations.values()) == {copies}
 
 
 def test_total_rate(cluster: Cluster) -> None:
     """--rate bounds what is acted on; most of what is over it the kernel sheds before we see it."""
     node = cluster.nodes[ingress(cluster, 4)]
-    with daemons([node], "--peers", PEER_LISTS[4], "--rate", "10", "--source-rate", "0"):
+    with daemons([node], *peers_of(4), "--rate", "10", "--source-rate", "0"):
         begun = time.monotonic()
         inject(cluster.router, 4, flow_errors(4, count=100), gap=0)
         samples = received(node, 10)
         more = 10 * (time.monotonic() - begun)  # what is allowed meanwhile, after the first ten
         assert set(drops(samples)) <= {"limited_total"}
         assert 10 <= samples['pmtud_acted_total{action="replicate"}'] <= 11 + more
-        assert (
-            sum(v for k, v in samples.items() if k.startswith("pmtud_received_total")) <= 25 + more
-        )
+        assert total(samples, "pmtud_received") <= 25 + more
 
 
 def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
@@ -5393,7 +5519,8 @@ def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
     """
     for family in (4, 6):
         first = ingress(cluster, family)
-        node, peer = cluster.nodes[first], Cluster.node_address((first + 1) % 3 + 1, family)
+        node = cluster.nodes[first]
+        peer = Cluster.node_address((first + 1) % 3 + 1, family)
         packets = flow_errors(family, mtu=1333)
         with daemons([node], "--peers", peer, "--ttl", "7"), Capture(node, "eth0") as wire:
             inject(cluster.router, family, packets)
@@ -5401,9 +5528,9 @@ def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
             copies = [s.packet for s in wire.settle() if s.kind == socket.PACKET_OUTGOING]
         assert len(copies) == ERRORS
         assert {copy[8 if family == 4 else 7] for copy in copies} == {7}
-        assert {copy[DST[family]] for copy in copies} == {socket.inet_pton(AF[family], peer)}
-        own = socket.inet_pton(AF[family], Cluster.node_address(first + 1, family))
-        assert {copy[12:16] if family == 4 else copy[8:24] for copy in copies} == {own}
+        assert set(map(destination_of, copies)) == {packed(peer)}
+        own = packed(Cluster.node_address(first + 1, family))
+        assert set(map(source_of, copies)) == {own}
         start = 20 if family == 4 else 40
         without_checksum = {copy[start : start + 2] + copy[start + 4 :] for copy in copies}
         assert without_checksum == {
@@ -5455,7 +5582,7 @@ def test_ipv6_only_cluster() -> None:
         for node in six.nodes:
             for name in ("eth0", "mgmt", "to-pod", "lo"):
                 node.run("ip", "-4", "addr", "flush", "dev", name)
-        with daemons(six.nodes, "--peers", PEER_LISTS[6]) as processes:
+        with daemons(six.nodes, *peers_of(6)) as processes:
             assert all("errors come in on eth0," in process.output() for process in processes)
             for service in Cluster.SERVICES:
                 six.flush()
@@ -5524,7 +5651,7 @@ def test_broadcast_without_a_configured_broadcast_address() -> None:
 
 def test_guard_leaves_other_traffic_with_its_mark_alone(cluster: Cluster) -> None:
     """Somebody else's packets may carry the same fwmark: only ICMP errors are ours to drop."""
-    with daemons(cluster.nodes[:1], "--peers", PEER_LISTS[4]):
+    with daemons(cluster.nodes[:1], *peers_of(4)):
         for mark in (pmtud.MARK_DELIVER, pmtud.MARK_COPY):
             cluster.nodes[0].run("ping", "-c1", "-W2", "-m", str(mark), "10.0.0.12")
 
@@ -5536,7 +5663,7 @@ def test_a_flow_that_is_only_forwarded_is_not_owned(cluster: Cluster) -> None:
     node = cluster.nodes[0]
     cluster.fabric.ip("route add 203.0.113.9 via 10.0.0.11")
     try:
-        with daemons([node], "--peers", PEER_LISTS[4]):
+        with daemons([node], *peers_of(4)):
             cluster.client.run("bash", "-c", "echo hello > /dev/udp/203.0.113.9/80")
             assert poll(lambda: "203.0.113.9" in node.run("conntrack", "-L", "-p", "udp"), 2)
             tracked = node.run("conntrack", "-L", "-p", "udp")
@@ -5622,10 +5749,11 @@ def worst_case(cluster: Cluster) -> None:
 def service_packets(wire: Capture, family: int) -> list[Seen]:
     """The errors that nodes sent to service addresses: there must be none."""
     prefix = packed(Cluster.vip("host", family))[:-1]
-    at = DST[family].start
-    return [
-        s for s in node_packets(wire.settle(), family) if s.packet[at : at + len(prefix)] == prefix
-    ]
+    found = []
+    for one in node_packets(wire.settle(), family):
+        if destination_of(one.packet).startswith(prefix):
+            found.append(one)
+    return found
 
 
 def results(hosts: Sequence[Host], family: int) -> dict[str, int]:
@@ -5661,7 +5789,8 @@ def test_discard_routes_and_no_route_refuse_no_delivery(kind: str) -> None:
             for family in (4, 6):
                 before = results(cluster.nodes, family)
                 assert before["error"] == 0
-                assert before["owner"] > 2 * 20 and before["not_owner"] > 20
+                assert before["owner"] > 2 * 20
+                assert before["not_owner"] > 20
                 inject(
                     cluster.router, family, flow_errors(family, "pod")
                 )  # about flows that nobody has
@@ -5699,7 +5828,7 @@ def test_wherever_the_service_address_is(place: str) -> None:
         sources = [cluster.client_address(k) for k in range(1, 24)]
         assert json.loads(cluster.client.run(*command, *sources)) == []
         cluster.flush()
-        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+        with daemons(cluster.nodes, *peers_of(4)):
             assert len(json.loads(cluster.client.run(*command, *sources))) == 23
 
 
@@ -5728,9 +5857,7 @@ def test_a_service_address_that_is_routed_to_a_pod(conntrack: bool, family: int)
                 f"route add default via 10.245.{i}.1",
                 f"route add ::/0 via fd45:{i}::1",
             )
-            pod.start(sys.executable, "-ISc", SERVER, str(PORT), str(DOWNLOAD_BYTES)).wait_for(
-                "listening"
-            )
+            start_server(pod, DOWNLOAD_BYTES).wait_for("listening")
         command = [
             sys.executable,
             "-ISc",
@@ -5782,7 +5909,7 @@ def test_pods_whose_source_is_translated_to_an_address_on_no_interface(discard: 
 
         assert uploads() == 0
         cluster.flush()
-        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+        with daemons(cluster.nodes, *peers_of(4)):
             assert uploads() == 24
 
 
@@ -5881,8 +6008,8 @@ def copies_counted(nodes: Sequence[Host]) -> tuple[int, int, int]:
     """Copies sent, refused and heard, by all daemons together."""
     received_in_the_end(nodes)
     samples = [metrics(node) for node in nodes]
-    sent = sum(total(one, "pmtud_copies_sent_total") for one in samples)
-    refused = sum(total(one, "pmtud_copy_errors_total") for one in samples)
+    sent = sum(total(one, "pmtud_copies_sent") for one in samples)
+    refused = sum(total(one, "pmtud_copy_errors") for one in samples)
     heard = sum(received_by_origin(node)["peer"] for node in nodes)
     return sent, refused, heard
 
@@ -5894,7 +6021,7 @@ def test_calicos_ebpf_data_plane(cluster: Cluster, family: int) -> None:
     Not without that interface; then each copy that it drops counts as refused.
     """
     worst_case(cluster)
-    peers = ("--peers", PEER_LISTS[family])
+    peers = peers_of(family)
     # What waits for its neighbour's address counts as sent, whatever becomes of it later
     know_each_other(cluster, family)
     with egress_filters(cluster.nodes):
@@ -5903,7 +6030,8 @@ def test_calicos_ebpf_data_plane(cluster: Cluster, family: int) -> None:
                 cluster.flush()
                 assert len(cluster.download(service, family, deadline=1.5)) < 20
             sent, refused, heard = copies_counted(cluster.nodes)
-            assert sent == heard == 0 and refused > 2 * 2 * 10
+            assert sent == heard == 0
+            assert refused > 2 * 2 * 10
             blamed = (
                 r"\(ENOBUFS\), \d+ times; all of them: a program or a queue on eth0 drops copies"
             )
@@ -5914,7 +6042,8 @@ def test_calicos_ebpf_data_plane(cluster: Cluster, family: int) -> None:
                 cluster.flush()
                 assert len(cluster.download(service, family)) == 23
             sent, refused, heard = copies_counted(cluster.nodes)
-            assert sent == heard > 2 * 2 * 10 and refused == 0
+            assert sent == heard > 2 * 2 * 10
+            assert refused == 0
             cluster.flush()
             assert len(cluster.download("cross", family)) == 23
             for process in processes:
@@ -5933,7 +6062,7 @@ def test_calicos_ebpf_data_plane_comes_and_goes(cluster: Cluster) -> None:
     worst_case(cluster)
     again = "copies leave with our mark 0x2e again"
     know_each_other(cluster, 4)
-    with egress_filters(cluster.nodes), daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as running:
+    with egress_filters(cluster.nodes), daemons(cluster.nodes, *peers_of(4)) as running:
         plain = [ruleset(node) for node in cluster.nodes]
         with calico_bpf(cluster.nodes):
             for process in running:
@@ -5944,7 +6073,8 @@ def test_calicos_ebpf_data_plane_comes_and_goes(cluster: Cluster) -> None:
             process.wait_for(again)
         assert [ruleset(node) for node in cluster.nodes] == plain
         sent, refused, heard = copies_counted(cluster.nodes)
-        assert sent == heard > 2 * 10 and refused == 0
+        assert sent == heard > 2 * 10
+        assert refused == 0
         inject(cluster.router, 4, flow_errors(4))
         assert poll(lambda: copies_counted(cluster.nodes) == (sent, 2 * ERRORS, heard), 8)
 
@@ -5955,13 +6085,13 @@ def test_an_icmp_error_about_somebody_elses_ping_costs_no_copy(cluster: Cluster)
     address = Cluster.node_address(cluster.nodes.index(node) + 1)
     ping = IP(src=address, dst="10.9.0.1") / ICMP(id=7) / bytes(8)
     unreachable = IP(src="10.8.0.1", dst=address) / ICMP(type=3, code=1) / ping
-    with daemons([node], "--peers", PEER_LISTS[4]):
+    with daemons([node], *peers_of(4)):
         for count, errors in enumerate((flow_errors(4), flow_errors(4, mtu=1300)), 1):
             for one in errors:
                 inject(cluster.router, 4, [bytes(unreachable)] * 3 + [one])
             samples = received(node, count * ERRORS)
-            assert total(samples, "pmtud_copy_errors_total") == 0
-            assert total(samples, "pmtud_copies_sent_total") == 2 * count * ERRORS
+            assert total(samples, "pmtud_copy_errors") == 0
+            assert total(samples, "pmtud_copies_sent") == 2 * count * ERRORS
 
 
 REFUSES_TWICE = """
@@ -5994,7 +6124,8 @@ def test_a_peer_file_that_is_empty(cluster: Cluster, tmp_path: Path) -> None:
         file = tmp_path / "peers"
         file.write_text(content)
         code, told = run_to_end(cluster.nodes[0], "--peers", f"file:{file}")
-        assert code == 2 and "0 peers; there must be 1 to" in told
+        assert code == 2
+        assert "0 peers; there must be 1 to" in told
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -6005,7 +6136,8 @@ def test_errors_that_circle(cluster: Cluster, family: int) -> None:
     kube-proxy has it. With a discard route it would not.
     """
     at = ingress(cluster, family, "pod")
-    node, vip = cluster.nodes[at], cluster.vip("pod", family)
+    node = cluster.nodes[at]
+    vip = cluster.vip("pod", family)
     options = ("--source-rate", str(ERRORS + 2), "--flow-interval", "0.0001")
     advice = f"errors about {vip} circle between the fabric and this node"
     ip, word, pod, network = {
@@ -6025,15 +6157,17 @@ def test_errors_that_circle(cluster: Cluster, family: int) -> None:
     def dropped(reason: str) -> int:
         return int(metrics(node)[f'pmtud_dropped_total{{reason="{reason}"}}'])
 
-    with daemons([node], "--peers", PEER_LISTS[family], *options) as [process]:
+    with daemons([node], *peers_of(family), *options) as [process]:
         inject(cluster.router, family, flow_errors(family, "pod"))
         received_in_the_end([node])
         circled = dropped("circling")
-        assert circled > 10 * ERRORS and dropped("limited_source") == dropped("limited_flow") == 0
+        assert circled > 10 * ERRORS
+        assert dropped("limited_source") == dropped("limited_flow") == 0
         assert metrics(node)['pmtud_acted_total{action="replicate"}'] == ERRORS
         assert process.output().count(advice) == 1
         found = diagnose(node).of("daemon_says")
-        assert found["status"] == "WARN" and found["found"].startswith(advice)
+        assert found["status"] == "WARN"
+        assert found["found"].startswith(advice)
         assert found["found"].endswith(f": {ip} rule add iif IFACE to NETWORK blackhole")
         time.sleep(1.1)
         rule = f"iif eth0 to {network} blackhole"
@@ -6066,14 +6200,12 @@ def received_in_the_end(hosts: Sequence[Host]) -> int:
 def received_by_origin(host: Host) -> dict[str, int]:
     """Errors that a host's daemon took from NFLOG, by who sent them."""
     samples = metrics(host)
-    return {
-        origin: sum(
-            int(value)
-            for name, value in samples.items()
-            if name.startswith("pmtud_received_total") and origin in name
-        )
-        for origin in pmtud.ORIGINS
-    }
+    found = dict.fromkeys(pmtud.ORIGINS, 0)
+    for name, value in samples.items():
+        for origin in pmtud.ORIGINS:
+            if name.startswith("pmtud_received_total") and origin in name:
+                found[origin] += int(value)
+    return found
 
 
 FILTERS_LOADED_LATER = {
@@ -6090,7 +6222,7 @@ def test_a_reverse_path_filter_loaded_after_us_drops_nothing_before_us(tool: str
     """Of chains with equal priority the one registered last runs first."""
     with Cluster() as cluster:
         cluster.error_from_management()
-        with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+        with daemons(cluster.nodes, *peers_of(4)):
             for node in cluster.nodes:
                 node.run("sh", "-ec", FILTERS_LOADED_LATER[tool])
             for service in Cluster.SERVICES:
@@ -6153,7 +6285,7 @@ def test_a_mark_overwritten_before_the_guard_is_noticed() -> None:
         for node in cluster.nodes:
             drop_invalid_forwards(node)
         with (
-            daemons(cluster.nodes, "--peers", PEER_LISTS[4], patch=QUICK) as processes,
+            daemons(cluster.nodes, *peers_of(4), patch=QUICK) as processes,
             Capture(cluster.fabric) as wire,
         ):
             for node in cluster.nodes:
@@ -6214,7 +6346,7 @@ def test_a_delivery_that_the_stack_refuses_is_said_once(cluster: Cluster) -> Non
 
     An operator's problem, in the log and in the metrics.
     """
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]) as processes:
+    with daemons(cluster.nodes, *peers_of(4)) as processes:
         errors = errors_about_pods(cluster)
         assert len(errors) == 6
         with unreachable_pods(cluster):
@@ -6235,14 +6367,14 @@ def test_copies_that_were_needed_are_counted(cluster: Cluster) -> None:
     Nothing is counted where the router's own error came in, nor for an address on lo.
     """
     got_them = ingress(cluster, 4, "pod")
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+    with daemons(cluster.nodes, *peers_of(4)):
         errors = errors_about_pods(cluster)
         inject(cluster.router, 4, [error for _, error in errors])
         inject(cluster.router, 4, flow_errors(4))
 
         def counted() -> list[int]:
             samples = [metrics(node) for node in cluster.nodes]
-            return [total(one, "pmtud_copies_needed_total") for one in samples]
+            return [total(one, "pmtud_copies_needed") for one in samples]
 
         owners = Counter(number for number, _ in errors if number != got_them)
         assert poll(lambda: counted() == [owners[number] for number in range(3)], 5), counted()
@@ -6251,13 +6383,14 @@ def test_copies_that_were_needed_are_counted(cluster: Cluster) -> None:
 
 def test_lo_that_is_down(node: Host) -> None:
     """Deliveries to own addresses come in there."""
-    assert diagnose(node).of("delivery")["status"] == "OK"
+    assert diagnose(node).status("delivery") == "OK"
     node.ip("link set lo down")
     found = diagnose(node).of("delivery")
-    assert (found["status"], found["fix"]) == ("FAIL", "ip link set dev lo up")
+    assert found["status"] == "FAIL"
+    assert found["fix"] == "ip link set dev lo up"
     assert "refuses ipv4 errors: Network is unreachable" in found["found"]
     run_fix(node, found)
-    assert diagnose(node).of("delivery")["status"] == "OK"
+    assert diagnose(node).status("delivery") == "OK"
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -6272,12 +6405,10 @@ def test_a_rule_that_drops_deliveries_in_output(node: Host, family: int) -> None
         f"meta l4proto {'icmp' if family == 4 else 'ipv6-icmp'} drop\n}}\n}}\n",
     )
     found = diagnose(node).of("delivery")
-    assert (
-        found["status"] == "FAIL"
-        and f"drops ipv{family} errors that pmtud delivers" in found["found"]
-    )
+    assert found["status"] == "FAIL"
+    assert f"drops ipv{family} errors that pmtud delivers" in found["found"]
     node.run("nft", "delete", "table", *table.split())
-    assert diagnose(node).of("delivery")["status"] == "OK"
+    assert diagnose(node).status("delivery") == "OK"
 
 
 # -----------------------------------------------------------------------------
@@ -6289,7 +6420,7 @@ def test_a_rule_that_drops_deliveries_in_output(node: Host, family: int) -> None
 def test_clean_stop(cluster: Cluster, number: int) -> None:
     """Exit 0 in under a second, table gone, group free for the next one."""
     node = cluster.nodes[0]
-    process = daemon(node, "--peers", PEER_LISTS[4])
+    process = daemon(node, *peers_of(4))
     begun = time.monotonic()
     assert process.stop(number) == 0
     assert time.monotonic() - begun < PATIENCE
@@ -6339,7 +6470,8 @@ def test_a_signal_while_starting_ends_process_1_with_0(number: int, tmp_path: Pa
         assert poll(loading.exists, 10), process.output()
         os.kill(pid, number)
         assert poll(partial(ended, process), 5), "the signal was lost"  # the import takes a minute
-        assert (process.returncode(), process.output()) == (0, "")
+        assert process.returncode() == 0
+        assert process.output() == ""
         process, pid = as_init(node)
         assert poll(partial(handles_sigterm, pid), 10)
         begun = time.monotonic()
@@ -6381,7 +6513,7 @@ def test_signals_before_the_command_is_known(command: str, code: int, tmp_path: 
 def test_sigkill_leaves_nothing(cluster: Cluster) -> None:
     """The kernel removes the table and frees the group."""
     node = cluster.nodes[0]
-    process = daemon(node, "--peers", PEER_LISTS[4])
+    process = daemon(node, *peers_of(4))
     assert "pmtud_33" in node.run("nft", "list", "ruleset")
     process.stop(signal.SIGKILL)
     assert poll(lambda: "pmtud" not in node.run("nft", "list", "ruleset"), 2)
@@ -6404,7 +6536,8 @@ def run_to_end(
 @quick
 def test_second_daemon_names_the_first(cluster: Cluster) -> None:
     """Exit 1 and one line; no advice to take another group: every error would be copied twice."""
-    node, line = cluster.nodes[0], "pmtud: pmtud already runs here (pid {})\n"
+    node = cluster.nodes[0]
+    line = "pmtud: pmtud already runs here (pid {})\n"
     with daemons([node]) as [first]:
         assert run_to_end(node) == (1, line.format(first.pid))
         with daemon_of_group(node, 34, "--metrics-port", "0") as other:  # whoever insists
@@ -6444,7 +6577,8 @@ def test_group_held_by_another_program(cluster: Cluster, tmp_path: Path) -> None
         code, output = run_to_end(node)
     finally:
         node.run("nft", "delete table inet pmtud_33")
-    assert code == 1 and output.count("\n") == 1
+    assert code == 1
+    assert output.count("\n") == 1
     assert f"NFLOG group 33 is taken by port id {stranger.pid}, pid {stranger.pid} (" in output
     assert ") (see /proc/net/netfilter/nfnetlink_log); choose another with --nflog-group" in output
 
@@ -6523,7 +6657,8 @@ def test_who_the_process_says_it_is(cluster: Cluster) -> None:
     assert get(node, "/healthz") == ("200", "ok\n")
     assert execute("ps", "-o", "comm=", "-p", str(process.pid)) == "pmtud\n"
     threads = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/comm")]
-    assert len(threads) >= 3 and not any("python" in name for name in threads)
+    assert len(threads) >= 3
+    assert not any("python" in name for name in threads)
     assert Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1] == command
     for pattern in (["-x", "pmtud"], ["-f", "pmtud.py"]):
         assert str(process.pid) in execute("pgrep", *pattern).split()
@@ -6561,7 +6696,8 @@ def test_what_the_service_manager_is_told(cluster: Cluster, tmp_path: Path) -> N
 
     A path and an abstract address.
     """
-    node, path = cluster.nodes[0], tmp_path / "peers"
+    node = cluster.nodes[0]
+    path = tmp_path / "peers"
     for address in (str(tmp_path / "notify"), f"@pmtud-test-{os.getpid()}"):
         path.write_text("10.0.0.12\n10.0.0.13\n")
         command = (sys.executable, str(PROGRAM), "--peers", f"file:{path}")
@@ -6578,7 +6714,8 @@ def test_what_the_service_manager_is_told(cluster: Cluster, tmp_path: Path) -> N
             process.wait_for("SIGHUP")
             assert poll(lambda: manager.count("READY=1") == 2, 5)
             (reloading, stamp), ready = manager.told()[-2:]
-            assert (reloading, ready[0]) == ("RELOADING=1", "READY=1")
+            assert reloading == "RELOADING=1"
+            assert ready[0] == "READY=1"
             assert (
                 before <= int(stamp.partition("MONOTONIC_USEC=")[2]) <= time.monotonic_ns() // 1000
             )
@@ -6604,14 +6741,16 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
 
     None while it hangs, though threads live.
     """
-    node, address = cluster.nodes[0], str(tmp_path / "notify")
+    node = cluster.nodes[0]
+    address = str(tmp_path / "notify")
     hang = tmp_path / "hang"
     env = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"}
     with contextlib.closing(NotifySocket(address)) as manager:
         process = patched_daemon(node, HANGING, env={**env, "HANG": str(hang)})
         process.wait_for("limits:")
         assert poll(lambda: manager.count("WATCHDOG=1") >= 3, 5)
-        begun, count = time.monotonic(), manager.count("WATCHDOG=1")
+        begun = time.monotonic()
+        count = manager.count("WATCHDOG=1")
         times = [begun]
         for more in range(1, 11):
             wanted = count + more
@@ -6639,7 +6778,8 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
         other = node.start(sys.executable, str(PROGRAM), env={**env, "WATCHDOG_PID": "1"})
         other.wait_for("limits:")
         time.sleep(0.5)
-        assert (manager.count("WATCHDOG=1"), other.stop()) == (count, 0)
+        assert manager.count("WATCHDOG=1") == count
+        assert other.stop() == 0
 
 
 def test_a_service_manager_that_is_gone_is_nobodys_problem(
@@ -6711,7 +6851,8 @@ class Booted:
     """systemd as process 1 in a host, with pmtud.service and nothing else."""
 
     def __init__(self, host: Host, folder: Path, options: str) -> None:
-        self._host, self._group = host, f"{host.namespace}-systemd"
+        self._host = host
+        self._group = f"{host.namespace}-systemd"
         self._terminal, self._slave = pty.openpty()
         self._folder = folder / "base"
         self._folder.mkdir()
@@ -6822,7 +6963,8 @@ def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
         assert {key: fields[f"Cap{key}"] for key in ("Prm", "Eff", "Bnd")} == dict.fromkeys(
             ("Prm", "Eff", "Bnd"), "0000000000003000"
         )
-        assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+        assert fields["NoNewPrivs"] == "1"
+        assert fields["Seccomp"] == "2"
         assert int(fields["Uid"].split()[0]) >= 61184  # a dynamic user
         with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
             for family, service in CASES:
@@ -6842,7 +6984,8 @@ def test_under_systemd(cluster: Cluster, tmp_path: Path) -> None:
             lambda: booted.show("ActiveState") == "active" and booted.daemon() not in (0, first), 10
         )
         booted.systemctl("stop", "pmtud")
-        assert (booted.show("ActiveState"), booted.show("ExecMainStatus")) == ("inactive", "0")
+        assert booted.show("ActiveState") == "inactive"
+        assert booted.show("ExecMainStatus") == "0"
         assert "pmtud" not in node.run("nft", "list", "tables")
 
 
@@ -6880,7 +7023,7 @@ def get(host: Host, path: str, port: int = 30040, address: str = "127.0.0.1") ->
 def test_http(cluster: Cluster) -> None:
     """/metrics, /healthz, /readyz; --metrics-port and --metrics-addr; 0 turns it off."""
     node = cluster.nodes[0]
-    with daemons([node], "--peers", PEER_LISTS[4]):
+    with daemons([node], *peers_of(4)):
         assert get(node, "/healthz") == ("200", "ok\n")
         assert get(node, "/readyz") == ("200", "ok\n")
         assert get(node, "/metrics", address="[::1]")[0] == "200"
@@ -6929,9 +7072,7 @@ def test_without_prometheus_client(cluster: Cluster) -> None:
     were asked for.
     """
     python = (sys.executable, "-S")
-    processes = [
-        node.start(*python, str(PROGRAM), "--peers", PEER_LISTS[4]) for node in cluster.nodes
-    ]
+    processes = [node.start(*python, str(PROGRAM), *peers_of(4)) for node in cluster.nodes]
     for process in processes:
         process.wait_for("limits:")
     assert len(cluster.download("pod")) == 23
@@ -6975,7 +7116,8 @@ def test_a_damaged_prometheus_client(
     Everything else works.
     """
     spec = importlib.util.find_spec("prometheus_client")
-    assert spec and spec.origin
+    assert spec
+    assert spec.origin
     shutil.copytree(Path(spec.origin).parent, tmp_path / "prometheus_client")
     damage(tmp_path / "prometheus_client" / name)
     process = node.start(
@@ -6987,10 +7129,12 @@ def test_a_damaged_prometheus_client(
     process.wait_for("limits:")
     text = text.splitlines()[0] + "\n"
     assert text.startswith(f"prometheus-client does not work, install it again: {said}")
-    assert [get(node, "/metrics") for _ in range(2)] == [("503", text)] * 2
+    for _ in range(2):
+        assert get(node, "/metrics") == ("503", text)
     assert get(node, "/readyz") == ("200", "ok\n")
     assert process.stop() == 0
-    assert process.output().count("WARNING") == 1 and "Traceback" not in process.output()
+    assert process.output().count("WARNING") == 1
+    assert "Traceback" not in process.output()
 
 
 def test_a_loopback_address_in_a_pod_is_pointed_out(node: Host) -> None:
@@ -7025,7 +7169,8 @@ def test_a_log_line_fits_into_a_pipe_and_stays_json(as_json: bool) -> None:
     assert "x" * 3500 in whole
     for letter in ("x", "\u00e9", "\U0001f600"):
         line = formatted(letter * 5000, problem=letter * 5000, count=7)
-        assert len(line.encode()) < 4096 and line.count(letter if not as_json else "...") >= 2
+        assert len(line.encode()) < 4096
+        assert line.count(letter if not as_json else "...") >= 2
         if as_json:
             assert json.loads(line)["count"] == 7
             assert json.loads(line)["message"] == letter * 100 + " ..."
@@ -7111,7 +7256,8 @@ def by_kind(documents: str) -> dict[str, Any]:
     return {item["kind"]: item for item in yaml.safe_load_all(documents) if item}
 
 
-ACTIVE, PIP = by_kind(MANIFEST), by_kind(without_wheel())
+ACTIVE = by_kind(MANIFEST)
+PIP = by_kind(without_wheel())
 DOCUMENTS = re.sub("^#pip .*\n", "", MANIFEST, flags=re.MULTILINE).split("---\n")[1:]
 OPTIONAL = by_kind(
     "---\n".join(uncommented(text) + "\n" for text in DOCUMENTS if not yaml.safe_load(text))
@@ -7179,12 +7325,11 @@ def test_manifest_keeps_its_promises() -> None:
         is ACTIVE["ServiceAccount"]["automountServiceAccountToken"]
         is False
     )
-    assert (POD["hostNetwork"], POD["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    assert POD["hostNetwork"] is True
+    assert POD["dnsPolicy"] == "ClusterFirstWithHostNet"
     assert POD["shareProcessNamespace"] is True
-    assert (POD["priorityClassName"], POD["tolerations"]) == (
-        "system-node-critical",
-        [{"operator": "Exists"}],
-    )
+    assert POD["priorityClassName"] == "system-node-critical"
+    assert POD["tolerations"] == [{"operator": "Exists"}]
     assert ACTIVE["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"] == {
         "maxUnavailable": "10%"
     }
@@ -7193,10 +7338,8 @@ def test_manifest_keeps_its_promises() -> None:
     for container in POD["containers"] + PIP_POD["containers"] + PIP_POD["initContainers"]:
         assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", container["image"])
         security = container["securityContext"]
-        assert (security["readOnlyRootFilesystem"], security["allowPrivilegeEscalation"]) == (
-            True,
-            False,
-        )
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["allowPrivilegeEscalation"] is False
         assert security["capabilities"]["drop"] == ["ALL"]
         assert {"memory"} == set(container["resources"]["limits"])
     assert POD["containers"][0]["securityContext"]["capabilities"]["add"] == [
@@ -7213,22 +7356,23 @@ def test_manifest_keeps_its_promises() -> None:
 
 @quick
 def test_manifest_options_are_the_programs() -> None:
-    container, service = POD["containers"][0], ACTIVE["Service"]
+    container = POD["containers"][0]
+    service = ACTIVE["Service"]
     config = parse_options([], **environment(container))
-    assert (config.peer_sources, config.nodename) == (
-        ("dns:" + service["metadata"]["name"],),
-        "worker-1",
-    )
+    assert config.peer_sources == ("dns:" + service["metadata"]["name"],)
+    assert config.nodename == "worker-1"
     (other,) = re.findall(r"# - \{name: PMTUD_PEERS, value: \"(.*)\"\}", MANIFEST)
     assert parse_options(["--peers", other]).peer_sources == ("kube:nodes",)
     assert (
         config.metrics_addr == FIELDS["status.hostIP"]
     )  # where a kubelet's probes go if they name no host
     commands = README.partition("### Kubernetes\n\n```\n")[2].partition("```")[0].splitlines()
-    assert len(commands) == 4 and all(f"#   {line}\n" in MANIFEST for line in commands)
+    assert len(commands) == 4
+    assert all(f"#   {line}\n" in MANIFEST for line in commands)
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         asked = container[probe]["httpGet"]
-        assert asked["path"] in ("/healthz", "/readyz") and asked == {
+        assert asked["path"] in ("/healthz", "/readyz")
+        assert asked == {
             "path": asked["path"],
             "port": "metrics",
         }
@@ -7239,16 +7383,16 @@ def test_the_port_of_the_manifest_is_nobody_elses() -> None:
 
     One number everywhere.
     """
-    container, number = POD["containers"][0], pmtud.OTHER_PORT
+    container = POD["containers"][0]
+    number = pmtud.OTHER_PORT
     config = parse_options([], **environment(container))
-    assert (config.metrics_port, config.metrics_required) == (
-        number,
-        True,
-    )  # where it is taken the daemon ends
+    assert config.metrics_port == number  # where it is taken the daemon ends
+    assert config.metrics_required is True
     assert container["ports"] == [{"name": "metrics", "containerPort": number}]
     assert ACTIVE["Service"]["spec"]["ports"] == [{"name": "metrics", "port": number}]
     assert OPTIONAL["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
-    assert 11000 <= number < 30000 == pmtud.NODE_PORTS.start and pmtud.NODE_PORTS.stop == 32768
+    assert 11000 <= number < 30000 == pmtud.NODE_PORTS.start
+    assert pmtud.NODE_PORTS.stop == 32768
     assert pmtud.Config().metrics_port in pmtud.NODE_PORTS
     assert f"PMTUD_METRICS_PORT={number}" in README
 
@@ -7269,9 +7413,8 @@ def test_the_security_context_constraints_admit_the_pod() -> None:
         for volume in POD["volumes"] + PIP_POD["volumes"]
     }
     assert set(allowed["volumes"]) == volumes | {"projected"}
-    assert allowed["readOnlyRootFilesystem"] is True and allowed["seccompProfiles"] == [
-        "runtime/default"
-    ]
+    assert allowed["readOnlyRootFilesystem"] is True
+    assert allowed["seccompProfiles"] == ["runtime/default"]
     assert (
         "kubectl label namespace kube-system pod-security.kubernetes.io/enforce=privileged"
         in MANIFEST
@@ -7330,7 +7473,9 @@ class FakePod:
     """
 
     def __init__(self, host: Host, spec: dict[str, Any], folder: Path, wheel: Path) -> None:
-        self.host, self.container, self._root = host, spec["containers"][0], folder / "root"
+        self.host = host
+        self.container = spec["containers"][0]
+        self._root = folder / "root"
         self.python = os.path.realpath(
             VENV / "bin" / "python"
         )  # what the image's `python` stands for
@@ -7400,7 +7545,8 @@ class FakePod:
 
         A read-only root and its mounts; no library but the manifest's.
         """
-        root, base = self._root, Path(sys.base_prefix)
+        root = self._root
+        base = Path(sys.base_prefix)
         places = [
             Path(place)
             for place in ("/usr", "/etc", "/lib", "/lib64", "/bin", "/sbin")
@@ -7458,7 +7604,8 @@ def test_containers_of_the_daemonset(
 
     The daemon from the ConfigMap finds peers and rescues.
     """
-    node, port = cluster.nodes[0], pmtud.OTHER_PORT
+    node = cluster.nodes[0]
+    port = pmtud.OTHER_PORT
     pod = FakePod(node, spec, tmp_path, wheel)
     assert sorted(
         path.name for path in pod.volumes["libs"].iterdir() if not path.name.startswith("..")
@@ -7467,7 +7614,7 @@ def test_containers_of_the_daemonset(
     )
     ask = partial(get, node, port=port, address="10.0.0.11")
     with NameServer(cluster, "10.0.0.1") as names:
-        names.serve(*(Cluster.node_address(i, family) for i in (1, 2, 3) for family in (4, 6)))
+        names.serve(*Cluster.node_addresses(4, 6))
         process = pod.start()
         process.wait_for("on worker-1: errors come in on eth0")
         with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
@@ -7501,7 +7648,8 @@ def test_a_container_that_starts_again_finds_its_bytecode(
     """In the same pod: nothing is compiled but what Python never keeps, the script and what is in a
     wheel.
     """
-    pod, compiled = FakePod(cluster.nodes[0], POD, tmp_path, wheel), []
+    pod = FakePod(cluster.nodes[0], POD, tmp_path, wheel)
+    compiled = []
     for _ in range(2):
         process = pod.start(PYTHONVERBOSE="1")
         process.wait_for("limits:", 20)
@@ -7512,10 +7660,12 @@ def test_a_container_that_starts_again_finds_its_bytecode(
         compiled.append(
             re.findall(r"^# code object from (/.+\.py)$", process.output(), re.MULTILINE)
         )
-    assert len(compiled[0]) > 50 and compiled[1] == []
+    assert len(compiled[0]) > 50
+    assert compiled[1] == []
     size = sum(path.stat().st_size for path in pod.volumes["bytecode"].rglob("*"))
     (volume,) = (volume for volume in POD["volumes"] if volume["name"] == "bytecode")
-    assert size < 8 << 20 and volume["emptyDir"] == {"sizeLimit": "16Mi"}
+    assert size < 8 << 20
+    assert volume["emptyDir"] == {"sizeLimit": "16Mi"}
 
 
 @with_wheel
@@ -7531,12 +7681,12 @@ def test_the_daemonset_where_its_port_is_taken(
     with contextlib.closing(stranger):
         process = pod.start()
         assert poll(lambda: process.returncode() is not None, 10)
-    assert (process.returncode(), process.output()) == (
-        1,
+    assert process.returncode() == 1
+    assert process.output() == (
         "pmtud: metrics cannot be served on 10.0.0.11 port "
         f"{pmtud.OTHER_PORT} (Address already in use); choose others with --metrics-addr and "
         f"--metrics-port, port 0 "
-        "for none\n",
+        "for none\n"
     )
 
 
@@ -7553,7 +7703,7 @@ def test_the_daemonset_without_the_library(cluster: Cluster, tmp_path: Path, whe
         "pmtud: --metrics-port and --metrics-addr need prometheus-client: "
     )
     with NameServer(cluster, "10.0.0.1") as names:
-        names.serve(*(Cluster.node_address(i) for i in (1, 2, 3)))
+        names.serve(*Cluster.node_addresses(4))
         process = pod.start(PMTUD_METRICS_PORT="0")
         process.wait_for("peers changed")
         with daemons(cluster.nodes[1:], "--peers", ALL_PEERS):
@@ -7586,7 +7736,8 @@ def test_without_privileges(cluster: Cluster, program: Path, capabilities: str) 
     code, output = run_to_end(
         cluster.nodes[0], python=(*setpriv(capabilities), sys.executable), program=program
     )
-    assert code == 1 and output.count("\n") == 1
+    assert code == 1
+    assert output.count("\n") == 1
     assert output.endswith("CAP_NET_ADMIN and CAP_NET_RAW are needed: run as root, or grant both\n")
     assert "pmtud" not in cluster.nodes[0].run("nft", "list", "ruleset")
 
@@ -7602,7 +7753,8 @@ def test_with_the_two_capabilities_and_nothing_else(cluster: Cluster, program: P
     status = Path(f"/proc/{processes[0].pid}/status").read_text()
     assert re.findall(r"CapEff:\s+(\w+)", status) == ["0000000000003000"]  # bits 12 and 13
     assert [process.stop() for process in processes] == [0, 0, 0]
-    assert [node.run("nft", "list", "tables").count("pmtud") for node in cluster.nodes] == [0, 0, 0]
+    for node in cluster.nodes:
+        assert "pmtud" not in node.run("nft", "list", "tables")
 
 
 def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> None:
@@ -7610,7 +7762,8 @@ def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> No
 
     Root's own peer file is still read, routes still change.
     """
-    node, path = cluster.nodes[0], tmp_path / "peers"
+    node = cluster.nodes[0]
+    path = tmp_path / "peers"
     path.write_text("10.0.0.12\n")
     path.chmod(0o600)
     tmp_path.chmod(0o700)
@@ -7625,7 +7778,7 @@ def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> No
             assert found == ["0" * 16, *["0000000000003000"] * 3, "0" * 16, "1"], status
         assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) >= 3
         path.write_text("10.0.0.12\n10.0.0.13\n")  # new peers: every raw socket is opened anew
-        assert poll(lambda: metrics(node)[f'pmtud_peers{{source="file:{path}"}}'] == 2, 5)
+        assert metric_becomes(node, f'pmtud_peers{{source="file:{path}"}}', 2)
         node.ip(
             "route replace default via 172.20.20.2 dev mgmt"
         )  # another interface: rules replaced
@@ -7646,7 +7799,8 @@ def test_a_library_that_only_all_of_roots_privileges_reach(
     It is read before privileges are dropped, and scrapes work.
     """
     spec = importlib.util.find_spec("prometheus_client")
-    assert spec and spec.origin
+    assert spec
+    assert spec.origin
     shutil.copytree(Path(spec.origin).parent, tmp_path / "home" / "prometheus_client")
     os.chown(tmp_path / "home", 1000, 1000)
     (tmp_path / "home").chmod(0o700)
@@ -7655,7 +7809,8 @@ def test_a_library_that_only_all_of_roots_privileges_reach(
     )
     process.wait_for("limits:")
     assert get(cluster.nodes[0], "/metrics")[0] == "200"
-    assert process.stop() == 0 and not warnings(process.output())
+    assert process.stop() == 0
+    assert not warnings(process.output())
 
 
 def test_privileges_that_cannot_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -7718,7 +7873,8 @@ def test_default_route_by_nexthop_object(name: str, compat: int) -> None:
             assert f"errors come in on {ifaces}," in process.output()
         net.node.ip(route.replace(" add ", " del "))
         code, said = run_to_end(net.node)
-        assert (code, "there is no default route" in said) == (1, True)
+        assert code == 1
+        assert "there is no default route" in said
 
 
 @pytest.mark.parametrize("number", [b"", b"\xff" * 4, b"\xff" * 8])
@@ -7738,7 +7894,8 @@ def test_default_route_by_a_nexthop_that_drops() -> None:
             "route add default nhid 1",
         )
         code, said = run_to_end(net.node)
-        assert (code, "there is no default route" in said) == (1, True)
+        assert code == 1
+        assert "there is no default route" in said
 
 
 BROKEN_SOCKET = """
@@ -7768,7 +7925,7 @@ warnings.simplefilter("ignore", ResourceWarning)  # what it takes stays open
 def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Cluster) -> None:
     """Exit 1 and one line; a service manager starts it again."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = patched_daemon(node, TAKEN_SOCKET, "--peers", PEER_LISTS[4])
+    process = patched_daemon(node, TAKEN_SOCKET, *peers_of(4))
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4, count=1))
     assert poll(lambda: process.returncode() is not None, 5), process.output()
@@ -7782,7 +7939,7 @@ def test_a_broken_nflog_socket_whose_group_is_taken_ends_the_daemon(cluster: Clu
 def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
     """The daemon goes on with a new socket; what had arrived by then is gone."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = patched_daemon(node, BROKEN_SOCKET, "--peers", PEER_LISTS[4])
+    process = patched_daemon(node, BROKEN_SOCKET, *peers_of(4))
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4, count=1))
     process.wait_for("the NFLOG socket broke and was opened again")
@@ -7794,7 +7951,7 @@ def test_a_broken_nflog_socket_is_opened_again(cluster: Cluster) -> None:
 def test_summary_of_the_last_minute(cluster: Cluster) -> None:
     """One line with what changed, none while nothing does; here a minute is a second long."""
     node = cluster.nodes[ingress(cluster, 4)]
-    process = patched_daemon(node, SHORT_MINUTE, "--peers", PEER_LISTS[4])
+    process = patched_daemon(node, SHORT_MINUTE, *peers_of(4))
     process.wait_for("limits:")
     inject(cluster.router, 4, flow_errors(4))
     received(node, ERRORS)
@@ -7816,7 +7973,8 @@ def test_totals_keep_the_peers_that_left(cluster: Cluster, tmp_path: Path) -> No
 
     The series of who has left are gone all the same.
     """
-    node, path = cluster.nodes[ingress(cluster, 4)], tmp_path / "peers"
+    node = cluster.nodes[ingress(cluster, 4)]
+    path = tmp_path / "peers"
     path.write_text("10.0.0.77\n10.0.0.78\n10.0.0.79\n")
     options = ("--peers", f"file:{path}", "--flow-interval", "0")
     process = patched_daemon(node, SHORT_MINUTE, *options)
@@ -7913,6 +8071,10 @@ class Diagnosis(NamedTuple):
         ]
         return found
 
+    def status(self, check: str, word: str = "") -> str:
+        """How that finding judges."""
+        return self.of(check, word)["status"]
+
 
 def doctor_argv(
     options: tuple[str, ...],
@@ -7946,7 +8108,8 @@ def diagnose(
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30 * PATIENCE, check=False)
     assert done.returncode in (0, 1, 2) and not done.stderr, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["schema"] == 1 and set(answer) == {"schema", "node", "summary", "checks"}
+    assert answer["schema"] == 1
+    assert set(answer) == {"schema", "node", "summary", "checks"}
     for entry in answer["checks"]:
         assert bool(entry["next_step"]) <= bool(entry["risk"])
         if not entry["next_step"]:
@@ -7990,7 +8153,8 @@ class OneNode(Net):
     """node -- router, one link; the default route of the node leads to the router."""
 
     def build(self) -> None:
-        self.node, self.router = self.host("node"), self.host("router", forward=True)
+        self.node = self.host("node")
+        self.router = self.host("router", forward=True)
         self.link(self.node, self.router, names=("eth0", "to-node"))
         self.node.ip(
             "addr add 10.0.0.2/24 dev eth0",
@@ -8013,16 +8177,16 @@ def node() -> Iterator[Host]:
 def test_a_good_node_is_all_ok(node: Host) -> None:
     """Without the daemon a warning; the fix starts it: exit 0, and nothing to repair."""
     bad = diagnose(node)
-    assert (bad.code, bad.of("daemon")["status"], bad.of("daemon")["found"]) == (
-        1,
-        "WARN",
-        "not running",
-    )
+    assert bad.code == 1
+    assert bad.status("daemon") == "WARN"
+    assert bad.of("daemon")["found"] == "not running"
     daemon = run_fix(node, bad.of("daemon"), "limits:")
     good = diagnose(node)
-    assert good.code == 0 and {entry["status"] for entry in good.checks} == {"OK"}
+    assert good.code == 0
+    assert {entry["status"] for entry in good.checks} == {"OK"}
     assert not any(entry["fix"] for entry in good.checks)
-    assert daemon and good.of("daemon")["found"].startswith(f"running, pid {daemon.pid} (/")
+    assert daemon
+    assert good.of("daemon")["found"].startswith(f"running, pid {daemon.pid} (/")
     assert [entry["check"] for entry in good.checks] == [
         "privileges",
         "nftables",
@@ -8069,7 +8233,8 @@ time.sleep(600)
 def test_check_sees_programs(node: Host) -> None:
     """Of tc, which `tc` shows, and of TCX, which it does not."""
     found = diagnose(node).of("programs")
-    assert (found["status"], found["found"]) == ("OK", "none at egress of eth0")
+    assert found["status"] == "OK"
+    assert found["found"] == "none at egress of eth0"
     with egress_filters([node]):
         found = diagnose(node).of("programs")
         assert found["status"] == "WARN"
@@ -8081,9 +8246,10 @@ def test_check_sees_programs(node: Host) -> None:
         program = node.start(sys.executable, "-c", BPF_PROGRAM, index, *kinds)
         program.wait_for("attached")
         found = diagnose(node).of("programs")
-        assert found["status"] == "WARN" and found["found"].startswith(says)
+        assert found["status"] == "WARN"
+        assert found["found"].startswith(says)
         program.stop()
-        assert poll(lambda: diagnose(node).of("programs")["status"] == "OK", 5)
+        assert poll(lambda: diagnose(node).status("programs") == "OK", 5)
 
 
 def test_check_says_where_programs_cannot_be_seen(node: Host) -> None:
@@ -8105,7 +8271,8 @@ def test_check_knows_ebpf_data_planes(node: Host) -> None:
         warned = node.start(*command)
         warned.wait_for("Calico's eBPF data plane does not give pods what comes by broadcast")
         assert warned.stop() == 0
-    assert plain["status"] == "OK" and plain["found"].endswith("with its mark 0x3000000")
+    assert plain["status"] == "OK"
+    assert plain["found"].endswith("with its mark 0x3000000")
     assert "icmp code frag-needed meta mark set 0x3000000\n" in printed
     assert (
         "iptables -t mangle -A OUTPUT -p icmp -m icmp --icmp-type 3/4 -m mark --mark 0x2e"
@@ -8113,12 +8280,14 @@ def test_check_knows_ebpf_data_planes(node: Host) -> None:
     )
     assert printed.count("-j MARK --set-mark 0x3000000\n") == 2
     assert "0x3000000" not in node.run(sys.executable, SCRIPT, "rules")
-    assert group["status"] == "FAIL" and group["found"].endswith("multicast; list the nodes")
-    assert unmarked["status"] == "FAIL" and unmarked["found"].endswith("use --copy-mark auto")
+    assert group["status"] == "FAIL"
+    assert group["found"].endswith("multicast; list the nodes")
+    assert unmarked["status"] == "FAIL"
+    assert unmarked["found"].endswith("use --copy-mark auto")
     node.ip("link add cilium_host type bridge", "link set cilium_host up")
-    assert diagnose(node).of("programs")["status"] == "WARN"
+    assert diagnose(node).status("programs") == "WARN"
     node.run("iptables", "-t", "nat", "-N", "KUBE-SERVICES")
-    assert diagnose(node).of("programs")["status"] == "OK"
+    assert diagnose(node).status("programs") == "OK"
     node.ip("link del cilium_host")
 
 
@@ -8137,9 +8306,9 @@ def test_a_daemon_that_delivers_nothing(
     node.sysctl("net.ipv4.conf.all.rp_filter", 1)
     node.start(sys.executable, SCRIPT, "--metrics-port", "0", *options, env=env).wait_for("limits:")
     found = diagnose(node)
-    assert found.of("daemon")["status"] == "WARN"
+    assert found.status("daemon") == "WARN"
     assert found.of("daemon")["found"].startswith("--dry-run or --no-rescue: pid ")
-    assert found.of("rp_filter")["status"] == "WARN"
+    assert found.status("rp_filter") == "WARN"
 
 
 def test_a_daemon_on_another_interface(node: Host) -> None:
@@ -8148,14 +8317,15 @@ def test_a_daemon_on_another_interface(node: Host) -> None:
     node.sysctl("net.ipv4.conf.all.rp_filter", 1)
     daemon = node.start(sys.executable, SCRIPT, "--metrics-port", "0", "--iface", "eth1")
     daemon.wait_for("limits:")
-    assert diagnose(node, "--iface", "eth1").of("rp_filter")["status"] == "OK"
+    assert diagnose(node, "--iface", "eth1").status("rp_filter") == "OK"
     bad = diagnose(node, "--iface", "eth0,eth1").of("rp_filter", "eth0:")
-    assert bad["status"] == "WARN" and bad["fix"] == ""
+    assert bad["status"] == "WARN"
+    assert bad["fix"] == ""
     assert bad["found"].endswith("let it take errors on eth0, by --iface")
     daemon.stop()
     more = ("--metrics-port", "0", "--iface", "eth0,eth1")
     node.start(sys.executable, SCRIPT, *more).wait_for("limits:")
-    assert diagnose(node, "--iface", "eth0,eth1").of("rp_filter", "eth0:")["status"] == "OK"
+    assert diagnose(node, "--iface", "eth0,eth1").status("rp_filter", "eth0:") == "OK"
 
 
 STRANGER = """
@@ -8185,10 +8355,9 @@ def test_who_answers_where_the_daemon_listens(node: Host) -> None:
 
     FAIL; the fix is a port no Service can have.
     """
-    router, (options, env) = (
-        node.net.hosts[1],
-        (["--nodename", "a"], {"PMTUD_METRICS_ADDR": "0.0.0.0"}),
-    )
+    router = node.net.hosts[1]
+    options = ["--nodename", "a"]
+    env = {"PMTUD_METRICS_ADDR": "0.0.0.0"}
     router.start(sys.executable, "-c", STRANGER)
     node.sysctl("net.ipv4.ip_forward", 1)
     daemon = node.start(sys.executable, SCRIPT, *options)
@@ -8234,7 +8403,8 @@ def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
 
     One of another group on this node, which had the port first.
     """
-    router, version = node.net.hosts[1], pmtud.__version__
+    router = node.net.hosts[1]
+    version = pmtud.__version__
     server = f"pmtud/{version} ({{}}, NFLOG group {{}})"
     answer = f"10.0.0.2 port {{}}: somebody else answers, {server} ({{}}?)"
     other = router.start(sys.executable, SCRIPT, "--iface", "to-node", "--nodename", "b")
@@ -8243,13 +8413,13 @@ def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
     )
     for process in (other, mine):
         process.wait_for("limits:")
-    assert diagnose(node).of("http")["status"] == "OK"
+    assert diagnose(node).status("http") == "OK"
     node.run("nft", "-f", "-", input=NODE_PORT.format(port=29040, target=30040))
     found = diagnose(node).of("http")
     assert found["found"] == answer.format(29040, "b", 33, "another program")
     assert found["fix"] == "ss -Htlnp sport = :29040"
     node.run("nft", "delete", "table", "inet", "services")
-    assert diagnose(node).of("http")["status"] == "OK"
+    assert diagnose(node).status("http") == "OK"
     assert mine.stop() == 0
     first = node.start(sys.executable, SCRIPT, "--nflog-group", "40", "--nodename", "a")
     first.wait_for("limits:")
@@ -8260,7 +8430,7 @@ def test_another_pmtud_answers_where_the_daemon_listens(node: Host) -> None:
         == answer.format(30040, "a", 40, "a Service with nodePort 30040")
         + "; start the daemon with --metrics-port 23040"
     )
-    assert diagnose(node, "--nflog-group", "40").of("http")["status"] == "OK"
+    assert diagnose(node, "--nflog-group", "40").status("http") == "OK"
 
 
 def test_a_daemon_that_does_not_answer(node: Host) -> None:
@@ -8273,10 +8443,10 @@ def test_a_daemon_that_does_not_answer(node: Host) -> None:
         "tcp dport 30040 reject with tcp reset; }; }",
     )
     found = diagnose(node).of("http")
-    assert (found["status"], found["found"]) == (
-        "FAIL",
+    assert found["status"] == "FAIL"
+    assert found["found"] == (
         "10.0.0.2 port 30040: Connection refused: the daemon is not heard there; "
-        "start the daemon with --metrics-port 23040",
+        "start the daemon with --metrics-port 23040"
     )
     node.run("nft", "delete", "table", "inet", "f")
     node.run(
@@ -8291,11 +8461,12 @@ def test_a_daemon_that_does_not_answer(node: Host) -> None:
     os.kill(daemon.pid, signal.SIGSTOP)
     stopped = diagnose(node)
     found = stopped.of("daemon")
-    assert (found["status"], found["fix"]) == ("FAIL", f"kill -CONT {daemon.pid}")
+    assert found["status"] == "FAIL"
+    assert found["fix"] == f"kill -CONT {daemon.pid}"
     assert found["found"].startswith(f"stopped, pid {daemon.pid} (")
     assert "http" not in [finding["check"] for finding in stopped.checks]
     subprocess.run(shlex.split(found["fix"]), check=True)
-    assert diagnose(node).of("http")["status"] == "OK"
+    assert diagnose(node).status("http") == "OK"
 
 
 def test_the_check_leaves_nothing_behind(node: Host) -> None:
@@ -8325,15 +8496,15 @@ def test_privileges(node: Host) -> None:
     before = ("setpriv", "--bounding-set=-net_admin,-net_raw")
     node.sysctl("net.ipv4.conf.all.rp_filter", 0)
     bad = diagnose(node, "--rules", "off", hosts=("10.0.0.1",), before=before)
-    assert bad.code == 1 and bad.of("privileges")["status"] == "WARN"
+    assert bad.code == 1
+    assert bad.status("privileges") == "WARN"
     assert "CAP_NET_ADMIN and CAP_NET_RAW" in bad.of("privileges")["found"]
     assert bad.of("privileges")["found"].endswith(
         "Daemon, group, rules and guard are not looked at"
     )
     assert bad.of("privileges")["fix"] == f"sudo python3 {PROGRAM} check"
-    assert {entry["status"] for entry in bad.checks[1:]} == {"OK"} and bad.checks[1][
-        "check"
-    ] == "rp_filter"
+    assert {entry["status"] for entry in bad.checks[1:]} == {"OK"}
+    assert bad.checks[1]["check"] == "rp_filter"
     assert (
         bad.of("path")["found"] == "10.0.0.1: path MTU 1500, all of eth0"
     )  # this works without root
@@ -8354,7 +8525,8 @@ def test_nflog_group(node: Host, tmp_path: Path) -> None:
     stranger = node.start(sys.executable, str(tmp_path / "go-pmtud"))
     stranger.wait_for("held")
     bad = diagnose(node).of("nflog_group")
-    assert bad["status"] == "FAIL" and f"pid {stranger.pid} " in bad["found"]
+    assert bad["status"] == "FAIL"
+    assert f"pid {stranger.pid} " in bad["found"]
     assert diagnose(node).of("daemon") == {
         "check": "daemon",
         "status": "WARN",
@@ -8379,15 +8551,14 @@ def test_nflog_group(node: Host, tmp_path: Path) -> None:
 def test_rules_of_the_operator(node: Host) -> None:
     """--rules off and no rule: FAIL; the fix installs rules and guard."""
     bad = diagnose(node, "--rules", "off")
-    assert (
-        bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33" and bad.code == 2
-    )
-    assert bad.of("guard")["status"] == "FAIL"
+    assert bad.of("nflog_rule")["found"] == "--rules off, and nothing feeds group 33"
+    assert bad.code == 2
+    assert bad.status("guard") == "FAIL"
     paste = f"python3 {PROGRAM} rules | sed -n '1,/^}}/p' | nft -f -"
     assert bad.of("nflog_rule")["fix"] == paste == bad.of("guard")["fix"]
     run_fix(node, bad.of("nflog_rule"))
     good = diagnose(node, "--rules", "off")
-    assert good.of("nflog_rule")["status"] == good.of("guard")["status"] == "OK"
+    assert good.status("nflog_rule") == good.status("guard") == "OK"
     assert good.of("nflog_rule")["found"] == "inet pmtud_33 mtu_errors, no counter"
 
 
@@ -8398,7 +8569,7 @@ def test_a_daemon_that_the_operators_rules_feed(node: Host) -> None:
     with daemons([node], "--rules", "off", "--metrics-port", "0"):
         found = diagnose(node)
         assert found.of("nflog_rule")["found"].startswith("inet f c, ")
-        assert found.of("guard")["status"] == "OK"
+        assert found.status("guard") == "OK"
         text = "none given here; what the daemon has cannot be seen"
         assert found.of("peers")["found"] == text
 
@@ -8479,25 +8650,25 @@ def test_a_daemon_that_the_operators_rules_feed(node: Host) -> None:
 def test_what_feeds_the_group(node: Host, chain: str, status: str) -> None:
     """A rule that packets reach, early, for ICMP, from one of our interfaces."""
     node.run("nft", f"table inet f {{ {chain}; }}")
-    assert diagnose(node, "--rules", "off").of("nflog_rule")["status"] == status
+    assert diagnose(node, "--rules", "off").status("nflog_rule") == status
 
 
 def test_rules_that_cannot_be_seen(node: Host, tmp_path: Path) -> None:
     """Without nft, or its JSON, nothing is claimed."""
     found = diagnose(node, "--rules", "off", before=("env", f"PATH={tmp_path}")).of("nflog_rule")
-    assert (found["status"], found["found"]) == (
-        "WARN",
-        "--rules off, and what feeds the group cannot be seen: nft is not installed",
+    assert found["status"] == "WARN"
+    assert (
+        found["found"]
+        == "--rules off, and what feeds the group cannot be seen: nft is not installed"
     )
     (tmp_path / "nft").write_text(
         "#!/bin/sh\necho 'Error: JSON support not compiled-in' >&2; exit 1\n"
     )
     (tmp_path / "nft").chmod(0o755)
     found = diagnose(node, "--rules", "off", before=("env", f"PATH={tmp_path}")).of("nflog_rule")
-    assert (found["status"], found["found"]) == (
-        "WARN",
-        "--rules off, and what feeds the group cannot be seen: `nft -j list ruleset` gives no JSON",
-    )
+    assert found["status"] == "WARN"
+    unseen = "what feeds the group cannot be seen: `nft -j list ruleset` gives no JSON"
+    assert found["found"] == f"--rules off, and {unseen}"
 
 
 @pytest.mark.parametrize(
@@ -8518,7 +8689,7 @@ def test_iptables_rules_that_feed_the_group(node: Host, rule: str, status: str) 
     node.run("iptables-legacy", "-t", "raw", "-N", "hop")
     node.run("iptables-legacy", "-t", "raw", "-A", "hop", "-j", "NFLOG", "--nflog-group", "33")
     node.run("iptables-legacy", "-t", "raw", "-A", "PREROUTING", *shlex.split(rule))
-    assert diagnose(node, "--rules", "off").of("nflog_rule")["status"] == status
+    assert diagnose(node, "--rules", "off").status("nflog_rule") == status
 
 
 @pytest.mark.parametrize("command", ["iptables-nft", "iptables-legacy"])
@@ -8539,18 +8710,16 @@ def test_iptables_rule_and_its_counter(node: Host, command: str) -> None:
     rule = "-p icmp -m icmp --icmp-type 3/4 -j NFLOG --nflog-group 33 -c 5 320"
     node.run(command, "-t", "raw", "-A", "PREROUTING", *rule.split())
     found = diagnose(node, "--rules", "off").of("nflog_rule")
-    assert (found["status"], found["found"]) == ("OK", "ip raw PREROUTING, 5 packets so far")
+    assert found["status"] == "OK"
+    assert found["found"] == "ip raw PREROUTING, 5 packets so far"
     twice = diagnose(node).of("nflog_rule")
+    assert twice["status"] == "WARN"
     assert (
-        twice["status"] == "WARN"
-        and "feeds every error in again; remove it, or start pmtud with --rules off: "
-        "ip raw PREROUTING"
-        in twice["found"]
+        "feeds every error in again; remove it, or start pmtud with --rules off: "
+        "ip raw PREROUTING" in twice["found"]
     )
     assert "--nflog-group 33" in node.run("sh", "-c", twice["fix"])
-    assert (
-        diagnose(node, "--rules", "off", "--nflog-group", "3").of("nflog_rule")["status"] == "FAIL"
-    )
+    assert diagnose(node, "--rules", "off", "--nflog-group", "3").status("nflog_rule") == "FAIL"
 
 
 @pytest.mark.parametrize(
@@ -8568,9 +8737,8 @@ def test_a_rule_after_rp_filter_is_too_late(node: Host, rule: tuple[str, ...]) -
     """INPUT comes after the reverse path check."""
     node.run(*rule)
     late = diagnose(node, "--rules", "off").of("nflog_rule")
-    assert late["status"] == "WARN" and late["found"].startswith(
-        "too late, rp_filter comes first: i"
-    )
+    assert late["status"] == "WARN"
+    assert late["found"].startswith("too late, rp_filter comes first: i")
     assert ", 0 packets so far" in late["found"]
 
 
@@ -8581,27 +8749,22 @@ def test_rp_filter(node: Host, scope: str) -> None:
     node.sysctl(f"net.ipv4.conf.{scope}.rp_filter", 1)
     bad = diagnose(node)
     finding = bad.of("rp_filter")
-    assert (
-        bad.code == 1
-        and finding["status"] == "WARN"
-        and finding["found"].startswith("eth0: strict (all ")
-    )
+    assert bad.code == 1
+    assert finding["status"] == "WARN"
+    assert finding["found"].startswith("eth0: strict (all ")
     assert "weakens anti-spoofing" in finding["found"]
     run_fix(node, finding, "limits:")
     good = diagnose(node).of("rp_filter")
-    assert good["status"] == "OK" and good["found"].endswith(
-        "; pmtud delivers what is dropped by rp_filter"
-    )
+    assert good["status"] == "OK"
+    assert good["found"].endswith("; pmtud delivers what is dropped by rp_filter")
 
 
 def test_loose_rp_filter_is_no_error(node: Host) -> None:
     """The higher of all and interface counts."""
     node.sysctls({"net.ipv4.conf.all.rp_filter": 2, "net.ipv4.conf.eth0.rp_filter": 1})
     found = diagnose(node).of("rp_filter")
-    assert (found["status"], found["found"]) == (
-        "OK",
-        "eth0: loose, errors from any routed address pass (all 2, eth0 1)",
-    )
+    assert found["status"] == "OK"
+    assert found["found"] == "eth0: loose, errors from any routed address pass (all 2, eth0 1)"
 
 
 @pytest.mark.parametrize(
@@ -8618,9 +8781,8 @@ def test_reverse_path_rules_of_nft(node: Host, rule: str) -> None:
         f"table inet fw {{ chain pre {{ type filter hook prerouting priority -290; {rule}; }}; }}",
     )
     bad = diagnose(node).of("rp_filter")
-    assert (
-        bad["status"] == "WARN" and "is dropped by a rule in inet fw pre. Loosening" in bad["found"]
-    )
+    assert bad["status"] == "WARN"
+    assert "is dropped by a rule in inet fw pre. Loosening" in bad["found"]
     run_fix(node, bad, "limits:")
     assert (
         diagnose(node)
@@ -8662,7 +8824,8 @@ def test_a_conditional_reverse_path_rule_that_drops(node: Host) -> None:
     node.ip("route add unreachable 10.77.0.0/16")
     ping = router.start("ping", "-i", "0.1", "-I", "10.77.0.1", "10.0.0.2")
     found = diagnose(node).of("rp_filter", "perhaps")
-    assert found["status"] == "WARN" and " 0 more a second later" not in found["found"]
+    assert found["status"] == "WARN"
+    assert " 0 more a second later" not in found["found"]
     ping.stop()
     for other, status in ((rule.replace("counter", ""), "WARN"), (f"iifname eth9 {rule}", "")):
         node.run("nft", f"flush chain inet fw pre; add rule inet fw pre {other}")
@@ -8684,13 +8847,11 @@ def test_settings(node: Host, name: str, value: int, status: str, words: str) ->
     node.sysctl(f"net.ipv4.{name}", value)
     bad = diagnose(node)
     finding = bad.of(name.rpartition(".")[2])
-    assert (
-        finding["status"] == status
-        and words in finding["found"]
-        and bad.code == {"WARN": 1, "FAIL": 2}[status]
-    )
+    assert finding["status"] == status
+    assert words in finding["found"]
+    assert bad.code == {"WARN": 1, "FAIL": 2}[status]
     run_fix(node, finding)
-    assert diagnose(node).of(name.rpartition(".")[2])["status"] == "OK"
+    assert diagnose(node).status(name.rpartition(".")[2]) == "OK"
 
 
 @pytest.mark.parametrize("value", [1, 2])
@@ -8698,7 +8859,8 @@ def test_tcp_mtu_probing_is_information(node: Host, value: int) -> None:
     """Always OK, and it says what the value does."""
     node.sysctl("net.ipv4.tcp_mtu_probing", value)
     found = diagnose(node).of("tcp_mtu_probing")
-    assert found["status"] == "OK" and "UDP, QUIC and tunnels do not" in found["found"]
+    assert found["status"] == "OK"
+    assert "UDP, QUIC and tunnels do not" in found["found"]
 
 
 @pytest.mark.parametrize(("count", "status"), [(800, "OK"), (801, "WARN"), (951, "FAIL")])
@@ -8713,14 +8875,12 @@ def test_conntrack(node: Host, tmp_path: Path, count: int, status: str) -> None:
     mount = "".join(f"mount --bind {tmp_path}/{name} {files}{name}; " for name in ("count", "max"))
     before = ("sh", "-c", f'{mount} exec "$@"', "sh")
     bad = diagnose(node, before=before).of("conntrack")
-    assert (
-        bad["status"] == status
-        and bad["found"] == f"{count} of 1000 connections ({count / 1000:.0%})"
-    )
+    assert bad["status"] == status
+    assert bad["found"] == f"{count} of 1000 connections ({count / 1000:.0%})"
     if status != "OK":
         assert bad["fix"] == "sysctl -w net/netfilter/nf_conntrack_max=2000"
         node.run("sh", "-c", f"{mount} {bad['fix']}")
-        assert diagnose(node, before=before).of("conntrack")["status"] == "OK"
+        assert diagnose(node, before=before).status("conntrack") == "OK"
 
 
 def test_good_peers(node: Host) -> None:
@@ -8752,11 +8912,16 @@ def test_peers_that_do_not_answer(node: Host) -> None:
     assert time.monotonic() - start < 5 * PATIENCE
     dead, far = [entry for entry in found.checks if entry["check"] == "peers"]
     text = "10.0.0.99, fd00::99 does not answer, nobody on its link has the address"
-    assert (dead["status"], dead["found"]) == ("FAIL", text)
+    assert dead["status"] == "FAIL"
+    assert dead["found"] == text
     shown = node.run("sh", "-c", dead["fix"])
-    assert "10.0.0.99" in shown and "fd00::99" in shown and "10.0.0.1 " not in shown
+    assert "10.0.0.99" in shown
+    assert "fd00::99" in shown
+    assert "10.0.0.1 " not in shown
     text = "10.7.0.1 does not answer to ping: nobody has the address, or ping is dropped"
-    assert (far["status"], far["found"], far["fix"]) == ("WARN", text, "tracepath -n 10.7.0.1")
+    assert far["status"] == "WARN"
+    assert far["found"] == text
+    assert far["fix"] == "tracepath -n 10.7.0.1"
 
 
 def test_check_compares_itself_with_the_daemon(node: Host) -> None:
@@ -8772,17 +8937,18 @@ def test_check_compares_itself_with_the_daemon(node: Host) -> None:
         wrong = "the daemon takes errors on eth1, not on eth0"
         advice = "where the default route is; if they come in there too, give it both by --iface"
         assert bad.of("daemon_iface")["found"] == f"{wrong}, {advice}"
-        assert bad.of("daemon_iface")["status"] == "WARN" and bad.code == 1
+        assert bad.status("daemon_iface") == "WARN"
+        assert bad.code == 1
         assert bad.of("peers")["found"] == "3 on-link, 0 routed"
         other = diagnose(node, "--iface", "eth0").of("daemon_iface")
         assert other["found"] == f"{wrong} as --iface says here; start it with the same"
         same = diagnose(node, "--iface", "eth1", *peers)
         assert not [entry for entry in same.checks if entry["check"].startswith("daemon_")]
         few = diagnose(node, "--iface", "eth1", "--peers", "10.0.0.1,10.0.0.99").of("daemon_peers")
-        assert (few["status"], few["found"]) == (
-            "WARN",
+        assert few["status"] == "WARN"
+        assert few["found"] == (
             "the daemon lacks 10.0.0.99 of --peers, and has 10.0.0.3, fd00::3 besides; "
-            "give all nodes the same list",
+            "give all nodes the same list"
         )
     with daemons([node], "--nodename", "x" * 200, *options):
         good = diagnose(node)
@@ -8797,11 +8963,11 @@ def test_what_is_not_seen_from_here(node: Host, tmp_path: Path) -> None:
     pod = ("unshare", "--mount", "--pid", "--fork", "sh", "-c", inside, "sh")
     path = f"PATH={tmp_path}"
     found = diagnose(node, before=(*pod, "env", path), cni_dir=str(tmp_path / "none")).of("view")
-    assert (found["status"], found["found"]) == (
-        "WARN",
+    assert found["status"] == "WARN"
+    assert found["found"] == (
         "not seen from here: the rules of others (nft is not installed); the node's processes "
         f"(this is a container); the CNI's configuration ({tmp_path}/none is not here). "
-        "Run it on the node as well",
+        "Run it on the node as well"
     )
     node.sysctl("net.ipv4.ip_no_pmtu_disc", 1)
     command = [*pod, *doctor_argv((), (), False, "/none")]
@@ -8813,9 +8979,11 @@ def test_a_table_that_sigkill_left(node: Host) -> None:
     node.run("sh", "-ec", f"{sys.executable} {PROGRAM} rules | sed -n '1,/^}}/p' | nft -f -")
     found = diagnose(node).of("daemon")
     text = "not running; SIGKILL left its table inet pmtud_33, which the next start replaces"
-    assert (found["status"], found["found"]) == ("WARN", text)
+    assert found["status"] == "WARN"
+    assert found["found"] == text
     daemon = run_fix(node, found, "limits:")
-    assert daemon and diagnose(node).of("daemon")["status"] == "OK"
+    assert daemon
+    assert diagnose(node).status("daemon") == "OK"
     assert daemon.stop() == 0
 
 
@@ -8824,7 +8992,8 @@ def test_a_nodes_address_on_lo_is_a_good_peer(node: Host) -> None:
     node.ip("addr add 10.5.0.1/32 dev lo")
     node.net.hosts[1].ip("addr add 10.5.0.2/32 dev lo")
     found = diagnose(node, "--peers", "10.5.0.1,10.5.0.2").of("peers")
-    assert (found["status"], found["found"]) == ("OK", "0 on-link, 1 routed; 10.5.0.1 is this node")
+    assert found["status"] == "OK"
+    assert found["found"] == "0 on-link, 1 routed; 10.5.0.1 is this node"
 
 
 @pytest.mark.parametrize(
@@ -8839,8 +9008,9 @@ def test_bad_peers(node: Host, peer: str, words: str) -> None:
     """A VIP or a peer without a route: FAIL; the fix starts pmtud without it."""
     node.ip("route add unreachable 10.8.0.0/24", "route add unreachable fd08::/64")
     bad = diagnose(node, "--peers", f"10.0.0.1,{peer}").of("peers")
-    assert (bad["status"], bad["found"]) == ("FAIL", f"{words}; take it out of --peers")
-    assert diagnose(node, "--peers", "10.0.0.1").of("peers")["status"] == "OK"
+    assert bad["status"] == "FAIL"
+    assert bad["found"] == f"{words}; take it out of --peers"
+    assert diagnose(node, "--peers", "10.0.0.1").status("peers") == "OK"
 
 
 @pytest.mark.parametrize(
@@ -8860,7 +9030,8 @@ def test_peer_file(node: Host, tmp_path: Path, text: Optional[str], words: str) 
     if text:
         path.write_text(text)
     bad = diagnose(node, "--peers", f"file:{path}").of("peers")
-    assert bad["status"] == "FAIL" and bad["found"].startswith(words.format(path))
+    assert bad["status"] == "FAIL"
+    assert bad["found"].startswith(words.format(path))
     assert bad["fix"] == f"${{EDITOR:-vi}} '{path}'"
     editor = tmp_path / "editor"
     editor.write_text('#!/bin/sh\necho 10.0.0.1 >"$1"\n')
@@ -8872,16 +9043,18 @@ def test_peer_file(node: Host, tmp_path: Path, text: Optional[str], words: str) 
 def test_peer_name_that_nobody_has(node: Host) -> None:
     """The next step asks the resolver."""
     bad = diagnose(node, "--peers", "dns:no-such.invalid").of("peers")
-    assert bad["status"] == "FAIL" and bad["fix"] == "getent ahosts no-such.invalid"
+    assert bad["status"] == "FAIL"
+    assert bad["fix"] == "getent ahosts no-such.invalid"
 
 
 def test_ipv6_mtu_under_1280(node: Host) -> None:
     """IPv6 cannot run: FAIL; the fix raises the MTU."""
     node.ip("link set eth0 mtu 1200")
     bad = diagnose(node, "--iface", "eth0").of("ipv6")
-    assert (bad["status"], bad["found"]) == ("FAIL", "eth0: cannot run, MTU 1200 is under 1280")
+    assert bad["status"] == "FAIL"
+    assert bad["found"] == "eth0: cannot run, MTU 1200 is under 1280"
     run_fix(node, bad)
-    assert diagnose(node, "--iface", "eth0").of("ipv6")["status"] == "OK"
+    assert diagnose(node, "--iface", "eth0").status("ipv6") == "OK"
 
 
 def test_ipv6_router_advertisements(node: Host) -> None:
@@ -8891,7 +9064,8 @@ def test_ipv6_router_advertisements(node: Host) -> None:
     """
     node.sysctls({"net.ipv6.conf.eth0.accept_ra": 1, "net.ipv6.conf.eth0.accept_ra_mtu": 0})
     bad = diagnose(node).of("ipv6")
-    assert bad["status"] == "WARN" and bad["fix"] == "sysctl -w net/ipv6/conf/eth0/accept_ra_mtu=1"
+    assert bad["status"] == "WARN"
+    assert bad["fix"] == "sysctl -w net/ipv6/conf/eth0/accept_ra_mtu=1"
     run_fix(node, bad)
     assert (
         diagnose(node).of("ipv6")["found"]
@@ -9043,7 +9217,8 @@ def test_mtu_of_a_real_vxlan(node: Host, options: str, best: int) -> None:
         f"link add overlay mtu 1500 type vxlan id 7 dstport 4789 {options}", "link set overlay up"
     )
     bad = diagnose(node).of("mtu")
-    assert bad["status"] == "FAIL" and bad["next_step"] == f"ip link set dev overlay mtu {best}"
+    assert bad["status"] == "FAIL"
+    assert bad["next_step"] == f"ip link set dev overlay mtu {best}"
     run_fix(node, bad)
     assert diagnose(node).of("mtu")["found"] == f"overlay {best} fits eth0 1500 - {1500 - best}"
     node.ip("link set overlay mtu 1400")  # a stranger's may be as small as it likes
@@ -9082,7 +9257,9 @@ def test_mtu_under_a_tunnel(node: Host, options: str) -> None:
     text = f"1450 < eth1 9000 - {9000 - best} = {best}: jumbo frames left unused"
     for name in ("vxlan.calico", "cali0"):
         one = found.of("mtu", name)
-        assert (one["status"], one["found"], one["fix"]) == ("OK", f"{name} {text}", "")
+        assert one["status"] == "OK"
+        assert one["found"] == f"{name} {text}"
+        assert one["fix"] == ""
     node.ip(f"link set vxlan.calico mtu {best}")
     found = diagnose(node, "--nodename", "n1")
     assert found.of("mtu", "vxlan")["found"] == f"vxlan.calico {best} = eth1 9000 - {9000 - best}"
@@ -9104,14 +9281,15 @@ def test_mtu_judged_by_a_guess(node: Host) -> None:
         "link set cilium_vxlan up",
     )
     bad = diagnose(node).of("mtu", "eth1 has")
-    assert (bad["status"], bad["found"]) == (
-        "WARN",
+    assert bad["status"] == "WARN"
+    assert bad["found"] == (
         "eth1 has 9000, judged is by eth0 1500 of the default route; "
-        "if the nodes talk over eth1, name it with --iface",
+        "if the nodes talk over eth1, name it with --iface"
     )
     assert bad["fix"] == f"python3 {PROGRAM} check --iface eth1"
     assert "cilium_vxlan 9000 is right" in node.run("sh", "-c", bad["fix"], check=False)
-    assert diagnose(node, *bad["fix"].split()[3:]).of("mtu")["status"] == "OK"
+    again = bad["fix"].split()[3:]
+    assert diagnose(node, *again).status("mtu") == "OK"
 
 
 def run_with_kubectl(host: Host, finding: dict[str, str], folder: Path, script: str) -> None:
@@ -9141,7 +9319,8 @@ def test_mtu_of_pods_in_other_namespaces(node: Host, tmp_path: Path) -> None:
     )
     bad = diagnose(node, "--nodename", "n1")
     finding = bad.of("mtu", "whatever")
-    assert finding["status"] == "WARN" and finding["next_step"] == REMAKE
+    assert finding["status"] == "WARN"
+    assert finding["next_step"] == REMAKE
     told = "only ICMP errors from this node tell pods that 1450 is all"
     assert finding["found"] == f"whatever 9000 > eth0 1500 - 50: {told}"
     assert len([entry for entry in bad.checks if entry["check"] == "mtu"]) == 2
@@ -9155,7 +9334,7 @@ def test_mtu_of_pods_in_other_namespaces(node: Host, tmp_path: Path) -> None:
             "add\n", "add "
         ),
     )
-    assert diagnose(node).of("mtu", "whatever")["status"] == "OK"
+    assert diagnose(node).status("mtu", "whatever") == "OK"
 
 
 def test_mtu_of_docker_containers(node: Host) -> None:
@@ -9165,7 +9344,9 @@ def test_mtu_of_docker_containers(node: Host) -> None:
     node.ip("link add docker0 type bridge", "link set docker0 up")
     node.ip("link set veth1a2b3c4 master docker0")
     found = diagnose(node).of("mtu", "veth1a2b3c4")
-    assert (found["status"], found["fix"], found.get("next_step", "")) == ("WARN", "", "")
+    assert found["status"] == "WARN"
+    assert found["fix"] == ""
+    assert found.get("next_step", "") == ""
 
 
 def test_mtu_of_calicos_ipip_tunnel(node: Host) -> None:
@@ -9178,7 +9359,8 @@ def test_mtu_of_calicos_ipip_tunnel(node: Host) -> None:
     )
     found = diagnose(node).of("mtu", "tunl0")
     text = "tunl0 1460 = eth0 1500 - 20 - 20: the overhead is subtracted twice"
-    assert (found["status"], found["found"]) == ("WARN", text)
+    assert found["status"] == "WARN"
+    assert found["found"] == text
     assert found["next_step"] == CALICO % 1480
 
 
@@ -9191,7 +9373,7 @@ def test_mtu_of_pods_beside_a_strangers_tunnel(node: Host) -> None:
         "link set veth12 up",
     )
     found = diagnose(node)
-    assert found.of("mtu", "wgadmin")["status"] == "OK"
+    assert found.status("mtu", "wgadmin") == "OK"
     assert found.of("mtu", "veth12")["found"] == "veth12 1500 = eth0 1500 - 0"
 
 
@@ -9211,9 +9393,8 @@ def test_mtu_of_hundreds_of_pods_is_one_line(node: Host, stem: str) -> None:
     )
     found = diagnose(node, "--nodename", "n1")
     many = found.of("mtu", "199 pods")
-    assert many["found"].startswith("199 pods (") and many["found"].endswith(
-        "1300 < eth0 1500 - 50 = 1450: 150 bytes left unused"
-    )
+    assert many["found"].startswith("199 pods (")
+    assert many["found"].endswith("1300 < eth0 1500 - 50 = 1450: 150 bytes left unused")
     assert many["status"] == "OK"
     assert found.of("mtu", names[0] + " ")["next_step"] == REMAKE
     assert len([entry for entry in found.checks if entry["check"] == "mtu"]) == 3
@@ -9231,18 +9412,18 @@ def test_mtu_of_the_cni_configuration(node: Host, tmp_path: Path) -> None:
     )
     (folder / "notes.txt").write_text('"mtu": 5')
     bad = diagnose(node, cni_dir=str(folder)).of("mtu")
-    assert bad["status"] == "WARN" and bad["found"].startswith(
-        f"{folder}/10-bridge.conflist 9000 > eth0 1500 - 0"
-    )
+    assert bad["status"] == "WARN"
+    assert bad["found"].startswith(f"{folder}/10-bridge.conflist 9000 > eth0 1500 - 0")
     run_fix(node, bad)
-    assert diagnose(node, cni_dir=str(folder)).of("mtu")["status"] == "OK"
+    assert diagnose(node, cni_dir=str(folder)).status("mtu") == "OK"
     node.ip("link add veth12 mtu 1300 type veth peer name other", "link set veth12 up")
     old = diagnose(node, "--nodename", "n1", cni_dir=str(folder)).of("mtu", "veth12")
     assert old["found"] == "veth12 1300 < eth0 1500 - 0 = 1500: 200 bytes left unused"
     assert old["status"] == "OK"
     (folder / "10-calico.conflist").write_text('{"plugins": [{"type": "calico", "mtu": 1600}]}')
     found = diagnose(node, cni_dir=str(folder)).of("mtu", "calico")
-    assert found["next_step"] == CALICO % 1500 and found["risk"].startswith("new pods get it")
+    assert found["next_step"] == CALICO % 1500
+    assert found["risk"].startswith("new pods get it")
 
 
 def test_cni_configuration_that_cannot_be_read(node: Host, tmp_path: Path) -> None:
@@ -9265,8 +9446,9 @@ def test_cni_configuration_that_cannot_be_read(node: Host, tmp_path: Path) -> No
         ("secret", "Permission denied"),
     ):
         bad = found.of("mtu", f"{tmp_path}/{name}.conf: {words}")
-        assert (bad["status"], bad["fix"]) == ("WARN", f"ls -ld {tmp_path}/{name}.conf")
-    assert found.of("mtu", "good")["status"] == "OK"
+        assert bad["status"] == "WARN"
+        assert bad["fix"] == f"ls -ld {tmp_path}/{name}.conf"
+    assert found.status("mtu", "good") == "OK"
     tmp_path.chmod(0o700)
     assert (
         diagnose(node, cni_dir=str(tmp_path), runner=NOBODYS).of("mtu")["found"]
@@ -9282,23 +9464,23 @@ def test_nics_that_differ(node: Host) -> None:
             f"link set eth{i} up",
         )
     bad = diagnose(node, "--iface", "eth0,eth1,eth2").of("mtu", "NICs")
-    assert (bad["status"], bad["found"]) == (
-        "WARN",
-        "the NICs differ: eth0 1500, eth1 1500, eth2 9000",
-    )
+    assert bad["status"] == "WARN"
+    assert bad["found"] == "the NICs differ: eth0 1500, eth1 1500, eth2 9000"
     run_fix(node, bad)
-    assert diagnose(node, "--iface", "eth0,eth1,eth2").of("mtu")["status"] == "OK"
+    assert diagnose(node, "--iface", "eth0,eth1,eth2").status("mtu") == "OK"
 
 
 def test_interface_that_is_down(node: Host) -> None:
     """FAIL; the next step brings it up.  One that is not there is named, with those that are."""
     bad = diagnose(node, "--iface", "eth1").of("interface")
-    assert (bad["status"], bad["found"]) == ("FAIL", "eth1 is not there, but lo, eth0")
+    assert bad["status"] == "FAIL"
+    assert bad["found"] == "eth1 is not there, but lo, eth0"
     node.ip("link add eth1 type veth peer name far", "link set far up")
     bad = diagnose(node, "--iface", "eth1").of("interface")
-    assert (bad["status"], bad["found"]) == ("FAIL", "eth1 is not up")
+    assert bad["status"] == "FAIL"
+    assert bad["found"] == "eth1 is not up"
     run_fix(node, bad)
-    assert diagnose(node, "--iface", "eth1").of("rp_filter")["status"] == "OK"
+    assert diagnose(node, "--iface", "eth1").status("rp_filter") == "OK"
 
 
 def test_no_default_route(node: Host) -> None:
@@ -9307,7 +9489,8 @@ def test_no_default_route(node: Host) -> None:
     bad = diagnose(node).of("mtu")
     assert bad["found"] == "there is no default route; name the NIC with --iface"
     assert bad["fix"] == f"python3 {PROGRAM} check --iface eth0"
-    assert diagnose(node, *bad["fix"].split()[3:]).of("mtu")["status"] == "OK"
+    again = bad["fix"].split()[3:]
+    assert diagnose(node, *again).status("mtu") == "OK"
 
 
 # -- the report
@@ -9323,7 +9506,8 @@ def test_report_fits_80_columns_and_has_no_colours_in_a_pipe(node: Host) -> None
     )
     node.ip("link set vxlan.calico mtu 8980")
     text = text_of(node, "--nodename", "n1", "--peers", ",".join(f"10.8.0.{i}" for i in range(9)))
-    assert max(map(len, text.splitlines())) < 80 and "\033" not in text
+    assert max(map(len, text.splitlines())) < 80
+    assert "\033" not in text
     assert (
         "       next step (new pods get it, and the CNI's agents may start anew on every\n"
         "       node):\n        kubectl patch installation default --type=merge -p" in text
@@ -9348,12 +9532,11 @@ def test_report_of_names_that_are_too_long_or_evil(node: Host, tmp_path: Path) -
     node.run("ip", "link", "add", evil, "mtu", "1500", *vxlan)
     node.run("ip", "link", "set", evil, "up")
     text = text_of(node, cni_dir=str(folder))
-    assert (
-        max(map(len, text.splitlines())) < 80
-        and text.isascii()
-        and text.replace("\n", "").isprintable()
-    )
-    assert "e\\x1b[31m\\xe9 1500 > eth0" in text and "ip link set dev 'x;id' mtu 1450" in text
+    assert max(map(len, text.splitlines())) < 80
+    assert text.isascii()
+    assert text.replace("\n", "").isprintable()
+    assert "e\\x1b[31m\\xe9 1500 > eth0" in text
+    assert "ip link set dev 'x;id' mtu 1450" in text
     lines = text[text.index("sed -i") :].splitlines(keepends=True)
     last = next(number for number, line in enumerate(lines) if not line.endswith("\\\n"))
     node.run("sh", "-ec", "".join(lines[: last + 1]))
@@ -9385,11 +9568,9 @@ def test_json_schema(node: Host) -> None:
     answer = json.loads(
         node.run(*doctor_argv(("--nodename", "n1"), (), True, "/none"), check=False)
     )
-    assert (
-        answer["schema"] == 1
-        and answer["node"] == "n1"
-        and answer["summary"] == {"OK": 15, "WARN": 1, "FAIL": 0}
-    )
+    assert answer["schema"] == 1
+    assert answer["node"] == "n1"
+    assert answer["summary"] == {"OK": 15, "WARN": 1, "FAIL": 0}
     keys = {"check", "status", "found", "fix", "next_step", "risk"}
     assert all(set(entry) == keys for entry in answer["checks"])
 
@@ -9404,11 +9585,9 @@ class PathNet(Net):
     """
 
     def build(self) -> None:
-        self.node, self.router, self.far = (
-            self.host("node"),
-            self.host("router", forward=True),
-            self.host("far"),
-        )
+        self.node = self.host("node")
+        self.router = self.host("router", forward=True)
+        self.far = self.host("far")
         self.link(self.node, self.router, names=("eth0", "to-node"))
         self.link(self.node, self.router, names=("mgmt", "mgmt"))
         self.link(self.router, self.far, names=("to-far", "eth0"))
@@ -9498,10 +9677,8 @@ def test_path_reported_by_a_router(
     """A thin link whose router says so is healthy."""
     path.thin(mtu)
     found = measure(path, far)
-    assert (found["status"], found["found"]) == (
-        "OK",
-        f"{far}: path MTU {mtu}, {gateway} reports {mtu}",
-    )
+    assert found["status"] == "OK"
+    assert found["found"] == f"{far}: path MTU {mtu}, {gateway} reports {mtu}"
 
 
 @FAMILIES
@@ -9523,7 +9700,8 @@ def test_path_black_hole(path: PathNet, far: str, gateway: str, mgmt: str, mtu: 
     run_fix(path.node, bad)
     path.far.sysctl("net.ipv4.icmp_ratelimit", 0)  # it has few answers left for today
     good = measure(path, far)
-    assert good["status"] == "OK" and good["found"].endswith(f"this node knows, it uses {mtu}")
+    assert good["status"] == "OK"
+    assert good["found"].endswith(f"this node knows, it uses {mtu}")
 
 
 @FAMILIES
@@ -9535,17 +9713,16 @@ def test_path_report_dropped_by_reverse_path(
     path.error_from_management()
     bad = measure(path, far)
     culprit = "rp_filter" if "." in far else "a rule in inet rpf pre"
-    assert bad["status"] == "FAIL" and bad["fix"] in STARTS
+    assert bad["status"] == "FAIL"
+    assert bad["fix"] in STARTS
     assert bad["found"] == (
         f"{far}: path MTU 1400, {mgmt} reports 1400; "
         f"the report arrived here and was dropped by {culprit}"
     )
     run_fix(path.node, bad, "limits:")
     good = measure(path, far)
-    assert (good["status"], good["found"]) == (
-        "OK",
-        f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400",
-    )
+    assert good["status"] == "OK"
+    assert good["found"] == f"{far}: path MTU 1400, {mgmt}, through pmtud, reports 1400"
 
 
 def test_path_reported_without_an_mtu(path: PathNet) -> None:
@@ -9557,10 +9734,8 @@ def test_path_reported_without_an_mtu(path: PathNet) -> None:
         "icmp type destination-unreachable icmp mtu set 0; }; }",
     )
     found = measure(path, "10.9.0.2")
-    assert (found["status"], found["found"]) == (
-        "OK",
-        "10.9.0.2: path MTU 552, 10.0.0.1 reports 552",
-    )
+    assert found["status"] == "OK"
+    assert found["found"] == "10.9.0.2: path MTU 552, 10.0.0.1 reports 552"
 
 
 @contextlib.contextmanager
@@ -9569,7 +9744,8 @@ def answering(net: PathNet, router: str, swap: bool) -> Iterator[None]:
     bytes swapped.
     """
     net.drop_errors()
-    version, stop = ip_address(router).version, threading.Event()
+    version = ip_address(router).version
+    stop = threading.Event()
     plan, field = (V4, 2) if version == 4 else (V6, 4)
 
     def listen() -> socket.socket:
@@ -9631,15 +9807,12 @@ def test_path_to_a_host_that_speaks_tcp_only(
     )
     silent = measure(path, far)
     named = f"[{far}]:443" if ":" in far else f"{far}:443"
-    assert (silent["status"], silent["found"]) == (
-        "WARN",
-        f"{far}: not measured, it answers nothing to UDP",
-    )
+    assert silent["status"] == "WARN"
+    assert silent["found"] == f"{far}: not measured, it answers nothing to UDP"
     assert silent["fix"] == f"python3 {PROGRAM} check {shlex.quote(named)}"
     refused = measure(path, named)
-    assert refused["status"] == "FAIL" and refused["found"].endswith(
-        "; TCP port 443: Connection refused"
-    )
+    assert refused["status"] == "FAIL"
+    assert refused["found"].endswith("; TCP port 443: Connection refused")
     server = path.far.start(
         sys.executable,
         "-c",
@@ -9656,7 +9829,8 @@ def test_path_to_a_host_that_speaks_tcp_only(
     path.thin(1400)  # the router's report is followed all the same
     found = measure(path, far)
     text = f"{far}: path MTU 1400, {gateway} reports 1400; the host answers nothing to UDP"
-    assert (found["status"], found["found"]) == ("OK", text)
+    assert found["status"] == "OK"
+    assert found["found"] == text
 
 
 @FAMILIES
@@ -9665,9 +9839,8 @@ def test_path_unreachable(path: PathNet, far: str, gateway: str, mgmt: str) -> N
     path.router.ip("route add unreachable 10.66.0.0/16", "route add unreachable fd66::/32")
     away = "10.66.0.1" if "." in far else "fd66::1"
     found = measure(path, away)
-    assert found["status"] == "FAIL" and found["found"].startswith(
-        f"{away}: unreachable, {gateway}: "
-    )
+    assert found["status"] == "FAIL"
+    assert found["found"].startswith(f"{away}: unreachable, {gateway}: ")
     assert found["fix"] == f"ip route get {away}"
     path.node.ip("route del default", "route del ::/0")
     found = measure(path, away)
@@ -9744,10 +9917,10 @@ def test_path_report_dropped_unseen(path: PathNet) -> None:
     path.error_from_management()
     before = ("setpriv", "--bounding-set=-net_admin,-net_raw")
     found = diagnose(path.node, hosts=("10.9.0.2",), before=before).of("path")
-    assert (found["status"], found["found"]) == (
-        "FAIL",
+    assert found["status"] == "FAIL"
+    assert found["found"] == (
         "10.9.0.2: path MTU 1400; packets over 1400 vanish, and only "
-        "root sees whether a router's report is dropped here",
+        "root sees whether a router's report is dropped here"
     )
     assert found["fix"] == f"sudo python3 {PROGRAM} check 10.9.0.2"
 
@@ -9779,7 +9952,8 @@ def test_path_black_hole_behind_special_gateways(path: PathNet, route: str) -> N
     run_fix(path.node, bad)
     path.far.sysctl("net.ipv4.icmp_ratelimit", 0)
     good = measure(path, "10.9.0.2", "--iface", "eth0")
-    assert good["status"] == "OK" and good["found"].endswith("this node knows, it uses 1400")
+    assert good["status"] == "OK"
+    assert good["found"].endswith("this node knows, it uses 1400")
 
 
 def test_path_to_a_link_local_address(path: PathNet) -> None:
@@ -9822,7 +9996,8 @@ def test_a_measurement_teaches_nothing(
 
 def passages(cluster: Cluster, service: str, family: int, *options: str) -> list[str]:
     """What `check --from` says on each node, behind the addresses."""
-    vip, client = cluster.vip(service, family), cluster.client_address(1, family)
+    vip = cluster.vip(service, family)
+    client = cluster.client_address(1, family)
     with ThreadPoolExecutor() as pool:
 
         def look(node: Host) -> str:
@@ -9847,7 +10022,8 @@ def test_check_from_a_service_address(cluster: Cluster, family: int, service: st
 
     Nothing is learned or tracked for it, the service's address on lo or on no interface at all.
     """
-    here, elsewhere = HERE_4, ELSEWHERE_4
+    here = HERE_4
+    elsewhere = ELSEWHERE_4
     if family == 6:
         here = here.replace("10.8.0.1", "fd08::1")
         elsewhere = elsewhere.replace("10.8.0.1", "fd08::1")
@@ -9860,7 +10036,7 @@ def test_check_from_a_service_address(cluster: Cluster, family: int, service: st
         if found != here
     )
     winner = cluster.node_address(1 + before.index(here), family)
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[family], "--metrics-port", "0"):
+    with daemons(cluster.nodes, *peers_of(family), "--metrics-port", "0"):
         after = passages(cluster, service, family)
     copied = f"OK the error of {here.split()[4]} came as a copy from {winner}"
     assert after == [here if found == here else copied for found in before]
@@ -9876,17 +10052,17 @@ def test_check_from_a_service_address_where_not_all_is_well(cluster: Cluster) ->
     sender = passages(cluster, "host", 4).index(HERE_4)
     others = [node for i, node in enumerate(cluster.nodes) if i != sender]
     options = ("--metrics-port", "0", "--ports", str(PORT))
-    with daemons([cluster.nodes[sender]], "--peers", PEER_LISTS[4], *options):
+    with daemons([cluster.nodes[sender]], *peers_of(4), *options):
         for found in passages(cluster, "host", 4, "--ports", str(PORT)):
             assert found == HERE_4 or found == (
                 "WARN the error of 10.8.0.1 came as a copy from "
                 f"{cluster.node_address(sender + 1)}, and no pmtud delivers it here: "
                 "pods behind NAT do not learn"
             )
-        with daemons(others[:1], "--peers", PEER_LISTS[4], *options):
+        with daemons(others[:1], *peers_of(4), *options):
             assert "OK the error of 10.8.0.1 came as a copy" in str(passages(cluster, "host", 4))
         narrow = ("--service-networks", "10.97.0.0/16")
-        with daemons(others[:1], "--peers", PEER_LISTS[4], *options, *narrow):
+        with daemons(others[:1], *peers_of(4), *options, *narrow):
             assert ", and it was not delivered: pmtud" in str(passages(cluster, "host", 4))
     with daemons(cluster.nodes, "--metrics-port", "0"):
         alone = [found for found in passages(cluster, "host", 4) if found != HERE_4]
@@ -9934,7 +10110,8 @@ def test_check_from_a_service_address_without_an_answer(path: PathNet, program: 
     command = [*setpriv(""), sys.executable, str(program), "check", "--json", "--from", "10.96.0.1"]
     found = json.loads(path.node.run(*command, "10.9.0.2", check=False))["checks"][-1]
     assert found["found"].endswith("only root can send from an address of many nodes")
-    assert found["fix"].startswith("sudo ") and found["fix"].endswith("--from 10.96.0.1")
+    assert found["fix"].startswith("sudo ")
+    assert found["fix"].endswith("--from 10.96.0.1")
 
 
 def test_path_names_and_ports() -> None:
@@ -9944,10 +10121,9 @@ def test_path_names_and_ports() -> None:
         host.ip("addr add 10.9.9.9/32 dev lo")
         for own in ("127.0.0.1", "10.9.9.9", "::1"):
             found = diagnose(host, hosts=(own,)).of("path")
-            assert (found["status"], found["found"]) == (
-                "OK",
-                f"{own}: this node itself, no router is on the way; name a client, or another node",
-            )
+            assert found["status"] == "OK"
+            itself = "this node itself, no router is on the way; name a client, or another node"
+            assert found["found"] == f"{own}: {itself}"
         for wrong, fix in (
             ("no.such.host.invalid:1", "getent ahosts no.such.host.invalid"),
             ("127.0.0.1:99999", ""),
@@ -9958,7 +10134,8 @@ def test_path_names_and_ports() -> None:
             ("\udcff", ""),
         ):
             found = diagnose(host, hosts=(wrong,)).of("path")
-            assert (found["status"], found["fix"]) == ("FAIL", fix)
+            assert found["status"] == "FAIL"
+            assert found["fix"] == fix
 
 
 def test_path_is_measured_in_time_or_not_claimed(path: PathNet) -> None:
@@ -9977,7 +10154,8 @@ def test_path_is_measured_in_time_or_not_claimed(path: PathNet) -> None:
         if "black hole" in found["found"]:
             assert "path MTU 8777;" in found["found"]
         else:
-            assert found["status"] == "WARN" and "path MTU at least" in found["found"]
+            assert found["status"] == "WARN"
+            assert "path MTU at least" in found["found"]
             assert found["found"].endswith("the host limits its answers, ask again in ten seconds")
 
 
@@ -10000,7 +10178,8 @@ def test_check_command_line() -> None:
             "10.0.0.2",
             check=False,
         )
-        assert text.endswith("\nn1: 16 OK, 1 WARN, 0 FAIL\n") and "\033" not in text
+        assert text.endswith("\nn1: 16 OK, 1 WARN, 0 FAIL\n")
+        assert "\033" not in text
         assert "OK   path: 10.0.0.2: path MTU 1500, all of eth0\n" in text
         answer = json.loads(host.run(sys.executable, str(PROGRAM), "check", "--json", check=False))
         assert answer["summary"] == {"OK": 15, "WARN": 1, "FAIL": 0}
@@ -10111,10 +10290,8 @@ def test_repeated_options_add_up() -> None:
             "fd00::/8",
         ]
     )
-    assert (config.peers, config.peer_sources) == (
-        addresses("10.0.0.12", "10.0.0.13"),
-        ("file:/x", "file:/y"),
-    )
+    assert config.peers == addresses("10.0.0.12", "10.0.0.13")
+    assert config.peer_sources == ("file:/x", "file:/y")
     assert config.ifaces == ("a", "b", "c")
     assert config.ports == {1, 2, 3}
     assert config.ignore_networks == (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
@@ -10124,18 +10301,14 @@ def test_repeated_options_add_up() -> None:
 def test_defaults() -> None:
     config = parse_options([])
     assert config == pmtud.Config(nodename=socket.gethostname())
-    assert (config.nflog_group, config.metrics_port, config.ttl, config.min_mtu) == (
-        33,
-        30040,
-        10,
-        (552, 1280),
-    )
-    assert (config.flow_interval, config.source_rate, config.rate, config.rules) == (
-        0.1,
-        500.0,
-        1000.0,
-        "auto",
-    )
+    assert config.nflog_group == 33
+    assert config.metrics_port == 30040
+    assert config.ttl == 10
+    assert config.min_mtu == (552, 1280)
+    assert config.flow_interval == 0.1
+    assert config.source_rate == 500.0
+    assert config.rate == 1000.0
+    assert config.rules == "auto"
     assert parse_options(["--metrics-port", "30040"]).metrics_required
     assert not parse_options(["--metrics-port", "0"]).metrics_required
 
@@ -10253,7 +10426,8 @@ def test_bad_command_lines(
     )  # a test that fails must not start the daemon
     assert pmtud.main(argv) == (64 if "check" in argv else 2)
     output = capsys.readouterr()
-    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert output.out == ""
+    assert output.err.count("\n") == 1
     start, choices, _ = output.err.partition("(choose from")
     assert start + choices == f"pmtud: {message}" + ("" if choices else "\n")
 
@@ -10313,7 +10487,8 @@ def test_a_warning_about_a_variable_is_one_line_of_the_log() -> None:
     line = r"\S+Z WARNING PMTUD_PEER is no option; did you mean PMTUD_PEERS\?\n"
     done = run_program("rules", "--iface", "eth0", PMTUD_PEER="10.0.0.12")
     assert re.fullmatch(line, done.stderr)
-    assert (done.returncode, done.stdout[:10]) == (0, "# nftables")
+    assert done.returncode == 0
+    assert done.stdout[:10] == "# nftables"
     done = run_program("check", "--json", PMTUD_PEER="10.0.0.12", PMTUD_LOG_FORMAT="json")
     assert json.loads(done.stderr)["level"] == "warning"
     assert json.loads(done.stdout)["schema"] == 1
@@ -10349,7 +10524,8 @@ def test_no_rescue_and_no_peers_is_nothing_to_do_for_the_daemon_only() -> None:
         assert pmtud.parse_args([command], {"PMTUD_NO_RESCUE": "yes"}).config == wanted
     for argv in (["check"], ["rules", "--iface", "eth0"]):
         done = run_program(*argv, "--no-rescue")
-        assert (done.stderr, bool(done.stdout)) == ("", True)
+        assert done.stderr == ""
+        assert done.stdout
     with pytest.raises(pmtud.UsageError):
         pmtud.parse_args([], {"PMTUD_NO_RESCUE": "yes"})
 
@@ -10372,14 +10548,17 @@ def test_bad_options_end_the_program_with_2(
     argv: list[str], environ: dict[str, str], line: str
 ) -> None:
     done = run_program(*argv, **environ)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(line)
 
 
 @unit
 def test_help_and_version() -> None:
     shown = run_program("--help")
-    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.returncode == 0
+    assert shown.stderr == ""
     assert all(
         option in shown.stdout
         for option in (*EXAMPLES, *FLAGS, "examples:", "Exit codes: 0", "PMTUD_")
@@ -10389,7 +10568,8 @@ def test_help_and_version() -> None:
     assert titles == ["positional arguments", "options", "check", *pmtud.OPTION_GROUPS, "examples"]
     assert max(map(len, shown.stdout.splitlines())) < 80
     version = run_program("--version")
-    assert (version.returncode, version.stdout) == (0, f"pmtud {pmtud.__version__}\n")
+    assert version.returncode == 0
+    assert version.stdout == f"pmtud {pmtud.__version__}\n"
 
 
 @unit
@@ -10401,8 +10581,10 @@ def test_the_kernel_lets_no_more_through_than_the_daemon_acts_on(rate: int) -> N
     """
     texts = [rule.text for rule in pmtud.shed_rules(rate, bursts=True) if rule.chain == "shed"]
     first, *bursts = (int(re.findall(r"limit rate (\d+)/second", text)[-1]) for text in texts)
-    assert len(bursts) == 2 and len(set(bursts)) == 1  # of one router's hash in each family
-    assert bursts[0] >= min(50, max(1, rate // 2)) and first >= max(1, rate // 2)
+    assert len(bursts) == 2  # of one router's hash in each family
+    assert len(set(bursts)) == 1
+    assert bursts[0] >= min(50, max(1, rate // 2))
+    assert first >= max(1, rate // 2)
     assert first + bursts[0] == max(2, rate)  # of one family
     (alone,) = (rule.text for rule in pmtud.shed_rules(rate, bursts=False) if rule.chain == "shed")
     assert alone.startswith(f"limit rate {max(1, rate)}/second burst {rate} packets ")
@@ -10551,7 +10733,8 @@ def test_nflog_search_finds_what_a_walk_finds(messages: list[bytes], data: st.Da
     if messages:
         changed = data.draw(damaged(messages[0]))[16:]
         found = pmtud.parse_nflog(nlmsg(16 + len(changed), 0x400, 0, 0, 0) + changed)
-        assert len(found) == 1 and all(len(packet) <= len(changed) for packet, _, _ in found)
+        assert len(found) == 1
+        assert all(len(packet) <= len(changed) for packet, _, _ in found)
 
 
 @unit
@@ -10590,7 +10773,8 @@ def test_icmp_is_exactly_the_bytes_of_the_packet(
 def test_parse_agrees_with_scapy(
     net: Plan, pair: tuple[bytes, ...], flow: Sequence[int], mtu: int, tcp: bool
 ) -> None:
-    (sport, dport), size = flow, 4 if net is V4 else 16
+    sport, dport = flow
+    size = 4 if net is V4 else 16
     router, host = (str(ip_address(number[:size])) for number in pair)
     layer, upper = (
         (IP, ICMP(type=3, code=4, nexthopmtu=mtu))
@@ -10645,7 +10829,8 @@ def test_no_key_gets_more_than_its_rate(rate: float, events: list[tuple[float, s
     """In any span of t seconds at most rate * t + burst, and never less than one for a key that
     waited.
     """
-    buckets, now = pmtud.TokenBuckets(rate), 100.0
+    buckets = pmtud.TokenBuckets(rate)
+    now = 100.0
     passed: dict[str, list[float]] = {}
     for pause, key in events:
         now += pause
@@ -10669,7 +10854,9 @@ def test_recent_is_bounded_and_remembers_long_enough(
     capacity: int, events: list[tuple[float, int]]
 ) -> None:
     """A key is there for `seconds` unless more than `capacity` others came since."""
-    recent, now, history = pmtud.Recent(1.0, capacity), 50.0, []
+    recent = pmtud.Recent(1.0, capacity)
+    now = 50.0
+    history = []
     for pause, key in events:
         now += pause
         recent.put(key, now, now)
@@ -10838,7 +11025,8 @@ def test_importing_has_no_side_effect() -> None:
     """
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, cwd=PROGRAM.parent, text=True, capture_output=True, check=True)
-    assert (json.loads(done.stdout), done.stderr) == ([True, False], "")
+    assert json.loads(done.stdout) == [True, False]
+    assert done.stderr == ""
 
 
 @unit
@@ -10977,7 +11165,8 @@ def test_address_changed(tmp_path: Path) -> None:
         name = 'pmtud_copies_sent_total{peer="10.0.0.21"}'
         assert poll(lambda: all(name in metrics(node) for node in net.nodes[1:]), 5)
         assert_served(net)
-        assert [drops(metrics(node)).get("misaddressed", 0) for node in net.nodes] == [0, 0, 0]
+        for node in net.nodes:
+            assert "misaddressed" not in drops(metrics(node))
 
 
 def test_default_route_gone_and_moved(cluster: Cluster) -> None:
@@ -11036,7 +11225,8 @@ def test_a_firewall_that_refuses_copies(cluster: Cluster) -> None:
     The others get theirs; once allowed, transfers finish.
     """
     first = ingress(cluster, 4)
-    node, (one, other) = cluster.nodes[first], [i for i in (0, 1, 2) if i != first]
+    node = cluster.nodes[first]
+    one, other = [i for i in (0, 1, 2) if i != first]
     refuse = f"""table inet refuse {{ chain output {{ type filter hook output priority filter;
                  ip daddr {Cluster.node_address(one + 1)} icmp type destination-unreachable drop; }}; }}"""
     with daemons(cluster.nodes, "--peers", ALL_PEERS):
@@ -11079,7 +11269,8 @@ def test_copies_larger_than_the_path_to_a_peer(conntrack: bool, dropped: dict[st
     )
     with Cluster(conntrack=conntrack, invalid_drop=conntrack) as cluster:
         first = ingress(cluster, 4, service)
-        node, peer = cluster.nodes[first], cluster.nodes[(first + 1) % 3]
+        node = cluster.nodes[first]
+        peer = cluster.nodes[(first + 1) % 3]
         address = Cluster.node_address((first + 1) % 3 + 1)
         node.ip(f"route add {address}/32 dev eth0 mtu 1300")
         with (
@@ -11088,12 +11279,12 @@ def test_copies_larger_than_the_path_to_a_peer(conntrack: bool, dropped: dict[st
         ):
             inject(cluster.router, 4, [long_error])
             samples = received(peer, 1)
-            assert total(samples, "pmtud_received_total") == 1
-            assert total(samples, "pmtud_acted_total") == 1 - len(dropped)
+            assert total(samples, "pmtud_received") == 1
+            assert total(samples, "pmtud_acted") == 1 - len(dropped)
             assert drops(samples) == dropped
             [first_fragment] = wire.settle()
             assert struct.unpack_from("!H", first_fragment.packet, 6)[0] == MF
-            assert total(received(node, 1), "pmtud_copy_errors_total") == 0
+            assert total(received(node, 1), "pmtud_copy_errors") == 0
             assert_served(cluster, [(4, service), (6, "host")])
 
 
@@ -11112,7 +11303,7 @@ def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
 
     def copies() -> int:
         samples = metrics(node)
-        return total(samples, "pmtud_copy_errors_total") + total(samples, "pmtud_copies_sent_total")
+        return total(samples, "pmtud_copy_errors") + total(samples, "pmtud_copies_sent")
 
     with daemons(cluster.nodes, "--peers", peers, *UNLIMITED) as processes:
         begun = time.monotonic()
@@ -11120,7 +11311,7 @@ def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
         received(node, 6000)
         assert time.monotonic() - begun < 100  # the neighbours are asked for 200 s
         assert poll(lambda: copies() == 6 * 6000, 2)
-        assert total(metrics(node), "pmtud_copy_errors_total") > 0
+        assert total(metrics(node), "pmtud_copy_errors") > 0
         assert get(node, "/healthz")[1].startswith("ok\ncopies to 10.0.0.")
         node.sysctls(
             {"net.ipv4.neigh.eth0.unres_qlen_bytes": 212992, "net.ipv4.neigh.eth0.mcast_solicit": 3}
@@ -11158,13 +11349,16 @@ class Frames:
         """Put every packet on the link, in order."""
         for start in range(0, len(packets), pmtud.UIO_MAXIOV):
             bodies = packets[start : start + pmtud.UIO_MAXIOV]
-            vectors, heads = (pmtud.iovec * len(bodies))(), []
+            vectors = (pmtud.iovec * len(bodies))()
+            heads = []
             for vector, body in zip(vectors, bodies):
                 kind = b"\x86\xdd" if body[:1] and body[0] >> 4 == 6 else b"\x08\x00"
                 frame = self._destination + kind + body
-                vector.iov_base, vector.iov_len = frame, len(frame)
+                vector.iov_base = frame
+                vector.iov_len = len(frame)
                 heads.append(pmtud.MMSGHDR.pack(0, 0, ctypes.addressof(vector), 1, 0, 0, 0, 0))
-            entries, done = ctypes.create_string_buffer(b"".join(heads)), 0
+            entries = ctypes.create_string_buffer(b"".join(heads))
+            done = 0
             while done < len(bodies):
                 address = ctypes.addressof(entries) + done * pmtud.MMSGHDR.size
                 sent = self._send(self._socket.fileno(), address, len(bodies) - done, 0)
@@ -11195,17 +11389,12 @@ def feed(process: Process, fabric: Host, node: Host, packets: Sequence[bytes]) -
             frames.send(packets[start : start + 200])
 
 
-def total(samples: dict[str, float], name: str) -> int:
-    """The sum of a metric over its labels."""
-    return int(sum(n for k, n in samples.items() if k.partition("{")[0] == name))
-
-
 def settled(host: Host) -> int:
     """How many errors the daemon has received, once it has nothing left to read."""
     counts = [-1, -2, -3]
 
     def quiet() -> bool:
-        counts.append(total(metrics(host), "pmtud_received_total"))
+        counts.append(total(metrics(host), "pmtud_received"))
         time.sleep(0.2)
         return len(set(counts[-4:])) == 1
 
@@ -11215,7 +11404,8 @@ def settled(host: Host) -> int:
 
 def test_nflog_overrun_is_counted_exactly(cluster: Cluster) -> None:
     """More errors than the receive buffer holds: received + lost = sent, and the loop goes on."""
-    node, sent = cluster.nodes[ingress(cluster, 4)], 20_000
+    node = cluster.nodes[ingress(cluster, 4)]
+    sent = 20_000
     with daemons(cluster.nodes, "--peers", ALL_PEERS, *UNLIMITED) as processes:
         process = processes[cluster.nodes.index(node)]
         os.kill(process.pid, signal.SIGSTOP)
@@ -11226,10 +11416,10 @@ def test_nflog_overrun_is_counted_exactly(cluster: Cluster) -> None:
 
         def counted() -> int:
             samples = metrics(node)
-            return total(samples, "pmtud_received_total") + total(samples, "pmtud_nflog_lost_total")
+            return total(samples, "pmtud_received") + total(samples, "pmtud_nflog_lost")
 
         assert poll(lambda: counted() == sent + 1, 5), counted()
-        assert 1000 < total(metrics(node), "pmtud_nflog_lost_total") < sent
+        assert 1000 < total(metrics(node), "pmtud_nflog_lost") < sent
         assert_served(cluster)
 
 
@@ -11252,7 +11442,8 @@ def test_another_process_wants_the_group(cluster: Cluster) -> None:
     with daemons(cluster.nodes, "--peers", ALL_PEERS):
         for node in cluster.nodes:
             code, output = run_to_end(node, "--metrics-port", "0")
-            assert code == 1 and "pmtud already runs here" in output
+            assert code == 1
+            assert "pmtud already runs here" in output
             env = {"PYTHONPATH": str(HERE)}
             thief = node.start(sys.executable, "-c", STEAL, env=env)
             assert poll(partial(lambda thief: thief.returncode() is not None, thief), 5)
@@ -11303,7 +11494,8 @@ def conntrack_entry(number: int) -> bytes:
 
 def fill_conntrack(entries: int) -> None:
     """Connections until there is no room for another one, in the namespace of the calling thread."""
-    model, base = conntrack_entry(0x0BADCAFE), 0x0C000000
+    model = conntrack_entry(0x0BADCAFE)
+    base = 0x0C000000
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
         for start in range(base, base + entries, 256):
             addresses = (number.to_bytes(4, "big") for number in range(start, start + 256))
@@ -11321,7 +11513,8 @@ def test_conntrack_table_full(cluster: Cluster) -> None:
     All are acted on; transfers finish once there is room.
     """
     first = ingress(cluster, 4)
-    node, peer = cluster.nodes[first], cluster.nodes[(first + 1) % 3]
+    node = cluster.nodes[first]
+    peer = cluster.nodes[(first + 1) % 3]
     with daemons(cluster.nodes, "--peers", ALL_PEERS):
         room = int(node.read("/proc/sys/net/netfilter/nf_conntrack_max"))
         node.inside(partial(fill_conntrack, room + 1024))
@@ -11355,7 +11548,8 @@ def test_file_source_failing_in_each_way(cluster: Cluster, tmp_path: Path) -> No
     """
     path = tmp_path / "peers"
     path.write_text(ALL_PEERS)
-    node, name = cluster.nodes[0], f'pmtud_peers{{source="file:{path}"}}'
+    node = cluster.nodes[0]
+    name = f'pmtud_peers{{source="file:{path}"}}'
     with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
         for make, problem in FILE_PROBLEMS.values():
             path.unlink() if path.is_file() or path.is_fifo() or path.is_symlink() else path.rmdir()
@@ -11726,7 +11920,7 @@ def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
         ]
         feed(process, cluster.fabric, node, flood)
         assert get(node, "/metrics")[0] == "200"
-        assert poll(lambda: total(metrics(node), "pmtud_received_total") >= len(flood), 5)
+        assert poll(lambda: total(metrics(node), "pmtud_received") >= len(flood), 5)
         assert usage(process)["VmRSS"] < 128 << 10
         assert_served(cluster)
 
@@ -11739,11 +11933,10 @@ def test_a_flood_at_a_nodes_own_address_leaves_room_for_copies(
 
     50,000 errors of strangers cost not one of ten copies its place.
     """
-    node, own = cluster.nodes[0], Cluster.node_address(1, family)
-    net, copies = (
-        (V4, V6)[family == 6],
-        flow_errors(family, src=Cluster.node_address(2, family), dst=own),
-    )
+    node = cluster.nodes[0]
+    own = Cluster.node_address(1, family)
+    net = PLANS[family]
+    copies = flow_errors(family, src=Cluster.node_address(2, family), dst=own)
     junk = [
         mtu_error(
             net,
@@ -11756,7 +11949,7 @@ def test_a_flood_at_a_nodes_own_address_leaves_room_for_copies(
         )
         for n in range(5000)
     ]
-    with daemons([node], "--peers", PEER_LISTS[family]):
+    with daemons([node], *peers_of(family)):
         begun = time.monotonic()
         with Frames(cluster.fabric, f"to-{node.name}", node, "eth0") as frames:
             for copy in copies[:10]:
@@ -11775,7 +11968,8 @@ def test_as_many_peers_as_there_may_be(tmp_path: Path) -> None:
 
     Then fewer are.
     """
-    path, most = tmp_path / "peers", pmtud.PEERS_MAX
+    path = tmp_path / "peers"
+    most = pmtud.PEERS_MAX
     four, six = (ip_address(text) for text in ("10.64.0.1", "fd64::1"))
     path.write_text("\n".join(str((four if n % 2 else six) + n) for n in range(most)))
     with Net() as net:
@@ -11840,10 +12034,8 @@ def test_a_saved_ruleset_is_restored(node: Host, tmp_path: Path) -> None:
         node.run("nft", "-f", str(saved[1]))
         after = node.run("nft", "list", "ruleset")
     pattern = re.compile(r"^table [^}]+}\n}|^table inet pmtud_33 ", re.MULTILINE)
-    assert (
-        sorted(pattern.findall(after)) == sorted(pattern.findall(before))
-        and len(pattern.findall(after)) == 3
-    )
+    assert sorted(pattern.findall(after)) == sorted(pattern.findall(before))
+    assert len(pattern.findall(after)) == 3
 
 
 # -- when things go wrong: the README's table, row by row
@@ -11988,7 +12180,7 @@ def caches(cluster: Cluster) -> dict[str, list[str]]:
 
 def forged_copies(family: int, service: str, **fields: Any) -> list[bytes]:
     """Errors to each node that look like a copy from its neighbour."""
-    nodes = [Cluster.node_address(i, family) for i in (1, 2, 3)]
+    nodes = Cluster.node_addresses(family)
     return [
         packet
         for node, peer in zip(nodes, nodes[1:] + nodes[:1])
@@ -12022,7 +12214,7 @@ def test_forged_errors_about_flows_that_do_not_exist(
 
 def acted(cluster: Cluster) -> int:
     """Errors acted on by all daemons together."""
-    return sum(total(metrics(node), "pmtud_acted_total") for node in cluster.nodes)
+    return total_of(cluster.nodes, "pmtud_acted")
 
 
 IDLE_SERVER = """
@@ -12034,7 +12226,10 @@ while True:
     open_ones.append(listener.accept()[0])
     open_ones[-1].sendall(b"x" * 100)
 """
-TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_RECV_QUEUE = 19, 20, 21, 1  # linux/tcp.h
+TCP_REPAIR = 19  # linux/tcp.h
+TCP_REPAIR_QUEUE = 20
+TCP_QUEUE_SEQ = 21
+TCP_RECV_QUEUE = 1
 
 
 def next_sequence(client: socket.socket) -> int:
@@ -12058,7 +12253,8 @@ def test_forged_errors_outside_the_tcp_window(cluster: Cluster, family: int, ser
     ]
     for server in servers:
         server.wait_for("listening")
-    vip, address = Cluster.vip(service, family), Cluster.client_address(7, family)
+    vip = Cluster.vip(service, family)
+    address = Cluster.client_address(7, family)
 
     def dial() -> socket.socket:
         return socket.create_connection((vip, 81), 20, (address, 0))
@@ -12068,7 +12264,7 @@ def test_forged_errors_outside_the_tcp_window(cluster: Cluster, family: int, ser
         source = {4: "203.0.113.66", 6: "2001:db8::66"}[family]
         return [
             mtu_error(
-                (V4, V6)[family == 6],
+                PLANS[family],
                 src=source,
                 dst=vip,
                 quoted_src=vip,
@@ -12115,13 +12311,13 @@ def test_what_the_options_close_stays_closed(cluster: Cluster, options: list[str
                 )
         wanted = 2 * 4 * (ERRORS + 3 * ERRORS)
         assert poll(
-            lambda: sum(total(metrics(n), "pmtud_dropped_total") for n in cluster.nodes) == wanted,
+            lambda: total_of(cluster.nodes, "pmtud_dropped") == wanted,
             3,
         )
         assert acted(cluster) == 0
-        genuine = {packed(Cluster.node_address(i, family)) for i in (1, 2, 3) for family in (4, 6)}
+        genuine = set(map(packed, Cluster.node_addresses(4, 6)))
         sources = [
-            s.packet[12:16] if s.packet[0] >> 4 == 4 else s.packet[8:24]
+            source_of(s.packet)
             for s in wire.settle()
             if s.interface.startswith("to-node") and s.kind != socket.PACKET_OUTGOING
         ]
@@ -12145,7 +12341,7 @@ def test_amplification_is_bounded(cluster: Cluster, bound: str) -> None:
     node = cluster.nodes[ingress(cluster, 4)]
     flood = flow_errors(4, count=3000) + flow_errors(4, count=3000, mtu=551)
     with (
-        daemons(cluster.nodes, "--peers", PEER_LISTS[4], *options),
+        daemons(cluster.nodes, *peers_of(4), *options),
         Capture(cluster.fabric) as wire,
     ):
         begun = time.monotonic()
@@ -12177,7 +12373,8 @@ def test_what_the_kernel_believes_without_a_flow(cluster: Cluster, quoted: str) 
     """As the README says: one node without us, every node with us, no node of ours with --ports."""
     net, protocol, transport, alone = FLOWLESS[quoted]
     family = net.family.version
-    vip, forger = Cluster.vip("host", family), {4: "203.0.113.66", 6: "2001:db8::66"}[family]
+    vip = Cluster.vip("host", family)
+    forger = {4: "203.0.113.66", 6: "2001:db8::66"}[family]
     client = Cluster.client_address(3, family)
     forged = [
         mtu_error(
@@ -12216,9 +12413,7 @@ def test_what_the_kernel_believes_without_a_flow(cluster: Cluster, quoted: str) 
             cluster.flush()
             with daemons(cluster.nodes, "--peers", ALL_PEERS, *options):
                 inject(cluster.router, family, forged)
-                assert poll(
-                    lambda: any(total(metrics(n), "pmtud_received_total") for n in cluster.nodes), 2
-                )
+                assert poll(lambda: total_of(cluster.nodes, "pmtud_received"), 2)
                 assert poll(lambda wanted=number: believers() == wanted, 1)  # type: ignore[misc]
 
 
@@ -12388,7 +12583,8 @@ def varied(template: Template, number: int) -> bytes:
 
     One word takes from a sequence number what the port gets.
     """
-    packet, at = template.packet, template.vary
+    packet = template.packet
+    at = template.vary
     if not at:
         return packet
     port, sequence = struct.unpack_from("!HH", packet, at)
@@ -12428,7 +12624,8 @@ def hostile_policy() -> pmtud.Policy:
 
 def test_hostile_packets_are_what_they_claim() -> None:
     """The generator against parse() and decide(): each kind meets its fate, varied or not."""
-    policy, random = hostile_policy(), Random(7)
+    policy = hostile_policy()
+    random = Random(7)
     for net in (V4, V6):
         for _ in range(50):
             for template in hostile_templates(random, net):
@@ -12442,7 +12639,8 @@ class Arsenal:
     """An endless, seeded supply of hostile packets, and the account of what must become of them."""
 
     def __init__(self, seed: int, rounds: int) -> None:
-        random, policy = Random(seed), hostile_policy()
+        random = Random(seed)
+        policy = hostile_policy()
         templates = [
             t for net in (V4, V6) for _ in range(rounds) for t in hostile_templates(random, net)
         ]
@@ -12498,11 +12696,7 @@ def test_hostile_flood() -> None:
             assert settled(net.node) == arsenal.sent
             samples = metrics(net.node)
             copies = [s.packet for s in inside.settle() if s.kind == socket.PACKET_HOST]
-        assert (
-            total(samples, "pmtud_nflog_lost_total")
-            == total(samples, "pmtud_copy_errors_total")
-            == 0
-        )
+        assert total(samples, "pmtud_nflog_lost") == total(samples, "pmtud_copy_errors") == 0
         dropped = Counter(drops(samples))
         actions = Counter(
             {
@@ -12523,7 +12717,7 @@ def test_hostile_flood() -> None:
             "replicate",
             "deliver",
         }
-        assert {packet[12:16] if packet[0] >> 4 == 4 else packet[8:24] for packet in copies} == {
+        assert set(map(source_of, copies)) == {
             packed("10.0.0.11"),
             packed("fd00::11"),
         }
@@ -12586,7 +12780,8 @@ def test_coverage_guided_fuzzing(tmp_path: Path) -> None:
         pytest.skip(
             f"there is no atheris for Python {sys.version_info[:2]} on {os.uname().machine}"
         )
-    seconds, corpus = int(ENVIRONMENT.get("PMTUD_FUZZ_SECONDS", "5")), tmp_path / "corpus"
+    seconds = int(ENVIRONMENT.get("PMTUD_FUZZ_SECONDS", "5"))
+    corpus = tmp_path / "corpus"
     corpus.mkdir()
     for number, packet in enumerate(
         packet for net in (V4, V6) for packet, _, _ in hostile_templates(Random(1), net)
@@ -12635,7 +12830,7 @@ def churn(random: Random, path: Path) -> None:
 def account(samples: dict[str, float]) -> tuple[int, int]:
     """Received, and acted + dropped: what must be equal."""
     names = ("received", "acted", "dropped")
-    counts = {name: total(samples, f"pmtud_{name}_total") for name in names}
+    counts = {name: total(samples, f"pmtud_{name}") for name in names}
     return counts["received"], counts["acted"] + counts["dropped"]
 
 
@@ -12643,7 +12838,8 @@ def load(cluster: Cluster, random: Random) -> None:
     """Between nothing and some thousand errors, of both families, through the fabric or straight to
     a node.
     """
-    family, node = random.choice((4, 6)), random.choice(cluster.nodes)
+    family = random.choice((4, 6))
+    node = random.choice(cluster.nodes)
     errors = flow_errors(
         family,
         random.choice(("host", "pod")),
@@ -12658,15 +12854,14 @@ def test_soak(cluster: Cluster, tmp_path: Path) -> None:
 
     No growth, and the accounts balance. PMTUD_SOAK_SECONDS, here 15.
     """
-    path, random, seconds = (
-        tmp_path / "peers",
-        Random(4),
-        float(ENVIRONMENT.get("PMTUD_SOAK_SECONDS", "15")),
-    )
+    path = tmp_path / "peers"
+    random = Random(4)
+    seconds = float(ENVIRONMENT.get("PMTUD_SOAK_SECONDS", "15"))
     path.write_text(ALL_PEERS)
     with daemons(cluster.nodes, "--peers", f"file:{path}") as processes:
         usages: list[list[dict[str, int]]] = [[], [], []]
-        before, end = [0, 0, 0], time.monotonic() + seconds
+        before = [0, 0, 0]
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             churn(random, path)
             load(cluster, random)
@@ -12734,7 +12929,7 @@ def test_side_by_side_with_the_go_pmtud_of_2020(cluster: Cluster, old_is_first: 
                 stack.callback(old.stop)
                 old.wait_for("limits:")
             else:
-                stack.enter_context(daemons([node], "--peers", PEER_LISTS[4]))
+                stack.enter_context(daemons([node], *peers_of(4)))
         cluster.flush()
         assert len(cluster.download(service)) == 23
         assert_learned(cluster, service, 4)
@@ -12816,7 +13011,9 @@ def test_rules_in_the_readme_are_the_printed_ones(
 def test_go_pmtud_options_exist_with_their_defaults() -> None:
     """The options of the model are ours."""
     config = pmtud.Config()
-    assert (config.nflog_group, config.metrics_port, config.ttl) == (33, 30040, 10)
+    assert config.nflog_group == 33
+    assert config.metrics_port == 30040
+    assert config.ttl == 10
     known = {
         action.option_strings[0][2:]
         for action in pmtud.build_parser()._actions
@@ -12848,11 +13045,10 @@ def test_every_code_block_ends() -> None:
 
 def test_alerts_and_queries(tmp_path: Path) -> None:
     """promtool takes them, and every metric and label value in them exists."""
-    (rules,), queries = (
-        code_blocks("yaml"),
-        [line for text in code_blocks("promql") for line in text.splitlines()],
-    )
-    assert (rules.count("- alert:"), len(queries)) == (11, 5)
+    (rules,) = code_blocks("yaml")
+    queries = [line for text in code_blocks("promql") for line in text.splitlines()]
+    assert rules.count("- alert:") == 11
+    assert len(queries) == 5
     recorded = [
         {"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)
     ]
@@ -12928,7 +13124,8 @@ def test_the_dashboards_expressions(tmp_path: Path) -> None:
 def test_the_dashboards_panels() -> None:
     """Each has its place, a unit, names for its lines, and a sentence that says what to do."""
     assert OPTIONAL["ConfigMap"]["metadata"]["labels"]["grafana_dashboard"] == "1"
-    panels, taken = DASHBOARD["panels"], Counter[tuple[int, int]]()
+    panels = DASHBOARD["panels"]
+    taken = Counter[tuple[int, int]]()
     assert [panel["id"] for panel in panels] == [*range(1, len(panels) + 1)]
     for panel in panels:
         x, y, width, height = (panel["gridPos"][key] for key in "xywh")
@@ -12938,12 +13135,14 @@ def test_the_dashboards_panels() -> None:
         assert all("legendFormat" in line for line in panel["targets"][1:])
         assert "> 0" not in str(panel["targets"]) or "noValue" in panel["fieldConfig"]["defaults"]
     assert {*TROUBLE} < {panel["title"] for panel in panels}
-    assert set(taken.values()) == {1} and len(taken) == 24 * (1 + max(y for _, y in taken))
+    assert set(taken.values()) == {1}
+    assert len(taken) == 24 * (1 + max(y for _, y in taken))
 
 
 def type_faults(value: Any, hint: Any) -> Iterator[str]:
     """Where a value, or a part of it, is not what the types of Grafana's SDK say."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if type(value).__module__.startswith("grafana_foundation_sdk."):
         for name, one in typing.get_type_hints(type(value)).items():
             for fault in type_faults(getattr(value, name), one):
@@ -13071,7 +13270,8 @@ def in_buckets(lines: Lines) -> dict[float, list[float]]:
 
 def draw_heatmap(axes: Any, lines: Lines) -> None:
     """A row for each bucket."""
-    buckets, times = in_buckets(lines), [*next(iter(lines.values()))]
+    buckets = in_buckets(lines)
+    times = [*next(iter(lines.values()))]
     rows = range(len(buckets))
     axes.pcolormesh(times, rows, [*buckets.values()], cmap="Blues", norm="symlog")
     axes.set_yticks(rows, [f"{bound:g}" for bound in buckets], fontsize=8)
@@ -13227,6 +13427,26 @@ def look_at_every_panel(watched: Watched, picture: Path) -> None:
     assert mtus == {1280, 1300, 1400, 1450}
 
 
+@contextlib.contextmanager
+def copies_refused(node: Host, peer: str) -> Iterator[None]:
+    """A rule drops what this node sends to a peer."""
+    chain = "type filter hook output priority -400"
+    rule = f"ip daddr {peer} icmp type destination-unreachable drop"
+    node.run("nft", f"table inet deny {{ chain c {{ {chain}; {rule}; }}; }}")
+    yield
+    node.run("nft", "delete table inet deny")
+
+
+@contextlib.contextmanager
+def copies_lost(node: Host, peer: str) -> Iterator[None]:
+    """What a peer sends does not reach this node's rules."""
+    chain = "type filter hook ingress device eth0 priority -10"
+    rule = f"ip saddr {peer} icmp type destination-unreachable drop"
+    node.run("nft", f"table netdev lose {{ chain c {{ {chain}; {rule}; }}; }}")
+    yield
+    node.run("nft", "delete table netdev lose")
+
+
 # The last matplotlib for Python 3.9 takes what a later pyparsing has renamed
 @pytest.mark.filterwarnings(r"ignore:'\w+' (argument is )?deprecated:DeprecationWarning")
 @alone
@@ -13237,7 +13457,7 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
     """
     (rules,) = code_blocks("yaml")
     names = set(re.findall(r"- alert: (\w+)", rules))
-    peers = ("--peers", PEER_LISTS[4])
+    peers = peers_of(4)
     with Cluster() as cluster:
         sender = ingress(cluster, 4)
         watched = Watched(cluster, tmp_path)
@@ -13259,18 +13479,10 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
             owner, about_it = errors[0]
             watched.fires("PmtudDeliveriesRefused", address[owner], [about_it])
 
-        chain = "type filter hook output priority -400"
-        rule = f"ip daddr {address[near]} icmp type destination-unreachable drop"
-        nodes = cluster.nodes
-        nodes[sender].run("nft", f"table inet deny {{ chain c {{ {chain}; {rule}; }}; }}")
-        watched.fires("PmtudCopiesRefused", address[near])
-        nodes[sender].run("nft", "delete table inet deny")
-
-        chain = "type filter hook ingress device eth0 priority -10"
-        rule = f"ip saddr {address[sender]} icmp type destination-unreachable drop"
-        nodes[far].run("nft", f"table netdev lose {{ chain c {{ {chain}; {rule}; }}; }}")
-        watched.fires("PmtudCopiesLost", f"of {address[sender]}'s copies to {address[far]} ")
-        nodes[far].run("nft", "delete table netdev lose")
+        with copies_refused(cluster.nodes[sender], address[near]):
+            watched.fires("PmtudCopiesRefused", address[near])
+        with copies_lost(cluster.nodes[far], address[sender]):
+            watched.fires("PmtudCopiesLost", f"of {address[sender]}'s copies to {address[far]} ")
 
         wrong = PEER_LISTS[4].replace(address[far], "10.0.0.99")
         watched.start(sender, "--peers", wrong)
@@ -13285,7 +13497,7 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
 
         watched.start(sender, *peers, *UNLIMITED)
         os.kill(watched.running[sender].pid, signal.SIGSTOP)
-        node = nodes[sender]
+        node = cluster.nodes[sender]
         blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=20_000))
         os.kill(watched.running[sender].pid, signal.SIGCONT)
         watched.fires("PmtudLosing", address[sender])
@@ -13299,19 +13511,21 @@ def test_every_alert_fires_on_a_real_prometheus(tmp_path: Path) -> None:
 def test_promtool_likes_a_live_scrape(cluster: Cluster) -> None:
     """Names, units, help texts: no complaint, with every metric on the page."""
     node = cluster.nodes[0]
-    with daemons([node], "--peers", PEER_LISTS[4]):
+    with daemons([node], *peers_of(4)):
         inject(cluster.router, 4, flow_errors(4, count=3))
         page = node.run("curl", "-sS", "http://127.0.0.1:30040/metrics")
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=page, text=True, capture_output=True, check=False
     )
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stdout + done.stderr == ""
 
 
 def test_the_log_tells_routers_and_mtus(cluster: Cluster) -> None:
     """The README's sed, on a daemon's log."""
     (expression,) = re.findall(r"sed -n '(.*)' \| sort", README)
-    node, other = cluster.nodes[0], flow_errors(4, count=1, src="172.20.20.2", mtu=1300)
+    node = cluster.nodes[0]
+    other = flow_errors(4, count=1, src="172.20.20.2", mtu=1300)
     with daemons([node]) as [
         process
     ]:  # straight to it: the fabric hashes the two routers apart on some machines
@@ -13326,16 +13540,16 @@ def test_what_was_learned_outlives_the_daemon(cluster: Cluster) -> None:
     """The kernel keeps it; and transfers that start while one node after the other is replaced all
     finish.
     """
-    with daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+    with daemons(cluster.nodes, *peers_of(4)):
         assert len(cluster.download("host")) == 23
     assert_learned(cluster, "host", 4)
     cluster.flush()
-    processes = [daemon(node, "--peers", PEER_LISTS[4]) for node in cluster.nodes]
+    processes = [daemon(node, *peers_of(4)) for node in cluster.nodes]
     with ThreadPoolExecutor(1) as pool:
         transfers = pool.submit(cluster.download, "host", 4, 23, 8.0)
         for number, node in enumerate(cluster.nodes):
             assert processes[number].stop() == 0
-            processes[number] = daemon(node, "--peers", PEER_LISTS[4])
+            processes[number] = daemon(node, *peers_of(4))
         assert len(transfers.result()) == 23
     assert [process.stop() for process in processes] == [0, 0, 0]
 
@@ -13357,7 +13571,9 @@ def test_all_that_is_missing_is_named_at_once(command: str, tmp_path: Path) -> N
     needed = {PACKAGES[program] for program in PROGRAMS.get(command, tuple(PACKAGES))}
     packages = " ".join(sorted(needed - {"curl"} | {"python3-venv"}))
     message = f"test_pmtud.py: programs are missing: apt-get install {packages}\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == message
 
 
 def test_where_it_has_run() -> None:
@@ -13376,7 +13592,8 @@ def test_where_it_has_run() -> None:
     assert rows["Kubernetes"][0].startswith(version)
     assert rows["Kubernetes"][1].startswith(version)
     days = re.findall(r"\d{4}-\d\d-\d\d", " ".join(cells[1] for cells in rows.values()))
-    assert days and all(day >= "2026-11-26" for day in days)
+    assert days
+    assert all(day >= "2026-11-26" for day in days)
 
 
 def test_the_readmes_test_command_installs_what_is_needed() -> None:
@@ -13402,22 +13619,28 @@ def test_the_front_door_is_short() -> None:
     words = [word for word in visible_text().split() if re.search(r"\w", word)]
     assert len(words) <= 3200
     blocks = re.findall(r"\n\n(<details>(?=<summary>.+</summary>\n\n)|</details>(?=\n\n))", README)
-    assert len(blocks) > 20 and blocks == ["<details>", "</details>"] * (len(blocks) // 2)
-    assert len(blocks) == README.count("details>") and "details>" not in visible_text()
+    assert len(blocks) > 20
+    assert blocks == ["<details>", "</details>"] * (len(blocks) // 2)
+    assert len(blocks) == README.count("details>")
+    assert "details>" not in visible_text()
     for header in ("option", "metric", "reason", "exit code", "what happens"):
-        assert table(header) and f"\n| {header} |" not in visible_text()
+        assert table(header)
+        assert f"\n| {header} |" not in visible_text()
 
 
 @quick
 def test_what_matters_of_the_metrics_and_symptoms() -> None:
     """Eight of the metrics; and what a reader may see is what the program says."""
     names = list(table("look at"))
-    assert len(names) == 8 and set(names) < set(table("metric"))
+    assert len(names) == 8
+    assert set(names) < set(table("metric"))
     seen = README.partition("## Troubleshooting\n")[2].partition("\n## ")[0]
     reasons = re.findall(r"Reason `(\w+)`", seen)
-    assert len(reasons) == 3 and all(Reason(reason) for reason in reasons)
+    assert len(reasons) == 3
+    assert all(Reason(reason) for reason in reasons)
     sentences = re.findall(r"(?:Log|Exit 1): `(.+?)`", seen)
-    assert len(sentences) == 2 and all(sentence in SOURCE for sentence in sentences)
+    assert len(sentences) == 2
+    assert all(sentence in SOURCE for sentence in sentences)
 
 
 @quick
@@ -13445,9 +13668,12 @@ def test_links_and_files() -> None:
 # -----------------------------------------------------------------------------
 # Section: lab network -- two VLANs, a switch that answers from its management address, pods, an API server
 
-NIC_MTU, VXLAN_OVERHEAD = 9000, 50  # inner Ethernet 14 + VXLAN 8 + UDP 8 + IP 20
-CALICO_DEFAULT_MTU, JUMBO_POD_MTU = 1450, NIC_MTU - VXLAN_OVERHEAD
-API, SERVER_POD = "10.10.10.10", "192.168.20.2"
+NIC_MTU = 9000  # inner Ethernet 14 + VXLAN 8 + UDP 8 + IP 20
+VXLAN_OVERHEAD = 50
+CALICO_DEFAULT_MTU = 1450
+JUMBO_POD_MTU = NIC_MTU - VXLAN_OVERHEAD
+API = "10.10.10.10"
+SERVER_POD = "192.168.20.2"
 CURL = f"curl -sSk --connect-timeout 3 https://{API}:6443/healthz"
 
 # The handshake is done by the connection's own thread, so that a hung client cannot hold up the
@@ -13489,7 +13715,8 @@ def make_chain(folder: str) -> str:
     leaf = "basicConstraints=CA:FALSE\nsubjectAltName=IP:10.10.10.10," + ",".join(
         f"DNS:{name}" for name in names
     )
-    authority, pem = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign", ""
+    authority = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign"
+    pem = ""
     for name, issuer, extensions in (
         ("root", "", authority),
         ("zone", "root", authority),
@@ -13499,42 +13726,14 @@ def make_chain(folder: str) -> str:
         base = os.path.join(folder, name)
         with open(f"{base}.ext", "w") as file:
             file.write(extensions + "\n")
-        execute(
-            "openssl",
-            "req",
-            "-new",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-subj",
-            f"/O=mtu-lab/CN={name}",
-            "-keyout",
-            f"{base}.key",
-            "-out",
-            f"{base}.csr",
-        )
-        signer = os.path.join(folder, issuer)
-        by = (
-            ["-CA", f"{signer}.crt", "-CAkey", f"{signer}.key"]
-            if issuer
-            else ["-signkey", f"{base}.key"]
-        )
-        execute(
-            "openssl",
-            "x509",
-            "-req",
-            "-in",
-            f"{base}.csr",
-            "-days",
-            "2",
-            "-set_serial",
-            str(time.time_ns()),
-            "-extfile",
-            f"{base}.ext",
-            "-out",
-            f"{base}.crt",
-            *by,
-        )
+        request = f"req -new -newkey rsa:2048 -nodes -subj /O=mtu-lab/CN={name}"
+        openssl(f"{request} -keyout {base}.key -out {base}.csr")
+        by = f"-signkey {base}.key"
+        if issuer:
+            signer = os.path.join(folder, issuer)
+            by = f"-CA {signer}.crt -CAkey {signer}.key"
+        sign = f"x509 -req -in {base}.csr -days 2 -set_serial {time.time_ns()}"
+        openssl(f"{sign} -extfile {base}.ext -out {base}.crt {by}")
     for part in ("leaf.key", "leaf.crt", "cluster.crt", "zone.crt"):
         with open(os.path.join(folder, part)) as file:
             pem += file.read()
@@ -13584,7 +13783,8 @@ class MtuLab(Net):
         self._start_server()
 
     def _build_switch(self) -> None:
-        switch, docker = self.at["ceos01"], self.at["docker"]
+        switch = self.at["ceos01"]
+        docker = self.at["docker"]
         # arp_announce: the SVI's own address in ARP requests, or strict nodes would not answer the
         # one with 172.20.20.2
         switch.sysctls({"net.ipv4.icmp_ratelimit": 0, "net.ipv4.conf.all.arp_announce": 2})
@@ -13605,7 +13805,8 @@ class MtuLab(Net):
             )
 
     def _build_node(self, number: int, name: str) -> None:
-        node, address = self.at[name], self.NODES[name]
+        node = self.at[name]
+        address = self.NODES[name]
         vlan, last = address.split(".")[2:]
         node.sysctl(
             "net.ipv4.conf.all.rp_filter", 1
@@ -13689,7 +13890,11 @@ class MtuLab(Net):
 # Section: lab screen -- how the lab is told: plain lines of at most 96 columns, colours only on a terminal
 
 WIDTH = 96
-BOLD, DIM, RED, GREEN, CYAN = "1", "2", "31", "32", "36"
+BOLD = "1"
+DIM = "2"
+RED = "31"
+GREEN = "32"
+CYAN = "36"
 ASCII = str.maketrans("─│┌┐└┘├┤┬┴┼✓✗", "-|+++++++++*x")
 
 VLAN_DRAWING = """
@@ -13720,7 +13925,8 @@ class Screen:
     """Writes to standard output; `live` also shows how long a command has been running."""
 
     def __init__(self, color: bool = False, live: bool = False) -> None:
-        self.color, self.live = color, live
+        self.color = color
+        self.live = live
 
     def write(self, text: str = "", style: str = "") -> None:
         encoding = sys.stdout.encoding or "ascii"
@@ -13812,7 +14018,8 @@ class Lab:
     """What an exercise works on: the two networks, made when first asked for, and the screen."""
 
     def __init__(self, screen: Screen) -> None:
-        self.screen, self.stack = screen, ExitStack()
+        self.screen = screen
+        self.stack = ExitStack()
         self.daemons: list[Process] = []  # of the ECMP cluster
 
     def __enter__(self) -> Lab:
@@ -13850,7 +14057,8 @@ class Lab:
         start = time.monotonic()
         process = self.vlans.at[host].start("sh", "-c", line)
         self.screen.wait(lambda: process.returncode() is not None, limit)
-        seconds, status = time.monotonic() - start, process.stop()
+        seconds = time.monotonic() - start
+        status = process.stop()
         self.screen.output(output := process.output())
         process.close()
         return Ran(output, status, seconds)
@@ -14240,10 +14448,12 @@ def why_it_fails(lab: Lab) -> Result:
     BROKEN,
 )
 def loose_rpf(lab: Lab) -> Result:
-    settings, off = rpf(lab, "0"), lab.curl()
+    settings = rpf(lab, "0")
+    off = lab.curl()
     mtu = learned(lab.run("control-plane", ROUTE_GET))
     lab.run("control-plane", "ip route flush cache")
-    settings, loose = settings + rpf(lab, "2"), lab.curl()
+    settings = settings + rpf(lab, "2")
+    loose = lab.curl()
     return Result(
         answered(off) and mtu == 1500 and answered(loose) and settings == "02",
         {**transfer(off, "off_"), "learned": mtu, **transfer(loose, "loose_")},
@@ -14417,7 +14627,8 @@ def download(lab: Lab, net: Cluster, service: str, deadline: float = 10) -> int:
 
 def who_hears(lab: Lab, net: Cluster, service: str) -> Counter[str]:
     """What `check --from` finds on each node; how many have the verdict OK, WARN or FAIL."""
-    vip, client = net.vip(service), net.client_address(1)
+    vip = net.vip(service)
+    client = net.client_address(1)
 
     def look(node: Host) -> str:
         argv = [sys.executable, SCRIPT, "check", "--from", vip, client]
@@ -14823,7 +15034,8 @@ def test_lab_exercise(stage: Lab, done: dict[str, Result], step: Exercise) -> No
 def test_lab_tables(done: dict[str, Result], capsys: pytest.CaptureFixture[str]) -> None:
     tables(Screen(), done)
     text = capsys.readouterr().out
-    assert "?" not in text and max(map(len, ["", *text.splitlines()])) <= WIDTH
+    assert "?" not in text
+    assert max(map(len, ["", *text.splitlines()])) <= WIDTH
     if len(done) == len(EXERCISES):
         assert re.search(r"1500  +1  +running  +ok  +\d+\.\d+ s +1500  +2\.14\n", text)
         assert all(f"\n  {title}\n" in text for title, _, _ in TABLES)
@@ -14863,7 +15075,8 @@ def test_an_interrupt_removes_the_lab(sig: int, stop_at: str) -> None:
     process.send_signal(sig)
     text = process.stdout.read()
     assert process.wait(15 * PATIENCE) == 130, text
-    assert "interrupted; everything was removed" in text and "Traceback" not in text
+    assert "interrupted; everything was removed" in text
+    assert "Traceback" not in text
     assert namespaces_of(process.pid) == []
 
 
@@ -14875,20 +15088,25 @@ def test_a_reader_that_goes_away_ends_the_lab() -> None:
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
     )
-    assert process.stdout and process.stderr
+    assert process.stdout
+    assert process.stderr
     for _ in range(20):
         process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(15 * PATIENCE) == 1 and namespaces_of(process.pid) == []
+    assert process.wait(15 * PATIENCE) == 1
+    assert namespaces_of(process.pid) == []
 
 
 def test_the_lab_in_ascii() -> None:
     text, _ = start_lab("--only", "1.1", PYTHONIOENCODING="ascii").communicate(
         timeout=30 * PATIENCE
     )
-    assert text.isascii() and "?" not in text and "\n  * Four nodes" in text
-    assert "\n1.1  " in text and " (1 of 1)\n" in text
+    assert text.isascii()
+    assert "?" not in text
+    assert "\n  * Four nodes" in text
+    assert "\n1.1  " in text
+    assert " (1 of 1)\n" in text
     assert text.rstrip().splitlines()[-2:] == NEXT_COMMANDS.rstrip().splitlines()[-2:]
 
 
@@ -14898,7 +15116,8 @@ def test_keep_says_how_to_enter_and_how_to_remove() -> None:
     try:
         assert process.returncode == 0 and max(map(len, text.splitlines())) <= WIDTH, text
         hosts = re.findall(r"sudo ip netns exec (\S+) bash", text)
-        assert sorted(hosts) == sorted(namespaces_of(process.pid)) and len(hosts) == 18
+        assert sorted(hosts) == sorted(namespaces_of(process.pid))
+        assert len(hosts) == 18
         worker3 = next(host for host in hosts if host.endswith("-worker3"))
         curl = ["ip", "netns", "exec", worker3, "curl", "-sSk", "https://10.10.10.10:6443/healthz"]
         assert (
@@ -14917,7 +15136,9 @@ def test_output_is_plain_and_narrow_and_fails_when_an_exercise_fails() -> None:
     assert process.returncode == 1 and "NOT AS IT SHOULD BE" in text and "not so: 2.14" in text, (
         text
     )
-    assert "\033" not in text and "\r" not in text and max(map(len, text.splitlines())) <= WIDTH
+    assert "\033" not in text
+    assert "\r" not in text
+    assert max(map(len, text.splitlines())) <= WIDTH
 
 
 @pytest.mark.parametrize(
@@ -14931,7 +15152,8 @@ def test_output_is_plain_and_narrow_and_fails_when_an_exercise_fails() -> None:
 def test_usage_errors(argv: list[str], text: str) -> None:
     process = start_lab(*argv)
     printed, _ = process.communicate(timeout=10 * PATIENCE)
-    assert process.returncode == 2 and re.search(text, printed)
+    assert process.returncode == 2
+    assert re.search(text, printed)
 
 
 @pytest.mark.parametrize("argv", [[], ["--no-color"]])
@@ -14959,7 +15181,8 @@ def test_a_terminal_gets_colours_and_a_countdown(argv: list[str]) -> None:
     reader.join(5 * PATIENCE)
     os.close(parent)
     text = b"".join(chunks).decode()
-    assert "s left" in text and ("\033[" in text) == (not argv)
+    assert "s left" in text
+    assert ("\033[" in text) == (not argv)
 
 
 def test_check_gives_the_labs_own_answers() -> None:
@@ -14991,7 +15214,8 @@ def test_check_gives_the_labs_own_answers() -> None:
             "--iface eth1"
         )
         found = answers("control-plane", "10.10.20.20")[-1]
-        assert found[:2] == ("FAIL", text) and found[2] in STARTS
+        assert found[:2] == ("FAIL", text)
+        assert found[2] in STARTS
         net.bring(LOOSE)
         text = "10.10.20.20: path MTU 1500, 172.20.20.2 reports 1500"
         assert answers("control-plane", "10.10.20.20")[-1] == ("OK", text, "")
@@ -15079,9 +15303,11 @@ SINK_RULES = (
     'table netdev bench {{ chain {0} {{ type filter hook ingress device "{0}" priority 0; '
     "icmp type 3 drop\n}}\n}}"
 )
-PACKET_QDISC_BYPASS, SO_TIMESTAMPNS = 20, 35  # linux/if_packet.h, asm-generic/socket.h
+PACKET_QDISC_BYPASS = 20  # linux/if_packet.h, asm-generic/socket.h
+SO_TIMESTAMPNS = 35
 libc.sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
-BENCH_VIP, BENCH_OWNER_PORT = "10.96.0.1", 4433
+BENCH_VIP = "10.96.0.1"
+BENCH_OWNER_PORT = 4433
 FANOUT_TARGETS = {1: 0.6, 10: 0.85, 100: 0.92, 1000: 0.92}
 NO_LIMITS = ("--flow-interval=0", "--source-rate=0", "--rate=0")
 
@@ -15106,10 +15332,12 @@ def varied_errors(count: int, sources: int, mac: bytes) -> bytes:
     frames = []
     for number in range(count):
         router = number % sources if sources else int.from_bytes(os.urandom(4), "big") % (1 << 26)
-        high, low = 0x2000 + (router >> 16), router & 0xFFFF
+        high = 0x2000 + (router >> 16)
+        low = router & 0xFFFF
         total = words + high + low
         total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-        host, port = number & 0xFFFF, number * 40503 & 0xFFFF
+        host = number & 0xFFFF
+        port = number * 40503 & 0xFFFF
         frames.append(
             mac
             + b"\x02\0\0\0\0\x01\x08\0"
@@ -15138,7 +15366,9 @@ class Traffic:
         self._frames = ctypes.create_string_buffer(
             frames := varied_errors(count, sources, mac), len(frames)
         )
-        self._size, self._count, self._at = len(frames) // count, count, 0
+        self._size = len(frames) // count
+        self._count = count
+        self._at = 0
         start = ctypes.addressof(self._frames)
         parts = b"".join(
             struct.pack("@PN", start + n * self._size, self._size) for n in range(count)
@@ -15215,15 +15445,19 @@ class BenchNet(Net):
     hook, after its interface counted it.
     """
 
-    MAC_NODE, MAC_SINK = "02:00:00:00:05:{0:02x}", "02:00:00:00:06:{0:02x}"
+    MAC_NODE = "02:00:00:00:05:{0:02x}"
+    MAC_SINK = "02:00:00:00:06:{0:02x}"
 
     def __init__(self, names: Sequence[str], floor: str = "", against: str = "") -> None:
         """`floor`: path of the compiled floor; `against`: the other daemon's command."""
         super().__init__()
-        self.names, self.floor, self.against = names, floor, against
+        self.names = names
+        self.floor = floor
+        self.against = against
 
     def build(self) -> None:
-        self.routers, self.sink = self.host("routers"), self.host("sink")
+        self.routers = self.host("routers")
+        self.sink = self.host("sink")
         self.contenders = {
             name: Contender(name, k, self.host(name)) for k, name in enumerate(self.names)
         }
@@ -15235,7 +15469,8 @@ class BenchNet(Net):
             self._build_node(one)
 
     def _build_node(self, one: Contender) -> None:
-        k, node = one.number, one.node
+        k = one.number
+        node = one.node
         self.link(self.routers, node, names=(f"n{k}", "eth0"))
         self.link(self.sink, node, names=(f"n{k}", "peers"))
         self.sink.ip(f"link set n{k} address {self.MAC_SINK.format(k)}")
@@ -15285,7 +15520,8 @@ class BenchNet(Net):
 
         Errors come from NFLOG group 33.
         """
-        last, peers = ("taskset", "-c", str((os.cpu_count() or 1) - 1)), self.peers(one, count)
+        last = ("taskset", "-c", str((os.cpu_count() or 1) - 1))
+        peers = self.peers(one, count)
         if one.name == "pmtud":
             listed = ",".join((self.address(one), *peers))
             process = one.node.start(
@@ -15367,13 +15603,13 @@ def measure_copies(
     os.kill(process.pid, signal.SIGCONT)
     load = traffic.during(seconds + 0.4)
     time.sleep(0.2)
-    begin, before, cpu = time.monotonic(), net.arrived(one), cpu_seconds(process.pid)
+    begin = time.monotonic()
+    before = net.arrived(one)
+    cpu = cpu_seconds(process.pid)
     time.sleep(seconds)
-    copies, spent, passed = (
-        net.arrived(one) - before,
-        cpu_seconds(process.pid) - cpu,
-        time.monotonic() - begin,
-    )
+    copies = net.arrived(one) - before
+    spent = cpu_seconds(process.pid) - cpu
+    passed = time.monotonic() - begin
     load.join()
     os.kill(process.pid, signal.SIGSTOP)
     return Sample(copies / passed, spent / max(copies, 1))
@@ -15389,11 +15625,9 @@ def bench_fanout(net: BenchNet, seconds: float) -> None:
         f"   peers   ratio  target          copies/s: {', '.join(net.contenders)};"
         " us of processor time per error, and with delivery"
     )
-    traffic, costs, mine = (
-        {name: net.traffic(one) for name, one in net.contenders.items()},
-        [],
-        net.contenders["pmtud"],
-    )
+    traffic = {name: net.traffic(one) for name, one in net.contenders.items()}
+    costs = []
+    mine = net.contenders["pmtud"]
     for count, target in FANOUT_TARGETS.items():
         running = {
             name: net.start(one, count, *NO_LIMITS, "--no-rescue")
@@ -15487,7 +15721,8 @@ def rescue(
         one.node.inside(connect) as flow,
         net.routers.inside(lambda: Traffic._open(f"n{one.number}")) as wire,
     ):
-        begin, todo = time.monotonic(), list(times)
+        begin = time.monotonic()
+        todo = list(times)
         while (now := time.monotonic() - begin) < times[-1] + patience:
             while todo and todo[0] <= now:
                 wire.send(frame)
@@ -15516,7 +15751,8 @@ def flood(net: BenchNet, one: Contender, process: Process, sources: int, seconds
     """Flood it, and report genuine flows meanwhile, each by a router (or a peer) of its own."""
     one.node.sysctl("net.ipv4.route.flush", 1)  # what the flood before taught
     traffic = net.traffic(one, sources, 1 << 13 if sources else 1 << 16)
-    begin, cpu = time.monotonic(), cpu_seconds(process.pid)
+    begin = time.monotonic()
+    cpu = cpu_seconds(process.pid)
     load = traffic.during(seconds)
     time.sleep(1)
     numbers = range(10 * (sources % 7), 10 * (sources % 7) + 5)
@@ -15577,7 +15813,7 @@ def test_genuine_routers_are_heard_in_a_flood(
     unheard = sum(seconds >= NEVER for seconds in got.rescues)
     assert unheard <= shared_buckets(sources) and max(got.copies) < NEVER, got
     samples = metrics(one.node)
-    passed = total(samples, "pmtud_received_total") - total(earlier, "pmtud_received_total")
+    passed = total(samples, "pmtud_received") - total(earlier, "pmtud_received")
     # The kernel shed the rest
     assert passed < 1.5 * pmtud.Config().rate * (time.monotonic() - begun + 1), got
     limited = 'pmtud_dropped_total{reason="limited_total"}'
@@ -15764,7 +16000,8 @@ def test_a_thousand_nodes_that_join_while_errors_flow(tmp_path: Path) -> None:
             took = time.monotonic() - begun
             assert metrics(one.node)['pmtud_peers{source="kube:nodes"}'] == 1000
         assert len(came()) <= took / pmtud.Arranger.CHANGE_GAP + 3
-    assert len(times) > 20 and median(times) < 0.1
+    assert len(times) > 20
+    assert median(times) < 0.1
     assert sum(seconds == 0.5 for seconds in times) <= len(times) / 50, sorted(times)[-20:]
 
 
@@ -15783,7 +16020,8 @@ def change_peer(api: FakeApi, process: Process, kind: str, address: str) -> floa
 
 def bench_change(net: BenchNet, seconds: float) -> None:
     """One node of a Kubernetes stand-in comes and goes, first in peace, then while errors flow."""
-    one, kinds = net.contenders["pmtud"], ("ADDED", "DELETED") * 2
+    one = net.contenders["pmtud"]
+    kinds = ("ADDED", "DELETED") * 2
     for count in (10, 100, 1000):
         moving, *others = net.peers(one, count)
         with ExitStack() as stack:
@@ -15796,7 +16034,8 @@ def bench_change(net: BenchNet, seconds: float) -> None:
                 for kind in kinds:
                     change_peer(api, process, kind, moving)
         target = f" (at most 20: {mark(cost <= 0.02)})" if count == 1000 else ""
-        usual, slowest = median(times) * 1e3, max(times) * 1e3
+        usual = median(times) * 1e3
+        slowest = max(times) * 1e3
         print(
             f"   {count:5} peers: {cost * 1e3:4.1f} ms of processor time for a change{target}\n"
             f"      errors meanwhile: median {usual:.1f} ms, slowest {slowest:.1f} ms"
@@ -15812,7 +16051,8 @@ def bench_latency(net: BenchNet, seconds: float) -> None:
     scraper.join()
     for name, process in running.items():
         net.stop(net.contenders[name], process)
-    floor, mine = median(found.get("floor", [math.nan])), median(found["pmtud"])
+    floor = median(found.get("floor", [math.nan]))
+    mine = median(found["pmtud"])
     print(
         f"   ratio {mine / floor:.2f} (at most 1.5: {mark(mine <= 1.5 * floor)}), "
         f"median {mine * 1e6:.0f} us (at most 300: {mark(mine <= 0.0003)})"
@@ -15834,7 +16074,8 @@ def bench_start(net: BenchNet, seconds: float) -> None:
         ("with metrics", "--log-level=info", 40),
         ("without", "--metrics-port=0", 30),
     ):
-        times, sizes = [], []
+        times = []
+        sizes = []
         for _ in range(5):
             begin = time.monotonic()
             process = net.start(one, 3, option)
@@ -15843,7 +16084,8 @@ def bench_start(net: BenchNet, seconds: float) -> None:
                 scrape_often(net, one, 1).join()
             sizes.append(resident_mb(process.pid))
             net.stop(one, process)
-        ready, resident = median(times), median(sizes)
+        ready = median(times)
+        resident = median(sizes)
         print(
             f"   {name:13} ready after {ready * 1000:4.0f} ms (at most 300: {mark(ready <= 0.3)}), "
             f"resident {resident:4.1f} MB (at most {limit}: {mark(resident <= limit)})"
@@ -15855,7 +16097,8 @@ def bench_broadcast(net: BenchNet, seconds: float) -> None:
 
     A copy to each, and one copy to the subnet's broadcast address.
     """
-    one, cost = net.contenders["pmtud"], []
+    one = net.contenders["pmtud"]
+    cost = []
     traffic = net.traffic(one)
     for count, peers in ((100, []), (0, [f"--peers=10.{100 + one.number}.255.255"])):
         process = net.start(one, count, *NO_LIMITS, "--metrics-port=0", *peers)
@@ -15877,7 +16120,8 @@ def bench_growth(net: BenchNet, seconds: float) -> None:
     ):
         costs = []
         for rate, sources in points:
-            traffic, cpu = net.traffic(one, sources, 1 << 16), cpu_seconds(process.pid)
+            traffic = net.traffic(one, sources, 1 << 16)
+            cpu = cpu_seconds(process.pid)
             traffic.run(seconds, rate)
             time.sleep(0.1)
             spent = (cpu_seconds(process.pid) - cpu) / traffic.sent * 1e6
@@ -15896,7 +16140,7 @@ def bench_suppression(net: BenchNet, seconds: float) -> None:
     """200 downloads through the black hole of the test cluster, windows and retransmissions
     included.
     """
-    with Cluster() as cluster, daemons(cluster.nodes, "--peers", PEER_LISTS[4]):
+    with Cluster() as cluster, daemons(cluster.nodes, *peers_of(4)):
         cluster.client.ip(
             *(f"addr add {Cluster.client_address(k)}/24 dev to-router" for k in range(24, 201))
         )
@@ -15957,7 +16201,8 @@ def bench(argv: Sequence[str]) -> int:
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)  # each row when it is measured, to a pipe too
     with tempfile.TemporaryDirectory() as folder:
-        floor, names = f"{folder}/floor", ["pmtud"]
+        floor = f"{folder}/floor"
+        names = ["pmtud"]
         if shutil.which("gcc"):
             subprocess.run(
                 ["gcc", "-O2", "-x", "c", "-o", floor, "-"], input=FLOOR, text=True, check=True
