@@ -2194,19 +2194,20 @@ class Policy:
     def set_who(self, who: WhoIsWho) -> None:
         """From now on judge by this."""
         self.who = who
-        self.known: dict[Addresses, Verdict] = {}  # of judge_addresses()
+        self.known: dict[Addresses, Verdict] = {}  # of by_addresses()
 
-    def judge(self, error: MtuError) -> Verdict:
-        """What its addresses say."""
-        origin, reason = classify(error, self.who)
-        if not reason and self.services and error.quoted_src not in self.services:
-            reason = Reason.NOT_SERVICE
-        if reason:
-            return Verdict(origin, NOTHING, reason)
-        # A node's own address has one owner.
-        if origin is PEER or error.quoted_src in self.who.unshared:
-            return Verdict(origin, DELIVER)
-        return Verdict(origin, REPLICATE)
+    def by_addresses(self, error: MtuError) -> Verdict:
+        """What the addresses alone decide, remembered."""
+        addresses = (error.src, error.dst, error.quoted_src)
+        verdict = self.known.get(addresses)
+        if verdict is None:
+            verdict = classify(error, self.who)
+            if not verdict.reason and self.services and error.quoted_src not in self.services:
+                verdict = Verdict(verdict.origin, NOTHING, Reason.NOT_SERVICE)
+            if len(self.known) >= KNOWN_MAX:
+                self.known.clear()
+            self.known[addresses] = verdict
+        return verdict
 
     def invalid(self, error: MtuError) -> Optional[Reason]:
         """The first reason not to believe this error, or not to act on it.
@@ -2283,39 +2284,33 @@ def is_link_local(packed: bytes) -> bool:
     return packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
 
 
-def classify(error: MtuError, who: WhoIsWho) -> tuple[str, Optional[Reason]]:
-    """Who sent this error, by its addresses alone, and why it is dropped if it is.
+def classify(error: MtuError, who: WhoIsWho) -> Verdict:
+    """Who sent this error, by its addresses alone, and what that makes of it.
 
     Only an error whose outer destination equals its quoted source and that no node sent is ever
     replicated; a copy never has that shape, so no option can make a loop. The neighbours that a
     broadcast or multicast peer reaches may send copies, but are no nodes for certain: the subnet's
     routers are among them, and report from there.
     """
-    src, quoted_src = error.src, error.quoted_src
-    inside = src in who.peers or src in who.networks
+    src = error.src
+    quoted_src = error.quoted_src
     if src in who.own:
-        return PEER, Reason.OWN
+        return Verdict(PEER, NOTHING, Reason.OWN)
+    is_node = src in who.peers or src in who.networks
+    origin = PEER if is_node else ROUTER
     # A forged error must not reach flows on 127.0.0.1, which the kernel shields as martians.
     if is_martian(src) or is_martian(quoted_src) or is_link_local(quoted_src):
-        return PEER if inside else ROUTER, Reason.MISADDRESSED
+        return Verdict(origin, NOTHING, Reason.MISADDRESSED)
+    if error.dst == quoted_src and is_node:
+        return Verdict(PEER, NOTHING, Reason.IGNORED_NETWORK)
+    if error.dst == quoted_src and quoted_src in who.unshared:
+        return Verdict(ROUTER, DELIVER)  # this address has one owner
     if error.dst == quoted_src:
-        return (PEER, Reason.IGNORED_NETWORK) if inside else (ROUTER, None)
+        return Verdict(ROUTER, REPLICATE)
     is_for_us = error.dst in who.own or error.dst in who.groups
-    if is_for_us and (inside or src in who.neighbours):
-        return PEER, None
-    return PEER if inside else ROUTER, Reason.MISADDRESSED
-
-
-def judge_addresses(error: MtuError, policy: Policy) -> Verdict:
-    """What the addresses alone decide, remembered."""
-    addresses = (error.src, error.dst, error.quoted_src)
-    verdict = policy.known.get(addresses)
-    if verdict is None:
-        verdict = policy.judge(error)
-        if len(policy.known) >= KNOWN_MAX:
-            policy.known.clear()
-        policy.known[addresses] = verdict
-    return verdict
+    if is_for_us and (is_node or src in who.neighbours):
+        return Verdict(PEER, DELIVER)
+    return Verdict(origin, NOTHING, Reason.MISADDRESSED)
 
 
 def decide(error: MtuError, policy: Policy, now: float) -> Verdict:
@@ -2323,7 +2318,7 @@ def decide(error: MtuError, policy: Policy, now: float) -> Verdict:
 
     `now` in seconds of a monotonic clock.
     """
-    verdict = judge_addresses(error, policy)
+    verdict = policy.by_addresses(error)
     if verdict.reason:
         return verdict
     reason = policy.invalid(error) or policy.limited(error, verdict.origin, now)
@@ -2436,7 +2431,7 @@ class Counters:
         self.shed: dict[str, int] = {}  # by family
         self.unready: dict[str, int] = {}  # 1 where there is this reason, else 0
         self.resolved: dict[str, int] = {}  # by peer: 0 where nobody on the link has its address
-        self.node: dict[tuple[str, str, str], int] = {}  # by name, family and address
+        self.node_info: dict[tuple[str, str, str], int] = {}  # by name, family and address
         self.last_error_received = 0.0  # seconds since the epoch
         self.reported_mtu = Histogram(MTU_BUCKETS)
         self.batch_duration = Histogram(SECONDS_BUCKETS)
@@ -2594,7 +2589,7 @@ METRICS = (
         "gauge",
         "Always 1: the address that copies leave from.",
         ("node", "family", "address"),
-        lambda c: c.node,
+        lambda c: c.node_info,
     ),
     Metric(
         "pmtud_peers",
@@ -4865,7 +4860,7 @@ class Forwarder:
         logged = self._read()
         acted = []
         for packet, _, rpf in logged:
-            one = self._judge(packet, rpf, now)
+            one = self._decide(packet, rpf, now)
             if one:
                 acted.append(one)
         self._replicate()
@@ -4881,7 +4876,7 @@ class Forwarder:
         if self._recent > self.BUSY and self._gathering == 1:
             self.gather()
 
-    def _judge(self, packet: bytes, rpf: bool, now: float) -> Optional[Acted]:
+    def _decide(self, packet: bytes, rpf: bool, now: float) -> Optional[Acted]:
         """What to do about one packet; None if nothing, which is counted by its Reason."""
         error = parse(packet)
         if isinstance(error, Reason):
@@ -5513,7 +5508,7 @@ class Daemon:
         counters.unready = {reason: int(bool(found)) for reason, found in reasons.items()}
         counters.shed = self.keeper.shed()
         counters.resolved = resolved_peers(self.arranger.arrangement)
-        counters.node = node_info(self.config.nodename, self.arranger.arrangement)
+        counters.node_info = node_info(self.config.nodename, self.arranger.arrangement)
         return render_metrics(counters)
 
     # -- the loop

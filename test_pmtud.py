@@ -2558,17 +2558,16 @@ def test_who_sent_it_decides(case: WhoCase, net: Plan) -> None:
     policy = make_policy(net)
     assert pmtud.decide(found, policy, 1.0).origin == case.origin
     assert outcome(found, policy, 1.0) == case.decision
-    expected = case.decision if isinstance(case.decision, Reason) else None
-    assert pmtud.classify(found, policy.who) == (case.origin, expected)
+    by_addresses = pmtud.classify(found, policy.who)
+    assert by_addresses.origin == case.origin
+    assert (by_addresses.reason or by_addresses.action) == case.decision
 
 
 @unit
 @both_families
 def test_without_peers_an_error_is_still_a_routers(net: Plan) -> None:
-    assert pmtud.classify(parsed(net), pmtud.WhoIsWho(own=frozenset({packed(net.node)}))) == (
-        pmtud.ROUTER,
-        None,
-    )
+    nobody = pmtud.WhoIsWho(own=frozenset({packed(net.node)}))
+    assert pmtud.classify(parsed(net), nobody) == (pmtud.ROUTER, REPLICATE, None)
 
 
 class InvalidCase(NamedTuple):
@@ -2975,7 +2974,7 @@ def test_scrape_has_the_metrics_of_the_design() -> None:
     counters.shed = {"ipv4": 0}
     counters.unready = {"rules": 1}
     counters.resolved = {"10.0.0.12": 1}
-    counters.node = {("node1", "ipv4", "10.0.0.11"): 1}
+    counters.node_info = {("node1", "ipv4", "10.0.0.11"): 1}
     found: dict[str, set[tuple[str, ...]]] = {}
     for name, labels in scrape(counters):
         found.setdefault(name, set()).add(tuple(label for label, _ in labels))
