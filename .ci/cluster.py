@@ -68,8 +68,22 @@ from typing import Any, Callable, NamedTuple, Optional
 
 sys.path.insert(0, str(ROOT))
 from test_pmtud import (
-    CLIENT, DOWNLOAD_BYTES, SERVER, V4, Cluster, CommandFailed, Host, Process, calico_bpf, egress_filters, execute,
-    inject, mtu_error, poll, tcp_start)  # fmt: skip
+    CLIENT,
+    DOWNLOAD_BYTES,
+    SERVER,
+    V4,
+    Cluster,
+    CommandFailed,
+    Host,
+    Process,
+    calico_bpf,
+    egress_filters,
+    execute,
+    inject,
+    mtu_error,
+    poll,
+    tcp_start,
+)
 
 KUBERNETES = "1.34.4"
 COREDNS = "1.14.7"
@@ -82,9 +96,17 @@ PROGRAMS = (
     "kube-proxy",
     "kubectl",
 )
-PACKAGES = {"etcd": "etcd-server", "containerd": "containerd", "runc": "runc", "debootstrap": "debootstrap",
-            "/usr/lib/cni/bridge": "containernetworking-plugins", "nft": "nftables", "iptables": "iptables",
-            "nsenter": "util-linux", "openssl": "openssl"}  # fmt: skip
+PACKAGES = {
+    "etcd": "etcd-server",
+    "containerd": "containerd",
+    "runc": "runc",
+    "debootstrap": "debootstrap",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+    "nft": "nftables",
+    "iptables": "iptables",
+    "nsenter": "util-linux",
+    "openssl": "openssl",
+}
 CACHE = Path(os.environ.get("PMTUD_CACHE", Path.home() / ".cache" / "pmtud"))
 
 STATE = Path("/run/pmtud-cluster.json")  # what `up` tells the later commands
@@ -98,15 +120,23 @@ SCRATCH = (
     "/var/log/containers",
 )
 # What a kubelet would set on the whole machine; in the cell it finds the value there and writes nothing.
-TUNABLES = {"vm/overcommit_memory": 1, "vm/panic_on_oom": 0, "kernel/panic": 10, "kernel/panic_on_oops": 1,
-            "kernel/keys/root_maxkeys": 1000000, "kernel/keys/root_maxbytes": 25000000}  # fmt: skip
+TUNABLES = {
+    "vm/overcommit_memory": 1,
+    "vm/panic_on_oom": 0,
+    "kernel/panic": 10,
+    "kernel/panic_on_oops": 1,
+    "kernel/keys/root_maxkeys": 1000000,
+    "kernel/keys/root_maxbytes": 25000000,
+}
 CONTROL = "10.0.0.2"
 CONTROL6 = "fd00::2"
 SERVICE_RANGE = "10.32.0.0/24,fd32::/112"
-API_SERVICE, DNS_SERVICE = "10.32.0.1", "10.32.0.10"
+API_SERVICE = "10.32.0.1"
+DNS_SERVICE = "10.32.0.10"
 PODS = "10.244.0.0/16,fd44::/16"
 FLOWS = 23  # as many addresses has the client
-POD_IMAGE, PAUSE_IMAGE = "docker.io/library/pod:local", "docker.io/library/pause:local"
+POD_IMAGE = "docker.io/library/pod:local"
+PAUSE_IMAGE = "docker.io/library/pause:local"
 
 
 class Trouble(Exception):
@@ -147,8 +177,16 @@ def check_packages() -> None:
 
 def run_long(*argv: str, cwd: Optional[Path] = None, **environ: str) -> str:
     """What a program that may take long printed; its last lines if it fails."""
-    done = subprocess.run(argv, cwd=cwd, env={**os.environ, **environ}, stdout=subprocess.PIPE, check=False,
-                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")  # fmt: skip
+    done = subprocess.run(
+        argv,
+        cwd=cwd,
+        env={**os.environ, **environ},
+        stdout=subprocess.PIPE,
+        check=False,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode:
         raise Trouble(f"{shlex.join(argv)[:200]} failed:\n{done.stdout[-3000:]}")
     return done.stdout
@@ -170,27 +208,36 @@ def binaries(given: Optional[Path]) -> Path:
 
 
 def build_coredns(folder: Path) -> None:
-    """With the plugins that it is asked for; all of them, clouds' clients included, are twice as many packages."""
+    """With the plugins that it is asked for; all of them, clouds' clients included, are twice as
+    many packages.
+    """
     plugins = "".join(f'\t_ "github.com/coredns/coredns/plugin/{name}"\n' for name in DNS_PLUGINS)
     program = CACHE / "build" / "coredns" / "main.go"
     program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(f'package main\n\nimport (\n\t"github.com/coredns/coredns/coremain"\n{plugins})\n\n'
-                       "func main() { coremain.Run() }\n")  # fmt: skip
+    program.write_text(
+        f'package main\n\nimport (\n\t"github.com/coredns/coredns/coremain"\n{plugins})\n\n'
+        "func main() { coremain.Run() }\n"
+    )
     module = f"module coredns\n\ngo 1.25.0\n\nrequire github.com/coredns/coredns v{COREDNS}\n"
     go_build("coredns", folder, module, ["."], "-s -w")
 
 
 def build_kubernetes(folder: Path) -> None:
-    """The staging modules are published with version 0.x of Kubernetes 1.x; its go.mod names them as folders."""
+    """The staging modules are published with version 0.x of Kubernetes 1.x; its go.mod names them
+    as folders.
+    """
     source = f"k8s.io/kubernetes@v{KUBERNETES}"
     found = json.loads(run_long("go", "mod", "download", "-json", source, GOFLAGS="-mod=mod"))
     names = re.findall(r"^\t(\S+) => \./staging/", Path(found["GoMod"]).read_text(), re.MULTILINE)
     staging = "".join(f"replace {name} => {name} v0{KUBERNETES[1:]}\n" for name in names)
-    module = f"module cluster\n\ngo 1.24.0\n\ngodebug default=go1.24\n\nrequire {source.replace('@', ' ')}\n\n{staging}"
+    head = "module cluster\n\ngo 1.24.0\n\ngodebug default=go1.24\n\n"
+    module = f"{head}require {source.replace('@', ' ')}\n\n{staging}"
     version = "k8s.io/component-base/version"
     major, minor, _ = KUBERNETES.split(".")
-    flags = (f"-s -w -X {version}.gitVersion=v{KUBERNETES} -X {version}.gitMajor={major} "
-             f"-X {version}.gitMinor={minor}")  # fmt: skip
+    flags = (
+        f"-s -w -X {version}.gitVersion=v{KUBERNETES} -X {version}.gitMajor={major} "
+        f"-X {version}.gitMinor={minor}"
+    )
     go_build(
         "kubernetes", folder, module, [f"k8s.io/kubernetes/cmd/{name}" for name in PROGRAMS], flags
     )
@@ -202,12 +249,28 @@ def go_build(name: str, folder: Path, module: str, packages: list[str], link_fla
     work.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (work / "go.mod").write_text(module)
-    run_long("nice", "-n", "19", "go", "build", "-mod=mod", "-trimpath", "-ldflags", link_flags, "-o", f"{folder}/",
-             *packages, cwd=work, CGO_ENABLED="0")  # fmt: skip
+    run_long(
+        "nice",
+        "-n",
+        "19",
+        "go",
+        "build",
+        "-mod=mod",
+        "-trimpath",
+        "-ldflags",
+        link_flags,
+        "-o",
+        f"{folder}/",
+        *packages,
+        cwd=work,
+        CGO_ENABLED="0",
+    )
 
 
 def pod_image() -> Path:
-    """A docker archive: Debian with Python, once as the image of pods, once as the `pause` of their sandboxes."""
+    """A docker archive: Debian with Python, once as the image of pods, once as the `pause` of their
+    sandboxes.
+    """
     archive = CACHE / "pod-image.tar"
     if archive.exists():
         return archive
@@ -250,10 +313,18 @@ def write_archive(archive: Path, layer: Path) -> None:
     with tarfile.open(unfinished, "w") as tar:
         tar.add(layer, "layer.tar")
         for image in (POD_IMAGE, PAUSE_IMAGE):
-            config = {"architecture": os.uname().machine.replace("x86_64", "amd64").replace("aarch64", "arm64"),
-                      "os": "linux", "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
-                      "config": {"Entrypoint": ["sleep", "infinity"], "Labels": {"image": image},
-                                 "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"]}}  # fmt: skip
+            config = {
+                "architecture": os.uname()
+                .machine.replace("x86_64", "amd64")
+                .replace("aarch64", "arm64"),
+                "os": "linux",
+                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+                "config": {
+                    "Entrypoint": ["sleep", "infinity"],
+                    "Labels": {"image": image},
+                    "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"],
+                },
+            }
             name = f"{image.split('/')[-1].split(':')[0]}.json"
             add_text(tar, name, json.dumps(config))
             manifest.append({"Config": name, "RepoTags": [image], "Layers": ["layer.tar"]})
@@ -354,11 +425,27 @@ def open_cell(state: dict[str, Any]) -> None:
         "cgroups": [str(hierarchy.folder) for hierarchy in hierarchies()],
     }
     enter = "".join(f"echo $$ >{item.folder}/cgroup.procs; " for item in hierarchies())
-    unshare = ["unshare", "--mount", "--propagation", "slave", "--pid", "--fork", "--kill-child", "--cgroup",
-               "--mount-proc", sys.executable, "-Sc", FIRST]  # fmt: skip
-    outer = subprocess.Popen(["sh", "-euc", enter + 'exec "$@"', "sh", *unshare], stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             start_new_session=True)  # fmt: skip
+    unshare = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "slave",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--cgroup",
+        "--mount-proc",
+        sys.executable,
+        "-Sc",
+        FIRST,
+    ]
+    outer = subprocess.Popen(
+        ["sh", "-euc", enter + 'exec "$@"', "sh", *unshare],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     STATE.write_text(json.dumps({**state, "pid": outer.pid, "started": started_at(outer.pid)}))
     pid = poll(lambda: children.exists() and children.read_text().strip(), 5)
@@ -374,13 +461,26 @@ def inside(arguments: Sequence[str]) -> int:
     state = cell()
     if not state:
         raise Trouble("there is no cluster: .ci/cluster.py up")
-    command = ["nsenter", "--target", str(state["pid"]), "--mount", "--pid", "--cgroup", "--wd=.", sys.executable,
-               str(HERE / "cluster.py"), "--in-cell", *arguments]  # fmt: skip
+    command = [
+        "nsenter",
+        "--target",
+        str(state["pid"]),
+        "--mount",
+        "--pid",
+        "--cgroup",
+        "--wd=.",
+        sys.executable,
+        str(HERE / "cluster.py"),
+        "--in-cell",
+        *arguments,
+    ]
     return subprocess.run(command, check=False).returncode
 
 
 def furnish() -> None:
-    """Once, in the new cell: its own file systems in memory, its own view of the cgroups, and what kubelets read."""
+    """Once, in the new cell: its own file systems in memory, its own view of the cgroups, and what
+    kubelets read.
+    """
     execute("mount", "--make-rshared", "/")
     execute("mount", "-t", "tmpfs", "-o", "mode=755", "pmtud-cluster", str(WORK))
     for number, place in enumerate(SCRATCH):
@@ -409,7 +509,9 @@ def furnish() -> None:
 
 
 def close_cell() -> None:
-    """End the cell: the kernel kills all of its processes, and its mounts and named namespaces go with the last."""
+    """End the cell: the kernel kills all of its processes, and its mounts and named namespaces go
+    with the last.
+    """
     if not STATE.exists():
         return
     state = json.loads(STATE.read_text())
@@ -440,7 +542,10 @@ def remove_cgroups(folders: Sequence[str]) -> bool:
 
 
 def launch(name: str, host: Host, *argv: str) -> None:
-    """Start a program where host is. `ip netns exec` would hide the cgroups. Its output: WORK/logs/NAME."""
+    """Start a program where host is.
+
+    `ip netns exec` would hide the cgroups. Its output: WORK/logs/NAME.
+    """
     note = {"argv": argv, "namespace": host.namespace}
     join = ["sh", "-euc", (WORK / "join").read_text() + 'exec "$@"', "sh"]
     command = [*join, "nsenter", f"--net=/run/netns/{host.namespace}", *argv]
@@ -491,8 +596,14 @@ class KubeHost(Host):
     def run(
         self, *argv: str, check: bool = True, timeout: float = 20, input: str | None = None
     ) -> str:
-        return execute("nsenter", f"--net=/run/netns/{self.namespace}", *argv, check=check, timeout=timeout,
-                       input=input)  # fmt: skip
+        return execute(
+            "nsenter",
+            f"--net=/run/netns/{self.namespace}",
+            *argv,
+            check=check,
+            timeout=timeout,
+            input=input,
+        )
 
     def start(self, *argv: str, env: dict[str, str] | None = None) -> Process:
         process = Process(["nsenter", f"--net=/run/netns/{self.namespace}", *argv], env)
@@ -511,7 +622,8 @@ class KubeCluster(Cluster):
 
     def __init__(self, nodes: int, proxy: str, programs: Path) -> None:
         super().__init__(nodes, conntrack=False)  # without its hand-written pods and rules
-        self.proxy, self.programs = proxy, programs
+        self.proxy = proxy
+        self.programs = programs
 
     @classmethod
     def planned(cls) -> KubeCluster:
@@ -528,23 +640,25 @@ class KubeCluster(Cluster):
         names = [f"node{i}" for i in range(1, cluster.size + 1)]
         cluster.hosts = [KubeHost(cluster, name) for name in (*FIXED_HOSTS, *names)]
         found = {host.name: host for host in cluster.hosts}
-        cluster.client, cluster.mgmt = found["client"], found["mgmt"]
-        cluster.router, cluster.fabric, cluster.control = (
-            found["router"],
-            found["fabric"],
-            found["control"],
-        )
-        cluster.nodes, cluster.pods = [found[name] for name in names], []
+        cluster.client = found["client"]
+        cluster.mgmt = found["mgmt"]
+        cluster.router = found["router"]
+        cluster.fabric = found["fabric"]
+        cluster.control = found["control"]
+        cluster.nodes = [found[name] for name in names]
+        cluster.pods = []
         return cluster
 
     def build(self) -> None:
-        """Hosts and links only; strict reverse path filters, and a router that speaks from its management address."""
-        self.client, self.mgmt = self.host("client"), self.host("mgmt")
-        self.router, self.fabric = (
-            self.host("router", forward=True),
-            self.host("fabric", forward=True),
-        )
-        self.control, self.pods = self.host("control"), []
+        """Hosts and links only; strict reverse path filters, and a router that speaks from its
+        management address.
+        """
+        self.client = self.host("client")
+        self.mgmt = self.host("mgmt")
+        self.router = self.host("router", forward=True)
+        self.fabric = self.host("fabric", forward=True)
+        self.control = self.host("control")
+        self.pods = []
         numbers = range(1, self.size + 1)
         self.nodes = [self.host(f"node{i}", forward=True) for i in numbers]
         self._build_outside()
@@ -557,18 +671,30 @@ class KubeCluster(Cluster):
                 )
         self.link(self.fabric, self.control, names=("", "eth0"))
         self.fabric.ip("link set to-control master nodes")
-        self.control.ip(f"addr add {CONTROL}/24 dev eth0", f"addr add {CONTROL6}/64 dev eth0",
-                        "route add default via 10.0.0.1", "route add ::/0 via fd00::1")  # fmt: skip
+        self.control.ip(
+            f"addr add {CONTROL}/24 dev eth0",
+            f"addr add {CONTROL6}/64 dev eth0",
+            "route add default via 10.0.0.1",
+            "route add ::/0 via fd00::1",
+        )
         self.error_from_management()
         self.strict_rpf()
 
     def error_from_management(self, on: bool = True) -> None:
         """Those about nodes' and pods' own addresses too. IPv6 has no reverse path filter."""
         super().error_from_management(on)
-        ways = [("10.0.0.0/24", "10.8.0.2", "172.20.20.2"), ("10.244.0.0/16", "10.8.0.2", "172.20.20.2"),
-                ("fd00::/64", "fd08::2", "fd20::2"), ("fd44::/16", "fd08::2", "fd20::2")]  # fmt: skip
-        self.router.ip(*(f"route replace {network} via {via}" + (f" src {source}" if on else "")
-                         for network, via, source in ways))  # fmt: skip
+        ways = [
+            ("10.0.0.0/24", "10.8.0.2", "172.20.20.2"),
+            ("10.244.0.0/16", "10.8.0.2", "172.20.20.2"),
+            ("fd00::/64", "fd08::2", "fd20::2"),
+            ("fd44::/16", "fd08::2", "fd20::2"),
+        ]
+        self.router.ip(
+            *(
+                f"route replace {network} via {via}" + (f" src {source}" if on else "")
+                for network, via, source in ways
+            )
+        )
 
     @staticmethod
     def pod_network(i: int, family: int = 4) -> str:
@@ -578,8 +704,14 @@ class KubeCluster(Cluster):
         self, *argv: str, input: str | None = None, timeout: float = 60, check: bool = True
     ) -> str:
         """What kubectl prints, as the cluster's administrator."""
-        return self.control.run(str(self.programs / "kubectl"), f"--kubeconfig={WORK}/config/admin", *argv,
-                                input=input, timeout=timeout, check=check)  # fmt: skip
+        return self.control.run(
+            str(self.programs / "kubectl"),
+            f"--kubeconfig={WORK}/config/admin",
+            *argv,
+            input=input,
+            timeout=timeout,
+            check=check,
+        )
 
     def get(self, *argv: str) -> Any:
         """The object or list that kubectl gets."""
@@ -635,7 +767,9 @@ USERS = {  # token and user name, groups
 
 
 def write_secrets(cluster: KubeCluster) -> None:
-    """An authority, the API server's certificate, a key for service accounts, a token for each user."""
+    """An authority, the API server's certificate, a key for service accounts, a token for each
+    user.
+    """
     config = WORK / "config"
     ask = [
         "openssl",
@@ -653,9 +787,23 @@ def write_secrets(cluster: KubeCluster) -> None:
         *ask, "-keyout", f"{config}/ca.key", "-out", f"{config}/ca.crt", "-subj", "/CN=kubernetes"
     )
     names = f"IP:{CONTROL},IP:{API_SERVICE},IP:127.0.0.1,DNS:kubernetes.default.svc"
-    execute(*ask, "-CA", f"{config}/ca.crt", "-CAkey", f"{config}/ca.key", "-keyout", f"{config}/api.key", "-out",
-            f"{config}/api.crt", "-subj", "/CN=kube-apiserver", "-addext", f"subjectAltName={names}", "-addext",
-            "basicConstraints=critical,CA:FALSE")  # fmt: skip
+    execute(
+        *ask,
+        "-CA",
+        f"{config}/ca.crt",
+        "-CAkey",
+        f"{config}/ca.key",
+        "-keyout",
+        f"{config}/api.key",
+        "-out",
+        f"{config}/api.crt",
+        "-subj",
+        "/CN=kube-apiserver",
+        "-addext",
+        f"subjectAltName={names}",
+        "-addext",
+        "basicConstraints=critical,CA:FALSE",
+    )
     execute("openssl", "genrsa", "-out", f"{config}/accounts.key", "2048")
     users = dict(USERS)
     users.update(
@@ -671,40 +819,77 @@ def write_secrets(cluster: KubeCluster) -> None:
 def kubeconfig(token: str) -> str:
     """JSON is YAML."""
     server = {"server": f"https://{CONTROL}:6443", "certificate-authority": f"{WORK}/config/ca.crt"}
-    return json.dumps({
-        "apiVersion": "v1", "kind": "Config", "current-context": "cell",
-        "clusters": [{"name": "cell", "cluster": server}],
-        "users": [{"name": "cell", "user": {"token": token}}],
-        "contexts": [{"name": "cell", "context": {"cluster": "cell", "user": "cell"}}],
-    })  # fmt: skip
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "cell",
+            "clusters": [{"name": "cell", "cluster": server}],
+            "users": [{"name": "cell", "user": {"token": token}}],
+            "contexts": [{"name": "cell", "context": {"cluster": "cell", "user": "cell"}}],
+        }
+    )
 
 
 def start_control_plane(cluster: KubeCluster) -> None:
     """etcd and the API server, then those that need it; returns when it answers."""
     config = WORK / "config"
     write_secrets(cluster)
-    launch("etcd", cluster.control, "etcd", f"--data-dir={WORK}/etcd", "--listen-client-urls=http://127.0.0.1:2379",
-           "--advertise-client-urls=http://127.0.0.1:2379", "--listen-peer-urls=http://127.0.0.1:2380",
-           "--log-level=warn", "--logger=zap")  # fmt: skip
-    launch("kube-apiserver", cluster.control, str(cluster.programs / "kube-apiserver"),
-           "--etcd-servers=http://127.0.0.1:2379", f"--advertise-address={CONTROL}", "--allow-privileged=true",
-           "--authorization-mode=Node,RBAC", f"--token-auth-file={config}/tokens",
-           f"--service-cluster-ip-range={SERVICE_RANGE}", f"--tls-cert-file={config}/api.crt",
-           f"--tls-private-key-file={config}/api.key", "--kubelet-preferred-address-types=InternalIP",
-           "--service-account-issuer=https://kubernetes.default.svc", f"--cert-dir={WORK}/api",
-           f"--service-account-signing-key-file={config}/accounts.key",
-           f"--service-account-key-file={config}/accounts.key",
-           "--enable-admission-plugins=NodeRestriction")  # fmt: skip
+    launch(
+        "etcd",
+        cluster.control,
+        "etcd",
+        f"--data-dir={WORK}/etcd",
+        "--listen-client-urls=http://127.0.0.1:2379",
+        "--advertise-client-urls=http://127.0.0.1:2379",
+        "--listen-peer-urls=http://127.0.0.1:2380",
+        "--log-level=warn",
+        "--logger=zap",
+    )
+    launch(
+        "kube-apiserver",
+        cluster.control,
+        str(cluster.programs / "kube-apiserver"),
+        "--etcd-servers=http://127.0.0.1:2379",
+        f"--advertise-address={CONTROL}",
+        "--allow-privileged=true",
+        "--authorization-mode=Node,RBAC",
+        f"--token-auth-file={config}/tokens",
+        f"--service-cluster-ip-range={SERVICE_RANGE}",
+        f"--tls-cert-file={config}/api.crt",
+        f"--tls-private-key-file={config}/api.key",
+        "--kubelet-preferred-address-types=InternalIP",
+        "--service-account-issuer=https://kubernetes.default.svc",
+        f"--cert-dir={WORK}/api",
+        f"--service-account-signing-key-file={config}/accounts.key",
+        f"--service-account-key-file={config}/accounts.key",
+        "--enable-admission-plugins=NodeRestriction",
+    )
     if not poll(lambda: "ok" in cluster.kubectl("get", "--raw=/readyz", check=False), 60):
         raise Trouble(f"the API server is not ready after 60 s:\n{logs('kube-apiserver')}")
-    launch("kube-controller-manager", cluster.control, str(cluster.programs / "kube-controller-manager"),
-           f"--kubeconfig={config}/manager", "--leader-elect=false", f"--root-ca-file={config}/ca.crt",
-           f"--service-account-private-key-file={config}/accounts.key", "--use-service-account-credentials",
-           f"--cert-dir={WORK}/manager", "--allocate-node-cidrs=false", "--node-monitor-grace-period=20s")  # fmt: skip
-    launch("kube-scheduler", cluster.control, str(cluster.programs / "kube-scheduler"), "--leader-elect=false",
-           f"--kubeconfig={config}/scheduler", f"--cert-dir={WORK}/scheduler",
-           f"--authentication-kubeconfig={config}/scheduler",
-           f"--authorization-kubeconfig={config}/scheduler")  # fmt: skip
+    launch(
+        "kube-controller-manager",
+        cluster.control,
+        str(cluster.programs / "kube-controller-manager"),
+        f"--kubeconfig={config}/manager",
+        "--leader-elect=false",
+        f"--root-ca-file={config}/ca.crt",
+        f"--service-account-private-key-file={config}/accounts.key",
+        "--use-service-account-credentials",
+        f"--cert-dir={WORK}/manager",
+        "--allocate-node-cidrs=false",
+        "--node-monitor-grace-period=20s",
+    )
+    launch(
+        "kube-scheduler",
+        cluster.control,
+        str(cluster.programs / "kube-scheduler"),
+        "--leader-elect=false",
+        f"--kubeconfig={config}/scheduler",
+        f"--cert-dir={WORK}/scheduler",
+        f"--authentication-kubeconfig={config}/scheduler",
+        f"--authorization-kubeconfig={config}/scheduler",
+    )
     start_dns(cluster)
 
 
@@ -723,12 +908,21 @@ def start_dns(cluster: KubeCluster) -> None:
     ]
     labels = {"kubernetes.io/service-name": "kube-dns"}
     cluster.apply(
-        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "kube-dns", "namespace": "kube-system"},
-         "spec": {"clusterIP": DNS_SERVICE, "ports": ports}},
-        {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4", "ports": ports,
-         "metadata": {"name": "kube-dns-control", "namespace": "kube-system", "labels": labels},
-         "endpoints": [{"addresses": [CONTROL], "conditions": {"ready": True}}]},
-    )  # fmt: skip
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "kube-dns", "namespace": "kube-system"},
+            "spec": {"clusterIP": DNS_SERVICE, "ports": ports},
+        },
+        {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "addressType": "IPv4",
+            "ports": ports,
+            "metadata": {"name": "kube-dns-control", "namespace": "kube-system", "labels": labels},
+            "endpoints": [{"addresses": [CONTROL], "conditions": {"ready": True}}],
+        },
+    )
 
 
 # -- a node
@@ -760,9 +954,18 @@ def start_containerd(cluster: KubeCluster, node: Host, image: Path) -> None:
     (work / "cni").mkdir(parents=True)
     (work / "containerd.toml").write_text(CONTAINERD.format(work=work, pause=PAUSE_IMAGE))
     ranges = [[{"subnet": cluster.pod_network(i, family)}] for family in (4, 6)]
-    bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "hairpinMode": True, "ipam": {
-        "type": "host-local", "dataDir": f"{work}/addresses", "ranges": ranges,
-        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}}  # fmt: skip
+    bridge = {
+        "type": "bridge",
+        "bridge": "cni0",
+        "isGateway": True,
+        "hairpinMode": True,
+        "ipam": {
+            "type": "host-local",
+            "dataDir": f"{work}/addresses",
+            "ranges": ranges,
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+        },
+    }
     network = {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}
     (work / "cni" / "10-pods.conflist").write_text(json.dumps(network))
     launch(
@@ -778,38 +981,70 @@ def start_containerd(cluster: KubeCluster, node: Host, image: Path) -> None:
 
 
 def start_kubelet(cluster: KubeCluster, node: Host) -> None:
-    """Without the parts that need a machine of its own: resource groups for kinds of pods, swap off, disk pressure."""
+    """Without the parts that need a machine of its own: resource groups for kinds of pods, swap
+    off, disk pressure.
+    """
     i = cluster.nodes.index(node) + 1
     work = WORK / node.name
     (work / "resolv.conf").write_text(f"nameserver {CONTROL}\n")
     config = {
-        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
-        "containerRuntimeEndpoint": f"unix://{work}/containerd.sock", "podLogsDir": f"{work}/pods",
-        "volumePluginDir": f"{work}/plugins", "resolvConf": f"{work}/resolv.conf",
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "containerRuntimeEndpoint": f"unix://{work}/containerd.sock",
+        "podLogsDir": f"{work}/pods",
+        "volumePluginDir": f"{work}/plugins",
+        "resolvConf": f"{work}/resolv.conf",
         "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
-        "authorization": {"mode": "AlwaysAllow"}, "clusterDomain": "cluster.local", "clusterDNS": [DNS_SERVICE],
-        "cgroupDriver": "cgroupfs", "cgroupsPerQOS": False, "enforceNodeAllocatable": ["none"],
-        "failCgroupV1": False, "failSwapOn": False, "localStorageCapacityIsolation": False,
-        "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%"},
-        "imageGCHighThresholdPercent": 100, "nodeStatusUpdateFrequency": "5s", "readOnlyPort": 0,
+        "authorization": {"mode": "AlwaysAllow"},
+        "clusterDomain": "cluster.local",
+        "clusterDNS": [DNS_SERVICE],
+        "cgroupDriver": "cgroupfs",
+        "cgroupsPerQOS": False,
+        "enforceNodeAllocatable": ["none"],
+        "failCgroupV1": False,
+        "failSwapOn": False,
+        "localStorageCapacityIsolation": False,
+        "evictionHard": {
+            "memory.available": "0%",
+            "nodefs.available": "0%",
+            "imagefs.available": "0%",
+        },
+        "imageGCHighThresholdPercent": 100,
+        "nodeStatusUpdateFrequency": "5s",
+        "readOnlyPort": 0,
         "shutdownGracePeriod": "0s",
-    }  # fmt: skip
+    }
     (work / "kubelet.json").write_text(json.dumps(config))
-    launch(f"kubelet-{node.name}", node, str(cluster.programs / "kubelet"), f"--config={work}/kubelet.json",
-           f"--kubeconfig={WORK}/config/{node.name}", f"--hostname-override={node.name}",
-           f"--root-dir={work}/kubelet", f"--cert-dir={work}/pki",
-           f"--node-ip={cluster.node_address(i)},{cluster.node_address(i, 6)}")  # fmt: skip
+    launch(
+        f"kubelet-{node.name}",
+        node,
+        str(cluster.programs / "kubelet"),
+        f"--config={work}/kubelet.json",
+        f"--kubeconfig={WORK}/config/{node.name}",
+        f"--hostname-override={node.name}",
+        f"--root-dir={work}/kubelet",
+        f"--cert-dir={work}/pki",
+        f"--node-ip={cluster.node_address(i)},{cluster.node_address(i, 6)}",
+    )
 
 
 def start_proxy(cluster: KubeCluster, node: Host) -> None:
     """It sets conntrack's sizes for the machine unless told not to."""
     work = WORK / node.name
     config = {
-        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration", "mode": cluster.proxy,
-        "clientConnection": {"kubeconfig": f"{WORK}/config/proxy"}, "hostnameOverride": node.name,
-        "clusterCIDR": PODS, "conntrack": {
-            "maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
-    }  # fmt: skip
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": cluster.proxy,
+        "clientConnection": {"kubeconfig": f"{WORK}/config/proxy"},
+        "hostnameOverride": node.name,
+        "clusterCIDR": PODS,
+        "conntrack": {
+            "maxPerCore": 0,
+            "min": 0,
+            "tcpEstablishedTimeout": "0s",
+            "tcpCloseWaitTimeout": "0s",
+        },
+    }
     (work / "proxy.json").write_text(json.dumps(config))
     launch(
         f"kube-proxy-{node.name}",
@@ -825,11 +1060,18 @@ def start_proxy(cluster: KubeCluster, node: Host) -> None:
 
 def workload(kind: str, name: str, nodes: Optional[str]) -> dict[str, Any]:
     """Pods that serve what the client of test_pmtud.py fetches: on every node, or on one."""
-    container = {"name": "web", "image": POD_IMAGE, "imagePullPolicy": "Never",
-                 "command": ["python3", "-ISuc", SERVER, "80", "200000"]}  # fmt: skip
-    pod: dict[str, Any] = {"containers": [container], "terminationGracePeriodSeconds": 0,
-                           "nodeSelector": {"kubernetes.io/os": "linux"},
-                           "tolerations": [{"operator": "Exists"}]}  # fmt: skip
+    container = {
+        "name": "web",
+        "image": POD_IMAGE,
+        "imagePullPolicy": "Never",
+        "command": ["python3", "-ISuc", SERVER, "80", "200000"],
+    }
+    pod: dict[str, Any] = {
+        "containers": [container],
+        "terminationGracePeriodSeconds": 0,
+        "nodeSelector": {"kubernetes.io/os": "linux"},
+        "tolerations": [{"operator": "Exists"}],
+    }
     if nodes:
         pod["nodeSelector"]["kubernetes.io/hostname"] = nodes
     labels = {"app": name}
@@ -856,12 +1098,20 @@ class Service(NamedTuple):
         return f"10.96.0.{self.number}" if family == 4 else f"fd96::{self.number}"
 
     def object(self) -> dict[str, Any]:
-        spec = {"selector": {"app": self.app}, "ports": [{"port": 80}], "ipFamilyPolicy": "RequireDualStack",
-                **self.spec}  # fmt: skip
+        spec = {
+            "selector": {"app": self.app},
+            "ports": [{"port": 80}],
+            "ipFamilyPolicy": "RequireDualStack",
+            **self.spec,
+        }
         if self.name == "externalips":
             spec["externalIPs"] = [self.address(4), self.address(6)]
-        return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": self.name, "namespace": "default"},
-                "spec": spec}  # fmt: skip
+        return {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": self.name, "namespace": "default"},
+            "spec": spec,
+        }
 
 
 BALANCED = {"type": "LoadBalancer"}
@@ -878,22 +1128,39 @@ SERVICES = (
 
 
 def start_workloads(cluster: KubeCluster) -> None:
-    cluster.apply(workload("DaemonSet", "web", None), workload("DaemonSet", "lone", cluster.nodes[-1].name),
-                  *(service.object() for service in SERVICES))  # fmt: skip
+    cluster.apply(
+        workload("DaemonSet", "web", None),
+        workload("DaemonSet", "lone", cluster.nodes[-1].name),
+        *(service.object() for service in SERVICES),
+    )
     for service in SERVICES:
         if service.spec.get("type") == "LoadBalancer":
             addresses = [{"ip": service.address(family), "ipMode": "VIP"} for family in (4, 6)]
-            cluster.kubectl("patch", "service", service.name, "--subresource=status", "-p",
-                            json.dumps({"status": {"loadBalancer": {"ingress": addresses}}}))  # fmt: skip
+            cluster.kubectl(
+                "patch",
+                "service",
+                service.name,
+                "--subresource=status",
+                "-p",
+                json.dumps({"status": {"loadBalancer": {"ingress": addresses}}}),
+            )
     for name in ("web", "lone"):
         cluster.kubectl("rollout", "status", f"daemonset/{name}", "--timeout=90s", timeout=100)
 
 
-CONNECT = "import socket, sys\nfor to in sys.argv[1:]: socket.create_connection((to, 80), 1)\nprint('all')"
+CONNECT = """
+import socket, sys
+for to in sys.argv[1:]:
+    socket.create_connection((to, 80), 1)
+print("all")
+"""
 
 
 def answers(cluster: KubeCluster) -> bool:
-    """Every service in both families, so kube-proxies know them. Only the handshake gets through the thin link."""
+    """Every service in both families, so kube-proxies know them.
+
+    Only the handshake gets through the thin link.
+    """
     addresses = [service.address(family) for service in SERVICES[:-1] for family in (4, 6)]
     return cluster.client.run(sys.executable, "-ISc", CONNECT, *addresses, check=False) == "all\n"
 
@@ -943,19 +1210,27 @@ def documents(cluster: KubeCluster, text: str) -> list[dict[str, Any]]:
 
 
 def uncommented(text: str) -> str:
-    """A manifest with its commented documents, but for the Prometheus operator's, and their kinds of resource."""
+    """A manifest with its commented documents, but for the Prometheus operator's, and their kinds
+    of resource.
+    """
     parts = text.split("---\n")
     opened = [
         re.sub(r"^# ?", "", part.partition("\n\n")[0], flags=re.MULTILINE) for part in parts[1:]
     ]
-    kept = [opened_part for part, opened_part in zip(parts[1:], opened)
-            if part.startswith("# apiVersion") and "monitoring.coreos.com" not in part
-            and "security.openshift.io" not in part]  # fmt: skip
+    kept = [
+        opened_part
+        for part, opened_part in zip(parts[1:], opened)
+        if part.startswith("# apiVersion")
+        and "monitoring.coreos.com" not in part
+        and "security.openshift.io" not in part
+    ]
     return "\n---\n".join([text, *kept])
 
 
 def watching_nodes(text: str) -> str:
-    """The manifest's own advice for --peers=kube:nodes: the commented documents, the other peers, the token."""
+    """The manifest's own advice for --peers=kube:nodes: the commented documents, the other peers,
+    the token.
+    """
     text = re.sub(r"^ *- [^#\n]*dns:pmtud.*\n", "", uncommented(text), flags=re.MULTILINE)
     text = re.sub(r"^( *)# (- .*kube:nodes)", r"\1\2", text, flags=re.MULTILINE)
     return text.replace(
@@ -964,7 +1239,9 @@ def watching_nodes(text: str) -> str:
 
 
 def without_pypi(pod: dict[str, Any]) -> None:
-    """The manifest's own advice where there is no way to PyPI: the wheel in a ConfigMap, no init container."""
+    """The manifest's own advice where there is no way to PyPI: the wheel in a ConfigMap, no init
+    container.
+    """
     if not pod.pop("initContainers", None):
         return
     pod["volumes"] = [
@@ -980,8 +1257,17 @@ def wheel() -> Path:
     """prometheus_client, as pip downloads it."""
     found = list(CACHE.glob("prometheus_client-*.whl"))
     if not found:
-        run_long(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(CACHE),
-                 "prometheus-client==0.26.0")  # fmt: skip
+        run_long(
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(CACHE),
+            "prometheus-client==0.26.0",
+        )
         found = list(CACHE.glob("prometheus_client-*.whl"))
     return found[0]
 
@@ -990,7 +1276,8 @@ class Deployment:
     """pmtud on the cluster: absent, or a checkout's manifest with one kind of peers."""
 
     def __init__(self, cluster: KubeCluster, tree: Path) -> None:
-        self.cluster, self.tree = cluster, tree
+        self.cluster = cluster
+        self.tree = tree
         self.manifest = (tree / "daemonset.yaml").read_text()
         self.state = "unknown"
 
@@ -1097,8 +1384,11 @@ class Bed:
     """What a scenario works on, and where it puts its results."""
 
     def __init__(self, cluster: KubeCluster, tree: Path) -> None:
-        self.cluster, self.pmtud = cluster, Deployment(cluster, tree)
-        self.title, self.failed, self.done = "", 0, 0
+        self.cluster = cluster
+        self.pmtud = Deployment(cluster, tree)
+        self.title = ""
+        self.failed = 0
+        self.done = 0
         self.since = time.monotonic()
 
     def row(self, name: str, result: str, good: bool) -> None:
@@ -1111,7 +1401,9 @@ class Bed:
         self.failed += not good
 
     def want(self, state: str) -> None:
-        """pmtud absent, or with these peers and knowing them all: the first pod hears of the others a little later."""
+        """pmtud absent, or with these peers and knowing them all: the first pod hears of the others
+        a little later.
+        """
         is_new = self.pmtud.state != state
         self.pmtud.want(state)
         start = time.monotonic()
@@ -1162,9 +1454,12 @@ class Bed:
         found = [line.split(":", 2)[2] for line in lines if line.split(":")[1] == "memory"]
         if found:
             folder = f"/sys/fs/cgroup/memory{found[0]}"
-            peak, limit = "memory.max_usage_in_bytes", "memory.limit_in_bytes"
+            peak = "memory.max_usage_in_bytes"
+            limit = "memory.limit_in_bytes"
         else:
-            folder, peak, limit = f"/sys/fs/cgroup{v2}", "memory.peak", "memory.max"
+            folder = f"/sys/fs/cgroup{v2}"
+            peak = "memory.peak"
+            limit = "memory.max"
         used, most = (int(Path(folder, name).read_text()) >> 20 for name in (peak, limit))
         self.row(f"memory on {pod['spec']['nodeName']}", f"{used} of {most} MiB", used < 0.9 * most)
 
@@ -1189,8 +1484,17 @@ def download(cluster: KubeCluster, address: str, port: int, deadline: float = 3)
     """Seconds of each transfer that finished, each from an address of its own."""
     family = 6 if ":" in address else 4
     sources = [cluster.client_address(k, family) for k in range(1, FLOWS + 1)]
-    printed = cluster.client.run(sys.executable, "-ISc", CLIENT, address, str(port), str(DOWNLOAD_BYTES),
-                                 str(deadline), *sources, timeout=deadline + 20)  # fmt: skip
+    printed = cluster.client.run(
+        sys.executable,
+        "-ISc",
+        CLIENT,
+        address,
+        str(port),
+        str(DOWNLOAD_BYTES),
+        str(deadline),
+        *sources,
+        timeout=deadline + 20,
+    )
     return [float(seconds) for seconds in json.loads(printed)]
 
 
@@ -1234,7 +1538,9 @@ print(json.dumps(seconds))
 
 
 def upload(bed: Bed, family: int, count: int = 16) -> list[float]:
-    """From one pod to as many of the client's addresses, 200 kB each; the sink confirms what it has."""
+    """From one pod to as many of the client's addresses, 200 kB each; the sink confirms what it
+    has.
+    """
     targets = [bed.cluster.client_address(k, family) for k in range(1, count + 1)]
     printed = bed.web_pods()[0].run(sys.executable, "-ISc", UPLOAD, *targets, timeout=30)
     return [float(seconds) for seconds in json.loads(printed)]
@@ -1255,9 +1561,11 @@ def scenario(title: str) -> Callable[[Scenario], Scenario]:
 def measure_services(bed: Bed) -> None:
     for service in SERVICES:
         for family in (4, 6):
-            address, port = service.address(family), 80
+            address = service.address(family)
+            port = 80
             if service.name == "nodeport":
-                address, port = bed.cluster.node_address(1, family), NODE_PORT
+                address = bed.cluster.node_address(1, family)
+                port = NODE_PORT
             hangs = (
                 family == 4 or service.name != "nodeport"
             )  # the error goes to the node that translated
@@ -1291,9 +1599,12 @@ def kube_nodes(bed: Bed) -> None:
 
 @scenario("calico ebpf")
 def calico_ebpf(bed: Bed) -> None:
-    """What stands in for Felix: its interface, and a program at tc egress that wants its mark on errors."""
+    """What stands in for Felix: its interface, and a program at tc egress that wants its mark on
+    errors.
+    """
     bed.want("dns")
-    nodes, service = bed.cluster.nodes, SERVICES[0]
+    nodes = bed.cluster.nodes
+    service = SERVICES[0]
     with egress_filters(nodes):
         for family in (4, 6):
             bed.cluster.flush()
@@ -1342,17 +1653,17 @@ def egress_route(bed: Bed) -> Iterator[None]:
 
 @scenario("uploads")
 def uploads(bed: Bed) -> None:
-    """Pods' own connections: as they are, under the node's address, and under one that is on no interface."""
+    """Pods' own connections: as they are, under the node's address, and under one that is on no
+    interface.
+    """
     sink = bed.cluster.client.start(sys.executable, "-ISc", SINK)
     sink.wait_for("listening")
     egress = ("snat ip to 10.96.0.90", "snat ip6 to fd96::90")
     for state in ("absent", "dns"):
         bed.want(state)
         for family in (4, 6):
-            act, hangs = (
-                partial(upload, bed, family),
-                family == 4,
-            )  # the error comes to the right node; RPF drops it
+            act = partial(upload, bed, family)  # the error comes to the right node; RPF drops it
+            hangs = family == 4
             bed.transfers(f"routed, IPv{family}", act, 16, hangs)
             with translated(bed, "masquerade", "masquerade"):
                 bed.transfers(f"masqueraded, IPv{family}", act, 16, hangs)
@@ -1381,21 +1692,38 @@ def namespace(bed: Bed, name: str, **labels: str) -> Iterator[None]:
 
 @scenario("nodeport 30040")
 def node_port(bed: Bed) -> None:
-    """A Service in somebody's namespace takes that port on every node: no daemon must be killed, no node deaf."""
+    """A Service in somebody's namespace takes that port on every node: no daemon must be killed, no
+    node deaf.
+    """
     bed.want("dns")
-    spec = {"type": "NodePort", "selector": {"app": "nobody"}, "ports": [{"port": 80, "nodePort": 30040}],
-            "ipFamilyPolicy": "RequireDualStack"}  # fmt: skip
-    slice_of = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-                "metadata": {"name": "taker", "namespace": "other", "labels": {"kubernetes.io/service-name": "taker"}},
-                "ports": [{"port": 80}], "endpoints": [{"addresses": [pod_address(bed)]}]}  # fmt: skip
+    spec = {
+        "type": "NodePort",
+        "selector": {"app": "nobody"},
+        "ports": [{"port": 80, "nodePort": 30040}],
+        "ipFamilyPolicy": "RequireDualStack",
+    }
+    slice_of = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "addressType": "IPv4",
+        "metadata": {
+            "name": "taker",
+            "namespace": "other",
+            "labels": {"kubernetes.io/service-name": "taker"},
+        },
+        "ports": [{"port": 80}],
+        "endpoints": [{"addresses": [pod_address(bed)]}],
+    }
     with namespace(bed, "other"):
         bed.cluster.apply(
             object_of("Service", "taker", "other", spec={**spec, "selector": None}), slice_of
         )
-        restarts, lowest = 0, bed.cluster.size
+        restarts = 0
+        lowest = bed.cluster.size
         end = time.monotonic() + 60
         while time.monotonic() < end:
-            restarts, lowest = max(restarts, bed.pmtud.restarts()), min(lowest, bed.pmtud.ready())
+            restarts = max(restarts, bed.pmtud.restarts())
+            lowest = min(lowest, bed.pmtud.ready())
             time.sleep(1)
         bed.row(
             "60 s, the service stands",
@@ -1423,7 +1751,8 @@ def user_folder(bed: Bed) -> Iterator[Callable[[str], str]]:
             shutil.copy(bed.pmtud.tree / name, folder)
         program = Path(folder, "bin", "kubectl")
         program.parent.mkdir()
-        words = f"nsenter --net=/run/netns/control {bed.cluster.programs}/kubectl --kubeconfig={WORK}/config/admin"
+        kubectl = f"{bed.cluster.programs}/kubectl --kubeconfig={WORK}/config/admin"
+        words = f"nsenter --net=/run/netns/control {kubectl}"
         program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         program.chmod(0o755)
         environ = {
@@ -1474,7 +1803,9 @@ def readme(bed: Bed) -> None:
 
 @scenario("exec check")
 def exec_check(bed: Bed) -> None:
-    """`kubectl exec ... check` has the daemon's own options, and nothing to complain of but what is wrong."""
+    """`kubectl exec ... check` has the daemon's own options, and nothing to complain of but what is
+    wrong.
+    """
     bed.want("dns")
     for pod in bed.pmtud.pods():
         command = [
@@ -1531,7 +1862,9 @@ def pod_security(bed: Bed) -> None:
 
 @scenario("dry run")
 def dry_run(bed: Bed) -> None:
-    """The API server takes every document of the manifest, those in comments too, and with the pods asking PyPI."""
+    """The API server takes every document of the manifest, those in comments too, and with the pods
+    asking PyPI.
+    """
     bed.want("absent")
     text = uncommented(bed.pmtud.manifest)
     strict = ("apply", "--dry-run=server", "--validate=strict", "-f", "-")
@@ -1566,8 +1899,14 @@ def ghost_nodes(bed: Bed, count: int) -> Iterator[None]:
     nodes = []
     for i in range(count):
         address = {"type": "InternalIP", "address": f"10.250.{i // 250}.{i % 250 + 1}"}
-        nodes.append(object_of("Node", f"ghost-{i}", metadata={"labels": {"ghost": "yes"}},
-                               status={"addresses": [address], "images": images}))  # fmt: skip
+        nodes.append(
+            object_of(
+                "Node",
+                f"ghost-{i}",
+                metadata={"labels": {"ghost": "yes"}},
+                status={"addresses": [address], "images": images},
+            )
+        )
     try:
         create_all(bed.cluster, nodes)
         yield
@@ -1595,9 +1934,20 @@ with ThreadPoolExecutor(4) as pool:
 
 
 def create_all(cluster: KubeCluster, nodes: Sequence[dict[str, Any]]) -> None:
-    """Faster than kubectl, which creates one after the other and drops their status into the bin with each apply."""
-    cluster.control.run(sys.executable, "-ISc", CREATE, f"{WORK}/config/ca.crt", "token-admin", "/api/v1/nodes",
-                        CONTROL, input=json.dumps(nodes), timeout=120)  # fmt: skip
+    """Faster than kubectl, which creates one after the other and drops their status into the bin
+    with each apply.
+    """
+    cluster.control.run(
+        sys.executable,
+        "-ISc",
+        CREATE,
+        f"{WORK}/config/ca.crt",
+        "token-admin",
+        "/api/v1/nodes",
+        CONTROL,
+        input=json.dumps(nodes),
+        timeout=120,
+    )
 
 
 def peers_of(bed: Bed, node: int = 0) -> int:
@@ -1623,7 +1973,8 @@ def api_server_gone(bed: Bed) -> None:
     One line for each daemon says that the server was gone; that a watch has to start anew (410) is no news.
     """
     bed.want("kube")
-    before, said = peers_of(bed), [bed.pmtud.log(pod) for pod in bed.pmtud.pods()]
+    before = peers_of(bed)
+    said = [bed.pmtud.log(pod) for pod in bed.pmtud.pods()]
     address = SERVICES[0].address(4)
     bed.transfers("before", partial(download, bed.cluster, address, 80), FLOWS)
     stop("kube-apiserver", signal.SIGKILL)
@@ -1693,10 +2044,14 @@ def token_renewed(bed: Bed) -> None:
 
 @scenario("1000 nodes")
 def thousand_nodes(bed: Bed) -> None:
-    """They join in one go: how late a daemon knows the last of them, what that costs, what it writes."""
+    """They join in one go: how late a daemon knows the last of them, what that costs, what it
+    writes.
+    """
     bed.want("kube")
-    before, (pod, *_) = peers_of(bed), bed.pmtud.pods()
-    said, used = bed.pmtud.log(pod), bed.cpu_seconds(pod)
+    before = peers_of(bed)
+    pod, *_ = bed.pmtud.pods()
+    said = bed.pmtud.log(pod)
+    used = bed.cpu_seconds(pod)
     start = time.monotonic()
     with ghost_nodes(bed, 1000):
         joined = time.monotonic() - start
@@ -1721,7 +2076,9 @@ def thousand_nodes(bed: Bed) -> None:
 
 @contextlib.contextmanager
 def steady_downloads(bed: Bed, rate: int = 16) -> Iterator[list[float]]:
-    """That many new downloads a second, all path MTUs forgotten before each second; inf: not finished after 6 s."""
+    """That many new downloads a second, all path MTUs forgotten before each second; inf: not
+    finished after 6 s.
+    """
     seconds: list[float] = []
     stopped = threading.Event()
     address = SERVICES[0].address(4)
@@ -1805,12 +2162,23 @@ def runtime_restarted(bed: Bed) -> None:
 
 @scenario("flood")
 def flood(bed: Bed) -> None:
-    """Spoofed errors, each about another flow: the pod stays below its limit, and then does its work as before."""
+    """Spoofed errors, each about another flow: the pod stays below its limit, and then does its
+    work as before.
+    """
     bed.want("dns")
     (pod, *_) = bed.pmtud.pods()
-    packets = [mtu_error(V4, src=f"10.8.{n % 250}.{n // 250 % 250}", dst=SERVICES[0].address(4),
-                         quoted_src=SERVICES[0].address(4), quoted_dst=f"198.18.{n // 250 % 250}.{n % 250}",
-                         transport=tcp_start(80, 1024 + n), mtu=1400) for n in range(20_000)]  # fmt: skip
+    packets = [
+        mtu_error(
+            V4,
+            src=f"10.8.{n % 250}.{n // 250 % 250}",
+            dst=SERVICES[0].address(4),
+            quoted_src=SERVICES[0].address(4),
+            quoted_dst=f"198.18.{n // 250 % 250}.{n % 250}",
+            transport=tcp_start(80, 1024 + n),
+            mtu=1400,
+        )
+        for n in range(20_000)
+    ]
     for _ in range(3):
         inject(bed.cluster.router, 4, packets, gap=0)
     for pod in bed.pmtud.pods():
@@ -1855,8 +2223,9 @@ def run_scenarios(word: str, tree: Path, short: bool) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="cluster.py", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    top = argparse.ArgumentParser(
+        prog="cluster.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="bring the cluster up")
     up.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (default: 3)")

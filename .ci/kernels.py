@@ -46,17 +46,49 @@ CACHE = Path(os.environ.get("PMTUD_KERNELS", VENV.parent / ".kernels"))
 KERNELS = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "newest": "forky"}
 ROOT_SUITE = "bookworm"
 ROOT_PACKAGES = (
-    "python3", "iproute2", "nftables", "iptables", "ipset", "ipvsadm", "conntrack", "tcpdump",
-    "kmod", "systemd", "systemd-sysv", "libpam-systemd", "dbus", "firewalld", "wireguard-tools",
-    "dnsmasq-base", "iputils-ping", "curl", "openssl", "procps", "util-linux", "ethtool",
-    "initramfs-tools", "zstd",
-)  # fmt: skip
+    "python3",
+    "iproute2",
+    "nftables",
+    "iptables",
+    "ipset",
+    "ipvsadm",
+    "conntrack",
+    "tcpdump",
+    "kmod",
+    "systemd",
+    "systemd-sysv",
+    "libpam-systemd",
+    "dbus",
+    "firewalld",
+    "wireguard-tools",
+    "dnsmasq-base",
+    "iputils-ping",
+    "curl",
+    "openssl",
+    "procps",
+    "util-linux",
+    "ethtool",
+    "initramfs-tools",
+    "zstd",
+)
 # Of a kernel's modules only what a virtual machine's network needs: the rest is nine tenths.
 MODULE_FOLDERS = (
-    "arch", "block", "crypto", "lib", "net", "drivers/block", "drivers/virtio",
-    "drivers/char/hw_random", "drivers/net", "fs/ext4", "fs/jbd2", "fs/mbcache.ko", "fs/overlayfs",
-    "fs/autofs", "fs/configfs",
-)  # fmt: skip
+    "arch",
+    "block",
+    "crypto",
+    "lib",
+    "net",
+    "drivers/block",
+    "drivers/virtio",
+    "drivers/char/hw_random",
+    "drivers/net",
+    "fs/ext4",
+    "fs/jbd2",
+    "fs/mbcache.ko",
+    "fs/overlayfs",
+    "fs/autofs",
+    "fs/configfs",
+)
 NOT_MODULES = tuple(f"drivers/net/{name}" for name in ("ethernet", "wireless", "usb", "can", "phy"))
 BOOT_MODULES = (
     "virtio_pci",
@@ -84,9 +116,12 @@ tar -C /job -cf /dev/vdc status out; sync
 echo "<job ends>" >/dev/ttyS1
 echo o >/proc/sysrq-trigger; sleep 60
 """
-BOOTING, RUNNING, ENDED = "did not reach its job", "did not end its job", "ended its job"
+BOOTING = "did not reach its job"
+RUNNING = "did not end its job"
+ENDED = "ended its job"
 LATE = "was not done with its job in time"
-STARTS, ENDS = b"<job starts>\n", b"<job ends>\n"
+STARTS = b"<job starts>\n"
+ENDS = b"<job ends>\n"
 NOT_COPIED = {
     ".git",
     ".venv",
@@ -329,7 +364,8 @@ def prepare(names: Sequence[str], source: Optional[str]) -> list[Kernel]:
 
 def prepare_kernel(name: str, source: Optional[str]) -> Kernel:
     """One kernel; the root's image is made again, because it holds the modules of all."""
-    root, folder = CACHE / "root", CACHE / name
+    root = CACHE / "root"
+    folder = CACHE / name
     stamp = CACHE / "recipe"
     if not stamp.exists() or stamp.read_text() != recipe():
         for old in (root, *(CACHE / kernel for kernel in KERNELS)):
@@ -445,7 +481,8 @@ def copy_tree(tree: Path, job: Path) -> None:
 
 def pack(tree: Path, command: str, folder: Path) -> Path:
     """The job as a tar in the folder: the tree, and the command in a file of its own."""
-    job, target = folder / "files", folder / "job"
+    job = folder / "files"
+    target = folder / "job"
     job.mkdir()
     copy_tree(tree, job)
     (job / "command").write_text(command + "\n")

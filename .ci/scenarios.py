@@ -64,7 +64,8 @@ def everywhere(cluster: t.Cluster, *options: str, start: Sequence[str] = ()) -> 
 
 
 # Seconds: what is served is so long before the one, what hangs still hangs after the other.
-GENEROUS, SHORT = 40, 8
+GENEROUS = 40
+SHORT = 8
 
 
 def finished(
@@ -475,7 +476,8 @@ def endpoints_that_learned(cluster: t.Cluster) -> dict[str, int]:
     for i, node in enumerate(cluster.nodes):
         for n, kind in enumerate(ENDPOINTS):
             number = 1 + 3 * n + i
-            far, remote = f"192.168.{number}.2", cluster.client_address(number)
+            far = f"192.168.{number}.2"
+            remote = cluster.client_address(number)
             node.run(
                 "ping",
                 "-c",
@@ -667,10 +669,12 @@ def attempt(name: str) -> bool:
     start = time.monotonic()
     print(f"{name}:", flush=True)
     try:
-        text, state = SCENARIOS[name](), "ok"
+        text = SCENARIOS[name]()
+        state = "ok"
     except Exception as problem:  # whatever it is, the next scenario gets its turn
         print(traceback.format_exc(), flush=True)
-        text, state = f"{type(problem).__name__}: {problem}".partition("\n")[0], "FAIL"
+        text = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+        state = "FAIL"
     print("CELL", name, state, text, f"{time.monotonic() - start:.0f}", sep="\t", flush=True)
     return state == "ok"
 
