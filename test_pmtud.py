@@ -1340,7 +1340,7 @@ def total(samples: dict[str, float], name: str) -> int:
     """The sum of a counter over its labels."""
     found = 0.0
     for key, value in samples.items():
-        if key.partition("{")[0] == f"{name}_total":
+        if key.partition("{")[0] == name:
             found += value
     return int(found)
 
@@ -2326,7 +2326,7 @@ def test_printed_rules_do_what_the_daemons_own_do(tool: str, family: int) -> Non
                 assert len(cluster.download(service, family)) == 23
             assert not any("no guard" in process.output() for process in processes)
             if family == 4:
-                assert total_of(cluster.nodes, "pmtud_rpf_rescued") > 0
+                assert total_of(cluster.nodes, "pmtud_rpf_rescued_total") > 0
 
 
 def paste_rules(node: Host, tool: str) -> None:
@@ -3071,7 +3071,7 @@ def test_what_the_kernel_sheds_is_counted(cluster: Cluster, family: int, tmp_pat
         inject(cluster.router, family, flow_errors(family, count=100), 0)
         first = metrics(node)
         assert first[name] > 0
-        assert first[name] + total(first, "pmtud_received") == 100
+        assert first[name] + total(first, "pmtud_received_total") == 100
         path.write_text(path.read_text() + "\n10.0.0.77\nfd00::77\n")
         process.wait_for("peers changed")
         other = f'pmtud_shed_total{{family="ipv{10 - family}"}}'
@@ -4714,7 +4714,7 @@ def test_strict_rpf_and_an_error_from_a_management_address(cluster: Cluster, ser
     with daemons(cluster.nodes, *peers_of(4)):
         assert len(cluster.download(service)) == 23
         assert_learned(cluster, service, 4)
-        assert total_of(cluster.nodes, "pmtud_rpf_rescued") > 0
+        assert total_of(cluster.nodes, "pmtud_rpf_rescued_total") > 0
     for node in cluster.nodes:
         assert node.read("/proc/sys/net/ipv4/conf/eth0/rp_filter").strip() == "1"
         assert node.read("/proc/sys/net/ipv4/conf/all/rp_filter").strip() == "1"
@@ -5508,7 +5508,7 @@ def test_total_rate(cluster: Cluster) -> None:
         more = 10 * (time.monotonic() - begun)  # what is allowed meanwhile, after the first ten
         assert set(drops(samples)) <= {"limited_total"}
         assert 10 <= samples['pmtud_acted_total{action="replicate"}'] <= 11 + more
-        assert total(samples, "pmtud_received") <= 25 + more
+        assert total(samples, "pmtud_received_total") <= 25 + more
 
 
 def test_ttl_source_and_bytes_of_a_copy(cluster: Cluster) -> None:
@@ -6007,8 +6007,8 @@ def copies_counted(nodes: Sequence[Host]) -> tuple[int, int, int]:
     """Copies sent, refused and heard, by all daemons together."""
     received_in_the_end(nodes)
     samples = [metrics(node) for node in nodes]
-    sent = sum(total(one, "pmtud_copies_sent") for one in samples)
-    refused = sum(total(one, "pmtud_copy_errors") for one in samples)
+    sent = sum(total(one, "pmtud_copies_sent_total") for one in samples)
+    refused = sum(total(one, "pmtud_copy_errors_total") for one in samples)
     heard = sum(received_by_origin(node)["peer"] for node in nodes)
     return sent, refused, heard
 
@@ -6089,8 +6089,8 @@ def test_an_icmp_error_about_somebody_elses_ping_costs_no_copy(cluster: Cluster)
             for one in errors:
                 inject(cluster.router, 4, [bytes(unreachable)] * 3 + [one])
             samples = received(node, count * ERRORS)
-            assert total(samples, "pmtud_copy_errors") == 0
-            assert total(samples, "pmtud_copies_sent") == 2 * count * ERRORS
+            assert total(samples, "pmtud_copy_errors_total") == 0
+            assert total(samples, "pmtud_copies_sent_total") == 2 * count * ERRORS
 
 
 REFUSES_TWICE = """
@@ -6373,7 +6373,7 @@ def test_copies_that_were_needed_are_counted(cluster: Cluster) -> None:
 
         def counted() -> list[int]:
             samples = [metrics(node) for node in cluster.nodes]
-            return [total(one, "pmtud_copies_needed") for one in samples]
+            return [total(one, "pmtud_copies_needed_total") for one in samples]
 
         owners = Counter(number for number, _ in errors if number != got_them)
         assert poll(lambda: counted() == [owners[number] for number in range(3)], 5), counted()
@@ -11278,12 +11278,12 @@ def test_copies_larger_than_the_path_to_a_peer(conntrack: bool, dropped: dict[st
         ):
             inject(cluster.router, 4, [long_error])
             samples = received(peer, 1)
-            assert total(samples, "pmtud_received") == 1
-            assert total(samples, "pmtud_acted") == 1 - len(dropped)
+            assert total(samples, "pmtud_received_total") == 1
+            assert total(samples, "pmtud_acted_total") == 1 - len(dropped)
             assert drops(samples) == dropped
             [first_fragment] = wire.settle()
             assert struct.unpack_from("!H", first_fragment.packet, 6)[0] == MF
-            assert total(received(node, 1), "pmtud_copy_errors") == 0
+            assert total(received(node, 1), "pmtud_copy_errors_total") == 0
             assert_served(cluster, [(4, service), (6, "host")])
 
 
@@ -11302,7 +11302,7 @@ def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
 
     def copies() -> int:
         samples = metrics(node)
-        return total(samples, "pmtud_copy_errors") + total(samples, "pmtud_copies_sent")
+        return total(samples, "pmtud_copy_errors_total") + total(samples, "pmtud_copies_sent_total")
 
     with daemons(cluster.nodes, "--peers", peers, *UNLIMITED) as processes:
         begun = time.monotonic()
@@ -11310,7 +11310,7 @@ def test_queues_full_of_copies_nobody_takes(cluster: Cluster) -> None:
         received(node, 6000)
         assert time.monotonic() - begun < 100  # the neighbours are asked for 200 s
         assert poll(lambda: copies() == 6 * 6000, 2)
-        assert total(metrics(node), "pmtud_copy_errors") > 0
+        assert total(metrics(node), "pmtud_copy_errors_total") > 0
         assert get(node, "/healthz")[1].startswith("ok\ncopies to 10.0.0.")
         node.sysctls(
             {"net.ipv4.neigh.eth0.unres_qlen_bytes": 212992, "net.ipv4.neigh.eth0.mcast_solicit": 3}
@@ -11393,7 +11393,7 @@ def settled(host: Host) -> int:
     counts = [-1, -2, -3]
 
     def quiet() -> bool:
-        counts.append(total(metrics(host), "pmtud_received"))
+        counts.append(total(metrics(host), "pmtud_received_total"))
         time.sleep(0.2)
         return len(set(counts[-4:])) == 1
 
@@ -11415,10 +11415,10 @@ def test_nflog_overrun_is_counted_exactly(cluster: Cluster) -> None:
 
         def counted() -> int:
             samples = metrics(node)
-            return total(samples, "pmtud_received") + total(samples, "pmtud_nflog_lost")
+            return total(samples, "pmtud_received_total") + total(samples, "pmtud_nflog_lost_total")
 
         assert poll(lambda: counted() == sent + 1, 5), counted()
-        assert 1000 < total(metrics(node), "pmtud_nflog_lost") < sent
+        assert 1000 < total(metrics(node), "pmtud_nflog_lost_total") < sent
         assert_served(cluster)
 
 
@@ -11919,7 +11919,7 @@ def test_memory_limit_under_a_flood(cluster: Cluster) -> None:
         ]
         feed(process, cluster.fabric, node, flood)
         assert get(node, "/metrics")[0] == "200"
-        assert poll(lambda: total(metrics(node), "pmtud_received") >= len(flood), 5)
+        assert poll(lambda: total(metrics(node), "pmtud_received_total") >= len(flood), 5)
         assert usage(process)["VmRSS"] < 128 << 10
         assert_served(cluster)
 
@@ -12213,7 +12213,7 @@ def test_forged_errors_about_flows_that_do_not_exist(
 
 def acted(cluster: Cluster) -> int:
     """Errors acted on by all daemons together."""
-    return total_of(cluster.nodes, "pmtud_acted")
+    return total_of(cluster.nodes, "pmtud_acted_total")
 
 
 IDLE_SERVER = """
@@ -12310,7 +12310,7 @@ def test_what_the_options_close_stays_closed(cluster: Cluster, options: list[str
                 )
         wanted = 2 * 4 * (ERRORS + 3 * ERRORS)
         assert poll(
-            lambda: total_of(cluster.nodes, "pmtud_dropped") == wanted,
+            lambda: total_of(cluster.nodes, "pmtud_dropped_total") == wanted,
             3,
         )
         assert acted(cluster) == 0
@@ -12412,7 +12412,7 @@ def test_what_the_kernel_believes_without_a_flow(cluster: Cluster, quoted: str) 
             cluster.flush()
             with daemons(cluster.nodes, "--peers", ALL_PEERS, *options):
                 inject(cluster.router, family, forged)
-                assert poll(lambda: total_of(cluster.nodes, "pmtud_received"), 2)
+                assert poll(lambda: total_of(cluster.nodes, "pmtud_received_total"), 2)
                 assert poll(lambda wanted=number: believers() == wanted, 1)  # type: ignore[misc]
 
 
@@ -12695,7 +12695,11 @@ def test_hostile_flood() -> None:
             assert settled(net.node) == arsenal.sent
             samples = metrics(net.node)
             copies = [s.packet for s in inside.settle() if s.kind == socket.PACKET_HOST]
-        assert total(samples, "pmtud_nflog_lost") == total(samples, "pmtud_copy_errors") == 0
+        assert (
+            total(samples, "pmtud_nflog_lost_total")
+            == total(samples, "pmtud_copy_errors_total")
+            == 0
+        )
         dropped = Counter(drops(samples))
         actions = Counter(
             {
@@ -12829,7 +12833,7 @@ def churn(random: Random, path: Path) -> None:
 def account(samples: dict[str, float]) -> tuple[int, int]:
     """Received, and acted + dropped: what must be equal."""
     names = ("received", "acted", "dropped")
-    counts = {name: total(samples, f"pmtud_{name}") for name in names}
+    counts = {name: total(samples, f"pmtud_{name}_total") for name in names}
     return counts["received"], counts["acted"] + counts["dropped"]
 
 
@@ -15812,7 +15816,7 @@ def test_genuine_routers_are_heard_in_a_flood(
     unheard = sum(seconds >= NEVER for seconds in got.rescues)
     assert unheard <= shared_buckets(sources) and max(got.copies) < NEVER, got
     samples = metrics(one.node)
-    passed = total(samples, "pmtud_received") - total(earlier, "pmtud_received")
+    passed = total(samples, "pmtud_received_total") - total(earlier, "pmtud_received_total")
     # The kernel shed the rest
     assert passed < 1.5 * pmtud.Config().rate * (time.monotonic() - begun + 1), got
     limited = 'pmtud_dropped_total{reason="limited_total"}'
