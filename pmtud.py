@@ -3850,9 +3850,8 @@ class DnsSource(PeerSource):
 
     def load(self) -> Optional[tuple[PeerAddress, ...]]:
         """The addresses that the name has now; raises PeerSourceError also where it has none."""
-        self.interval = random.uniform(
-            7.5, 12.5
-        )  # so that the nodes of a cluster do not ask in step
+        # So that the nodes of a cluster do not ask in step
+        self.interval = random.uniform(7.5, 12.5)
         problems: dict[Family, str] = {}
         for family in FAMILIES:  # in one call the answer of one hides the failure of the other
             try:

@@ -167,9 +167,8 @@ from xdist.workermanage import WorkerController
 
 sys.path.insert(0, str(HERE))
 os.umask(0o022)  # what is made here is read by other users and by root without its privileges
-for variable in list(
-    os.environ
-):  # what this machine's own pmtud, service manager or cluster say is not for these
+# What this machine's own pmtud, service manager or cluster say is not for these
+for variable in list(os.environ):
     if re.match(
         "PMTUD_(?!VENV|SCRIPT|PATIENCE|TEST_|FUZZ_|SOAK_)|NOTIFY_|WATCHDOG_|KUBERNETES_|PYTHON|"
         "NO_COLOR|RES_OPTIONS",
@@ -200,9 +199,8 @@ settings.load_profile("pmtud")
 unit = pytest.mark.unit  # needs neither root nor a namespace
 quick = pytest.mark.quick  # what is most likely to notice a mistake, on one cluster
 # With several workers each test goes to whoever is free, but for these groups.
-in_order = pytest.mark.xdist_group(
-    "lab"
-)  # on one worker: each exercise goes on where the last ended
+# On one worker: each exercise goes on where the last ended
+in_order = pytest.mark.xdist_group("lab")
 with_wheel = pytest.mark.xdist_group("wheel")  # on one worker: it is fetched once
 alone = pytest.mark.xdist_group("alone")  # at the end, while no other test runs: they measure time
 
@@ -316,10 +314,11 @@ def fragment_header(offset: int, more: bool) -> Extension:
 
 PADDED_OPTIONS = bytes([0, 0, 1, 4, 0, 0, 0, 0])  # PadN fills the eight bytes
 ROUTE = (ROUTING, bytes([0, 2, 4, 0]) + bytes(20))  # length 2: 24 bytes
+# Length 4: (4 + 2) * 4 bytes, RFC 4302 section 2.2
 AUTHENTICATED = (
     AUTHENTICATION,
     bytes([0, 4, 0, 0]) + bytes(20),
-)  # length 4: (4 + 2) * 4 bytes, RFC 4302 section 2.2
+)
 ROUTER_ALERT = bytes([0x94, 4, 0, 0])  # IPv4 option, RFC 2113
 
 
@@ -731,9 +730,8 @@ class Net:
         atexit.unregister(self.close)
 
     def _for_each_host(self, command: str) -> str:
-        lines = "".join(
-            f"{command} {host.namespace}\n" for host in self.hosts
-        )  # -force: some may not exist
+        # -force: some may not exist
+        lines = "".join(f"{command} {host.namespace}\n" for host in self.hosts)
         return execute("ip", "-force", "-batch", "-", check=False, input=lines)
 
     def host(self, name: str, forward: bool = False) -> Host:
@@ -836,18 +834,16 @@ class Capture:
         self._socket.close()
 
     def _open(self) -> socket.socket:
-        sock = socket.socket(
-            socket.AF_PACKET, socket.SOCK_DGRAM, 0
-        )  # protocol 0: nothing arrives before bind()
+        # Protocol 0: nothing arrives before bind()
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
         code = ctypes.create_string_buffer(
             b"".join(struct.pack("=HBBI", *line) for line in ICMP_ERRORS)
         )
         program = struct.pack("@HP", len(ICMP_ERRORS), ctypes.addressof(code))
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-        index = (
-            socket.if_nametoindex(self._interface) if self._interface else 0
-        )  # 0: Python's bind() cannot say "all"
+        # 0: Python's bind() cannot say "all"
+        index = socket.if_nametoindex(self._interface) if self._interface else 0
         address = struct.pack(
             "=HHiHBB8s", socket.AF_PACKET, socket.htons(ETH_P_ALL), index, 0, 0, 0, b""
         )
@@ -1072,9 +1068,8 @@ class Cluster(Net):
             "route add ::/0 via fd08::2",
         )
         self.router_mtu(1400)
-        known = self.router.inside(
-            lambda: os.listdir("/proc/sys/net/ipv4")
-        )  # older kernels: global, not in here
+        # Older kernels: global, not in here
+        known = self.router.inside(lambda: os.listdir("/proc/sys/net/ipv4"))
         budget = [key for key in ("icmp_msgs_per_sec", "icmp_msgs_burst") if key in known]
         self.router.sysctls(
             {
@@ -2420,9 +2415,8 @@ def test_table_without_ownership_is_replaced_and_removed(cluster_of_its_own: Clu
     again.wait_for("up False")
     assert node.run("nft", "list", "table", "inet", "pmtud_33") == left
     again.stop(signal.SIGKILL)
-    with daemons(
-        [node]
-    ):  # its own, owned table takes the place of the stale one, and daemons() sees it go
+    # Its own, owned table takes the place of the stale one, and daemons() sees it go
+    with daemons([node]):
         assert "flags owner" in node.run("nft", "list", "table", "inet", "pmtud_33")
     node.run("nft", "flush", "ruleset")
     flushed = node.start(sys.executable, "-c", FLUSHED, env=env)
@@ -2499,12 +2493,13 @@ SPECIAL = [
     ("::ffff:127.0.0.1", V6),
     ("::127.0.0.1", V6),
 ]
+# Unicast for Linux, and in use in private fabrics
 UNUSUAL = (
     "240.0.0.1",
     "255.255.255.254",
     "0.0.0.1",
     "0.9.9.9",
-)  # unicast for Linux, and in use in private fabrics
+)
 WHO_CASES = (
     WhoCase("router", "vip", "vip", "router", REPLICATE),
     WhoCase("client", "vip", "vip", "router", REPLICATE),
@@ -3243,9 +3238,8 @@ def test_a_bad_file_at_the_start_is_a_usage_error(tmp_path: Path) -> None:
     assert str(caught.value) == f"peers: file:{tmp_path}/none: No such file or directory"
 
 
-Answers = dict[
-    int, Union[list[str], int]
-]  # by address family: what the name has, or the error of getaddrinfo()
+# By address family: what the name has, or the error of getaddrinfo()
+Answers = dict[int, Union[list[str], int]]
 
 
 @pytest.fixture(name="dns")
@@ -3509,9 +3503,8 @@ class FakeApi(http.server.ThreadingHTTPServer):
         self.watches = self.cut = self.told = 0
         self.retry_after = ""
         self.token("first")
-        (folder / "openssl.cnf").write_text(
-            "[req]\ndistinguished_name=name\n[name]\n"
-        )  # no extension by default
+        # No extension by default
+        (folder / "openssl.cnf").write_text("[req]\ndistinguished_name=name\n[name]\n")
         certify = (
             f"req -config {folder}/openssl.cnf -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 "
             "-nodes -days 2 -addext subjectKeyIdentifier=none -addext authorityKeyIdentifier=none"
@@ -4554,9 +4547,8 @@ def test_peers_follow_dns(cluster: Cluster) -> None:
     with NameServer(cluster, "10.0.0.1") as names:
         names.serve("10.0.0.11", "10.0.0.12", "10.0.0.13", "fd00::13")
         source = f"dns:{names.name}."
-        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [
-            process
-        ]:  # one of them named twice
+        # One of them named twice
+        with daemons([node], "--peers", f"{names.name}.,10.0.0.12") as [process]:
             label = f'pmtud_peers{{source="{source}"}}'
             failures = f'pmtud_peer_refresh_failures_total{{source="{source}"}}'
 
@@ -4850,9 +4842,8 @@ def test_delivered_counts_tell_the_owner(cluster: Cluster) -> None:
             )
             return [int(sum(sample[name] for sample in samples)) for name in names]
 
-        def agree() -> (
-            bool
-        ):  # the kernel serves its own flows at once; the daemon hears of these a little later
+        # The kernel serves its own flows at once; the daemon hears of these a little later
+        def agree() -> bool:
             owner, other, error, acted = counts()
             return owner == acted >= 23 and other == 2 * acted and error == 0
 
@@ -4892,9 +4883,8 @@ def test_conntrack_that_comes_later_is_noticed(cluster: Cluster, family: int) ->
 
 def open_sender(family: int) -> socket.socket:
     """A UDP socket from the VIP to a client, with DF."""
-    level, discover, do = ((socket.IPPROTO_IP, 10, 2), (socket.IPPROTO_IPV6, 23, 2))[
-        family == 6
-    ]  # IP_PMTUDISC_DO
+    # IP_PMTUDISC_DO
+    level, discover, do = ((socket.IPPROTO_IP, 10, 2), (socket.IPPROTO_IPV6, 23, 2))[family == 6]
     sender = socket.socket(PLANS[family].family.af, socket.SOCK_DGRAM)
     sender.setsockopt(level, discover, do)
     sender.bind((Cluster.vip("host", family), 0))
@@ -5240,9 +5230,8 @@ def test_udp_socket_gets_emsgsize(cluster: Cluster, family: int) -> None:
             for sender in open_senders():
                 assert poll(partial(refused, sender), 2.5)
                 assert known_mtu(sender) == 1400
-                sender.getsockopt(
-                    socket.SOL_SOCKET, socket.SO_ERROR
-                )  # a second report of the same error
+                # A second report of the same error
+                sender.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 assert sender.send(bytes(1400 - (28 if family == 4 else 48))) > 0
 
 
@@ -5411,10 +5400,11 @@ def test_dry_run_sends_nothing(cluster: Cluster) -> None:
         assert process.output().count("dry run: would replicate") == ERRORS
         samples = metrics(node)
         assert sum(v for k, v in samples.items() if "copies_sent" in k or "delivered" in k) == 0
+    # To join a group is to send reports about it
     for options, joined in (
         (["--dry-run"], False),
         ([], True),
-    ):  # to join a group is to send reports about it
+    ):
         with daemons([node], "--peers", "ff02::7074%eth0", *options):
             assert ("ff02::7074" in node.run("ip", "maddress", "show", "dev", "eth0")) is joined
     with daemons([node], "--dry-run") as [process]:
@@ -5463,9 +5453,8 @@ def test_pings_from_one_address_are_flows_of_their_own(cluster: Cluster, family:
     vip = Cluster.vip("host", family)
     client = Cluster.client_address(5, family)
     with daemons(cluster.nodes, *peers_of(family), "--flow-interval", "60"):
-        for number, node in enumerate(
-            cluster.nodes
-        ):  # as frames: whatever the kernel has learned by then, they leave
+        # As frames: whatever the kernel has learned by then, they leave
+        for number, node in enumerate(cluster.nodes):
             request = echo(number, kind={4: 8, 6: 128}[family]) + bytes(1400)
             packet = net.wrap(vip, client, net.family.icmp_protocol, request)
             blast(node, "eth0", cluster.fabric, "nodes", [packet])
@@ -5790,9 +5779,8 @@ def test_discard_routes_and_no_route_refuse_no_delivery(kind: str) -> None:
                 assert before["error"] == 0
                 assert before["owner"] > 2 * 20
                 assert before["not_owner"] > 20
-                inject(
-                    cluster.router, family, flow_errors(family, "pod")
-                )  # about flows that nobody has
+                # About flows that nobody has
+                inject(cluster.router, family, flow_errors(family, "pod"))
                 refused = {**before, "not_owner": before["not_owner"] + 3 * ERRORS}
                 assert becomes(partial(results, cluster.nodes, family), refused, 5)
                 assert service_packets(wire, family) == []
@@ -6301,11 +6289,12 @@ def test_a_mark_overwritten_before_the_guard_is_noticed() -> None:
             assert poll(lambda: all(map(is_ready, cluster.nodes)), 5)
             cluster.flush()
             assert len(cluster.download("pod")) == 23
+            # Once a family
             assert [process.output().count("overruled") for process in processes] == [
                 2,
                 2,
                 2,
-            ]  # once a family
+            ]
 
 
 def errors_about_pods(cluster: Cluster) -> list[tuple[int, bytes]]:
@@ -6770,9 +6759,8 @@ def test_a_hung_loop_gives_no_sign_of_life(cluster: Cluster, tmp_path: Path) -> 
         count = manager.count("WATCHDOG=1")
         time.sleep(0.6)
         assert manager.count("WATCHDOG=1") == count
-        assert (
-            get(node, "/metrics")[0] == "200"
-        )  # a thread that answered for the loop would be wrong
+        # A thread that answered for the loop would be wrong
+        assert get(node, "/metrics")[0] == "200"
         process.close()
         other = node.start(sys.executable, str(PROGRAM), env={**env, "WATCHDOG_PID": "1"})
         other.wait_for("limits:")
@@ -6857,9 +6845,8 @@ class Booted:
         self._folder.mkdir()
         (folder / "pmtud").write_text(options)
         # two seconds instead of 20 and 2, and a log that can be read without a journal
-        (narrowed,) = re.findall(
-            r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
-        )  # the README's own drop-in
+        # The README's own drop-in
+        (narrowed,) = re.findall(r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
         (folder / "test.conf").write_text(
             narrowed + "WatchdogSec=2\nRestartSec=0\nStandardError=append:/run/log\n"
         )
@@ -7362,9 +7349,8 @@ def test_manifest_options_are_the_programs() -> None:
     assert config.nodename == "worker-1"
     (other,) = re.findall(r"# - \{name: PMTUD_PEERS, value: \"(.*)\"\}", MANIFEST)
     assert parse_options(["--peers", other]).peer_sources == ("kube:nodes",)
-    assert (
-        config.metrics_addr == FIELDS["status.hostIP"]
-    )  # where a kubelet's probes go if they name no host
+    # Where a kubelet's probes go if they name no host
+    assert config.metrics_addr == FIELDS["status.hostIP"]
     commands = README.partition("### Kubernetes\n\n```\n")[2].partition("```")[0].splitlines()
     assert len(commands) == 4
     assert all(f"#   {line}\n" in MANIFEST for line in commands)
@@ -7475,9 +7461,8 @@ class FakePod:
         self.host = host
         self.container = spec["containers"][0]
         self._root = folder / "root"
-        self.python = os.path.realpath(
-            VENV / "bin" / "python"
-        )  # what the image's `python` stands for
+        # What the image's `python` stands for
+        self.python = os.path.realpath(VENV / "bin" / "python")
         maps = {
             "pmtud": {"pmtud.py": PROGRAM.read_bytes()},
             "pmtud-wheel": {wheel.name: wheel.read_bytes()},
@@ -7495,9 +7480,8 @@ class FakePod:
                 self.volumes[volume["name"]].mkdir()
                 self.volumes[volume["name"]].chmod(0o777)
         for container in spec.get("initContainers", ()):
-            execute(
-                *self._command(container, str(VENV / "bin" / "python")), timeout=120
-            )  # it has pip
+            # It has pip
+            execute(*self._command(container, str(VENV / "bin" / "python")), timeout=120)
 
     def start(self, **environ: str) -> Process:
         """Start its only container.
@@ -7778,9 +7762,8 @@ def test_root_drops_all_other_privileges(cluster: Cluster, tmp_path: Path) -> No
         assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) >= 3
         path.write_text("10.0.0.12\n10.0.0.13\n")  # new peers: every raw socket is opened anew
         assert metric_becomes(node, f'pmtud_peers{{source="file:{path}"}}', 2)
-        node.ip(
-            "route replace default via 172.20.20.2 dev mgmt"
-        )  # another interface: rules replaced
+        # Another interface: rules replaced
+        node.ip("route replace default via 172.20.20.2 dev mgmt")
         try:
             process.wait_for("the default route moved", 15)
         finally:
@@ -8474,9 +8457,8 @@ def test_the_check_leaves_nothing_behind(node: Host) -> None:
     found = "find /proc/sys/net -type f -perm -400 | grep -v -e nf_conntrack_count -e flush"
     settings = f"cat $({found}) 2>/dev/null"
     probe = "add table inet before; delete table inet before"
-    assert poll(
-        lambda: node.run("nft", probe) or "before" in monitor.output(), 5
-    )  # once the monitor listens
+    # Once the monitor listens
+    assert poll(lambda: node.run("nft", probe) or "before" in monitor.output(), 5)
     before = node.run("sh", "-c", settings, check=False)
     diagnose(node, hosts=("10.0.0.1",))
     node.run("nft", "add table inet after")
@@ -8504,9 +8486,8 @@ def test_privileges(node: Host) -> None:
     assert bad.of("privileges")["fix"] == f"sudo python3 {PROGRAM} check"
     assert {entry["status"] for entry in bad.checks[1:]} == {"OK"}
     assert bad.checks[1]["check"] == "rp_filter"
-    assert (
-        bad.of("path")["found"] == "10.0.0.1: path MTU 1500, all of eth0"
-    )  # this works without root
+    # This works without root
+    assert bad.of("path")["found"] == "10.0.0.1: path MTU 1500, all of eth0"
 
 
 HOLDER = """
@@ -10420,9 +10401,8 @@ def test_bad_command_lines(
     """
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(
-        pmtud, "run", lambda config: None
-    )  # a test that fails must not start the daemon
+    # A test that fails must not start the daemon
+    monkeypatch.setattr(pmtud, "run", lambda config: None)
     assert pmtud.main(argv) == (64 if "check" in argv else 2)
     output = capsys.readouterr()
     assert output.out == ""
@@ -11485,9 +11465,8 @@ def conntrack_entry(number: int) -> bytes:
 
     state = pmtud.nested(4, pmtud.nested(1, pmtud.attribute(1, b"\x03")))  # TCP, ESTABLISHED
     body = pmtud.NFGENMSG.pack(socket.AF_INET, 0, 0) + part(1, 1, 2) + part(2, 2, 1)
-    body += (
-        pmtud.be32(3, 0b1110) + pmtud.be32(7, 600) + state
-    )  # IPS_SEEN_REPLY, ASSURED, CONFIRMED; ten minutes
+    # IPS_SEEN_REPLY, ASSURED, CONFIRMED; ten minutes
+    body += pmtud.be32(3, 0b1110) + pmtud.be32(7, 600) + state
     return pmtud.message(NFNL_SUBSYS_CTNETLINK << 8, 0x400, 1, body)  # NLM_F_CREATE
 
 
@@ -11653,9 +11632,8 @@ def test_slowloris(cluster: Cluster) -> None:
                 "200"
             ] * 3
             assert_served(cluster, [(4, "pod")])
-            assert poll(
-                lambda: usage(processes[0])["Threads"] <= 4, 8
-            )  # five seconds for each, whatever it does
+            # Five seconds for each, whatever it does
+            assert poll(lambda: usage(processes[0])["Threads"] <= 4, 8)
         finally:
             stop.set()
             dripping.join()
@@ -12559,9 +12537,8 @@ def hostile_templates(random: Random, net: Plan) -> Iterator[Template]:
         plain = set(changes) <= {"src", "dst", "quoted_src", "quoted_dst", "transport"}
         quoted_at = 2 * (20 if net is V4 else 40) + 8
         yield Template(packet, fate, quoted_at + 2 if plain else 0)
-        for _ in range(
-            2
-        ):  # and twice with some bytes of the message overwritten: what it is now, parse() must say
+        # And twice with some bytes of the message overwritten: what it is now, parse() must say
+        for _ in range(2):
             start = 20 if net is V4 else 48 if packet[6] == FRAGMENT else 40
             wild = bytearray(packet)
             for _ in range(random.randrange(1, 6)):
@@ -12708,6 +12685,7 @@ def test_hostile_flood() -> None:
             }
         )
         assert dropped + actions == arsenal.fates
+        # By rule and options
         unmet = {
             "not_frag_needed",
             "circling",
@@ -12715,7 +12693,7 @@ def test_hostile_flood() -> None:
             "limited_source",
             "limited_total",
             "dry_run",
-        }  # by rule and options
+        }
         assert set(arsenal.fates) == {reason.value for reason in Reason} - unmet | {
             "replicate",
             "deliver",
@@ -13529,9 +13507,8 @@ def test_the_log_tells_routers_and_mtus(cluster: Cluster) -> None:
     (expression,) = re.findall(r"sed -n '(.*)' \| sort", README)
     node = cluster.nodes[0]
     other = flow_errors(4, count=1, src="172.20.20.2", mtu=1300)
-    with daemons([node]) as [
-        process
-    ]:  # straight to it: the fabric hashes the two routers apart on some machines
+    # Straight to it: the fabric hashes the two routers apart on some machines
+    with daemons([node]) as [process]:
         blast(cluster.fabric, f"to-{node.name}", node, "eth0", flow_errors(4, count=2) + other)
         received(node, 3)
         process.wait_for("mtu=1300")
@@ -13811,9 +13788,8 @@ class MtuLab(Net):
         node = self.at[name]
         address = self.NODES[name]
         vlan, last = address.split(".")[2:]
-        node.sysctl(
-            "net.ipv4.conf.all.rp_filter", 1
-        )  # the larger of this and the interface's own, 0, is in force
+        # The larger of this and the interface's own, 0, is in force
+        node.sysctl("net.ipv4.conf.all.rp_filter", 1)
         self.link(self.at["ceos01"], node, mtu=NIC_MTU, names=(f"Ethernet{number}", "eth1"))
         self.link(self.at["docker"], node, names=(f"port{number}", "mgmt"))
         self.at["ceos01"].ip(f"link set Ethernet{number} master Vlan{vlan}")
@@ -14041,9 +14017,8 @@ class Lab:
 
     def networks(self) -> list[Net]:
         """Those that have been made."""
-        return [
-            net for net in vars(self).values() if isinstance(net, Net)
-        ]  # where cached_property puts them
+        # Where cached_property puts them
+        return [net for net in vars(self).values() if isinstance(net, Net)]
 
     def keep(self) -> None:
         """Leave everything standing when this ends."""
@@ -15001,9 +14976,8 @@ def lab(argv: Sequence[str]) -> int:
             screen.write("\ninterrupted; everything was removed", RED)
         return 130
     except BrokenPipeError:  # `lab | head`
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for the interpreter's last flush
+        # For the interpreter's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 1 if failed else 0
 
@@ -15686,12 +15660,13 @@ def flow_error(number: int, **fields: Any) -> bytes:
     )
 
 
+# seconds: a window at once, then with exponential backoff
 RETRANSMISSIONS = (0.0,) * 10 + (
     0.2,
     0.6,
     1.4,
     3.0,
-)  # seconds: a window at once, then with exponential backoff
+)
 
 
 NEVER = 9.0
@@ -15848,9 +15823,8 @@ def bench_flood(net: BenchNet, seconds: float) -> None:
             got = flood(net, one, process, sources, 4.5)
             saved = [sum(t <= 3 for t in times) for times in (got.rescues, got.copies)]
             heard = saved[0] >= 5 - shared_buckets(sources) and saved[1] == 5
-            good = heard and (
-                got.core < 0.05 or peers > 100
-            )  # with more peers a third of a core is meant
+            # With more peers a third of a core is meant
+            good = heard and (got.core < 0.05 or peers > 100)
             print(
                 f"   {peers:5}  {sources or 'random':>7}  {got.rate:10,.0f}  {got.core:10.1%}  "
                 f"{got.resident:5.1f} MB"

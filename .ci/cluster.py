@@ -413,10 +413,11 @@ def open_cell(state: dict[str, Any]) -> None:
         Path(folder).mkdir(parents=True)
     for hierarchy in hierarchies():
         hierarchy.folder.mkdir(exist_ok=True)
+        # Empty in a new group of v1, and nobody may enter it
         for name in (
             "cpuset.cpus",
             "cpuset.mems",
-        ):  # empty in a new group of v1, and nobody may enter it
+        ):
             if (hierarchy.folder / name).exists() and hierarchy.kind == "cgroup":
                 (hierarchy.folder / name).write_text((hierarchy.folder.parent / name).read_text())
     state = {
@@ -1566,9 +1567,8 @@ def measure_services(bed: Bed) -> None:
             if service.name == "nodeport":
                 address = bed.cluster.node_address(1, family)
                 port = NODE_PORT
-            hangs = (
-                family == 4 or service.name != "nodeport"
-            )  # the error goes to the node that translated
+            # The error goes to the node that translated
+            hangs = family == 4 or service.name != "nodeport"
             act = partial(download, bed.cluster, address, port)
             bed.transfers(f"{service.name}, IPv{family}", act, FLOWS, hangs)
 

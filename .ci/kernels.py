@@ -90,11 +90,12 @@ MODULE_FOLDERS = (
     "fs/configfs",
 )
 NOT_MODULES = tuple(f"drivers/net/{name}" for name in ("ethernet", "wireless", "usb", "can", "phy"))
+# What the initial RAM disk needs to find the root
 BOOT_MODULES = (
     "virtio_pci",
     "virtio_blk",
     "ext4",
-)  # what the initial RAM disk needs to find the root
+)
 GUEST_MEMORY = "2G"
 DISK_BYTES = 4 << 30  # both the root and the disk for results are sparse
 BOOT_SECONDS = 300  # from power on to the first line of the job; 7 to 20 on an idle machine
