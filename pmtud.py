@@ -2976,7 +2976,7 @@ def local_addresses() -> list[LocalAddress]:
         _, prefix_length, _, _, ifindex = IFADDRMSG.unpack_from(payload)
         attrs = attributes(payload, IFADDRMSG.size)
         packed = attrs.get(IFA_ADDRESS, b"")
-        packed = attrs.get(IFA_LOCAL, packed)
+        packed = attrs.get(IFA_LOCAL, packed)  # IFA_ADDRESS is then the other end of the link
         broadcast = attrs.get(IFA_BROADCAST, b"")
         if not broadcast and len(packed) == 4 and prefix_length < 31:
             # `ip addr add` without `brd +`
