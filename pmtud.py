@@ -67,6 +67,7 @@ import errno
 import fnmatch
 import http.client
 import http.server
+import io
 import ipaddress
 import json
 import logging
@@ -5080,12 +5081,37 @@ class StatusServer(socketserver.ThreadingTCPServer):
         """A client that hangs up or stalls is no news."""
 
 
+class RequestReader:
+    """The first bytes of a request; what comes after them is not read.
+
+    http.server alone would keep 100 headers of 64 kB for each connection.
+    """
+
+    BYTES_MAX = 16384
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream = stream
+        self._left = self.BYTES_MAX
+        self.close = stream.close
+
+    def readline(self, size: int) -> bytes:
+        """The next line, or what there is room for."""
+        line = self._stream.readline(min(size, self._left))
+        self._left -= len(line)
+        return line
+
+
 class StatusHandler(http.server.BaseHTTPRequestHandler):
     """Answers GET on the three paths."""
 
     timeout = 5.0
     wbufsize = -1  # head and body leave together
     server: StatusServer
+
+    def setup(self) -> None:
+        """Bound what is read."""
+        super().setup()
+        self.rfile: Any = RequestReader(self.rfile)
 
     def do_GET(self) -> None:
         """Serve /metrics, /healthz or /readyz."""

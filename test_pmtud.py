@@ -11577,11 +11577,13 @@ def connect(
     return host.inside(dial)
 
 
+LARGE_HEADER = b"A: " + b"b" * 60_000 + b"\r\n"  # http.server takes 100 of 64 kB
 HTTP_ATTACKS: dict[str, tuple[int, bytes]] = {
     "silent": (16, b""),
     "many": (100, b"GET /metrics HTTP/1.1\r\n"),
     "huge header": (8, b"GET / HTTP/1.1\r\nA: " + b"a" * (1 << 20)),
     "endless headers": (8, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000),
+    "large headers": (16, b"GET / HTTP/1.1\r\n" + LARGE_HEADER * 99 + b"\r\n"),
     "huge request line": (8, b"GET /" + b"a" * (1 << 20)),
     "binary": (8, bytes(range(256)) * 64),
 }
