@@ -6508,7 +6508,7 @@ def judge_answer(address: str, port: int, says: str, notes: list[str]) -> str:
             connection.request("GET", "/healthz")
             answer = connection.getresponse()
             name = answer.getheader("Server", name).strip()
-            body = answer.read(4096).decode("utf-8", "replace").strip()
+            body = answer.read1(4096).decode("utf-8", "replace").strip()
     except http.client.HTTPException:  # no HTTP at all
         pass
     except OSError as problem:
